@@ -1,0 +1,142 @@
+// Package schema turns text that people write into a Mesh: one value that says what the sidecar shall do.
+//
+// It knows nothing of kernels, Envoy or files that change; it parses, validates and explains. Every problem of an
+// input is reported at once, each with its place, the value and what would be right.
+package schema
+
+import (
+	"net/netip"
+	"strconv"
+	"time"
+)
+
+// Mesh is the desired state: what may come in, where outgoing connections go and how they are protected. A Mesh that a
+// function of this package returned without an error is valid: ports do not overlap, addresses are loopback, enums are
+// known. Entries are sorted by their keys, so equal meshes are deeply equal.
+type Mesh struct {
+	Ingress        []Ingress
+	Egress         []Egress
+	TLS            TLS
+	Envoy          Envoy
+	OtherProtocols OtherProtocols
+	AccessLog      AccessLog
+}
+
+// Ingress says what happens to connections from outside the pod to a range of its ports. Ports that no entry names are
+// ModeMTLS.
+type Ingress struct {
+	Name  string // informational, any text; never rendered
+	Ports Ports
+	Mode  Mode
+}
+
+// Ports is an inclusive range; First equals Last for a single port.
+type Ports struct {
+	First, Last uint16
+}
+
+func (p Ports) String() string {
+	first := strconv.Itoa(int(p.First))
+	if p.First == p.Last {
+		return first
+	}
+	return first + "-" + strconv.Itoa(int(p.Last))
+}
+
+// Contains reports whether port lies within p.
+func (p Ports) Contains(port uint16) bool { return p.First <= port && port <= p.Last }
+
+// Egress is a loopback address that the workload connects to, and the upstream that it stands for.
+type Egress struct {
+	Name     string // informational, any text; never rendered
+	Listen   netip.AddrPort
+	Upstream Upstream
+}
+
+// Upstream is where an egress entry's connections go: a host name or an IP address (without brackets), and a port.
+type Upstream struct {
+	Host string
+	Port uint16
+}
+
+// Addr returns the address of an upstream that is named by its IP address, and false for a host name.
+func (u Upstream) Addr() (netip.Addr, bool) {
+	addr, err := netip.ParseAddr(u.Host)
+	return addr, err == nil
+}
+
+func (u Upstream) String() string {
+	if addr, ok := u.Addr(); ok {
+		return netip.AddrPortFrom(addr, u.Port).String()
+	}
+	return u.Host + ":" + strconv.Itoa(int(u.Port))
+}
+
+// Mode says how connections to an ingress port are protected.
+type Mode string
+
+// The modes. ModeMTLS is the default of every port.
+const (
+	ModeMTLS        Mode = "mtls"        // TLS; a client certificate that the mesh CA signed is required
+	ModeTLS         Mode = "tls"         // TLS; no client certificate is asked for
+	ModePassthrough Mode = "passthrough" // not redirected at all
+)
+
+// TLS holds what both sides of the mesh speak.
+type TLS struct {
+	MinVersion TLSVersion
+}
+
+// TLSVersion is a version of the protocol, as "1.2".
+type TLSVersion string
+
+// The TLS versions that may be asked for as the least.
+const (
+	TLS12 TLSVersion = "1.2"
+	TLS13 TLSVersion = "1.3"
+)
+
+// Envoy holds the settings of the data plane that a user has a reason to change.
+type Envoy struct {
+	Concurrency        int           // worker threads; a smaller number would lose queued connections at a hot restart
+	DrainTime          time.Duration // whole seconds: the least that connections of an old epoch get
+	ParentShutdownTime time.Duration // whole seconds, more than DrainTime: the most they get
+	LogLevel           EnvoyLogLevel
+}
+
+// EnvoyLogLevel is a value of Envoy's --log-level.
+type EnvoyLogLevel string
+
+// OtherProtocols says what happens to inbound UDP, SCTP and so on, which cannot be wrapped in TLS here.
+type OtherProtocols string
+
+// What may happen to other protocols at ports that are not passthrough.
+const (
+	OtherProtocolsDrop   OtherProtocols = "drop"
+	OtherProtocolsAccept OtherProtocols = "accept"
+)
+
+// AccessLog says which connections Envoy writes a log line for.
+type AccessLog string
+
+// The choices of AccessLog.
+const (
+	AccessLogNone    AccessLog = "none"
+	AccessLogRefused AccessLog = "refused"
+	AccessLogAll     AccessLog = "all"
+)
+
+// Default returns the mesh of no configuration at all: every port demands mutual TLS, nothing goes out through the mesh.
+func Default() Mesh {
+	return Mesh{
+		TLS: TLS{MinVersion: TLS12},
+		Envoy: Envoy{
+			Concurrency:        2,
+			DrainTime:          10 * time.Second,
+			ParentShutdownTime: 10 * time.Minute,
+			LogLevel:           "warning",
+		},
+		OtherProtocols: OtherProtocolsDrop,
+		AccessLog:      AccessLogRefused,
+	}
+}
