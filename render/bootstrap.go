@@ -1,0 +1,185 @@
+package render
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	overloadv3 "github.com/envoyproxy/go-control-plane/envoy/config/overload/v3"
+	connectionsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/resource_monitors/downstream_connections/v3"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"mantlet/schema"
+)
+
+const (
+	// node names this Envoy to itself: files of SDS secrets need an id and a cluster to be set.
+	node = "mantlet"
+	// workload is the cluster of all that comes in: wherever the client dialled.
+	workload = "workload"
+	// bufferLimit bounds what Envoy holds for each side of a connection. Measured: 256 KiB cost neither throughput nor CPU
+	// and take a third of the memory of Envoy's default (1 MiB) when clients stall; 32 KiB cost 15-20 % CPU.
+	bufferLimit = 256 << 10
+	// maxConnections is as many as conntrack's table (262,144 entries) can hold at all: each takes an entry for the outer
+	// and one for the inner leg. Envoy's default of 1024 connections per cluster is far too low for a sidecar.
+	maxConnections = 131072
+	// connectTimeout is short so that a dead address costs a retry, not the connection: a SYN and its first two
+	// retransmissions (RFC 6298: after 1 s and 3 s) would take longer than a client waits for several addresses.
+	connectTimeout = 2 * time.Second
+)
+
+// AdminSocket returns the path of an epoch's admin socket.
+func AdminSocket(runtimeDirectory string, epoch int) string {
+	return filepath.Join(runtimeDirectory, fmt.Sprintf("admin-%d.sock", epoch))
+}
+
+// Admin returns the admin interface of an epoch: a unix socket that only this user may open, never TCP.
+func Admin(runtimeDirectory string, epoch int) *bootstrapv3.Admin {
+	pipe := &corev3.Pipe{Path: AdminSocket(runtimeDirectory, epoch), Mode: 0o600}
+	return &bootstrapv3.Admin{Address: &corev3.Address{Address: &corev3.Address_Pipe{Pipe: pipe}}}
+}
+
+func bootstrap(mesh schema.Mesh, place Place) (*bootstrapv3.Bootstrap, error) {
+	r := renderer{mesh: mesh, place: place}
+	b := &bootstrapv3.Bootstrap{
+		Node:  &corev3.Node{Id: node, Cluster: node},
+		Admin: Admin(place.RuntimeDirectory, 0),
+		StaticResources: &bootstrapv3.Bootstrap_StaticResources{
+			Listeners: []*listenerv3.Listener{r.ingress(mtls), r.ingress(tls)},
+			Clusters:  []*clusterv3.Cluster{originalDestination()},
+		},
+		OverloadManager: &overloadv3.OverloadManager{
+			ResourceMonitors: []*overloadv3.ResourceMonitor{{
+				Name: "envoy.resource_monitors.global_downstream_max_connections",
+				ConfigType: &overloadv3.ResourceMonitor_TypedConfig{
+					TypedConfig: r.pack(&connectionsv3.DownstreamConnectionsConfig{MaxActiveDownstreamConnections: maxConnections}),
+				},
+			}},
+		},
+	}
+	for _, e := range mesh.Egress {
+		b.StaticResources.Listeners = append(b.StaticResources.Listeners, r.egress(e))
+		b.StaticResources.Clusters = append(b.StaticResources.Clusters, r.upstream(e))
+	}
+	if r.err != nil {
+		return nil, r.err
+	}
+	if err := b.ValidateAll(); err != nil {
+		return nil, fmt.Errorf("validating the bootstrap: %w", err)
+	}
+	return b, nil
+}
+
+// renderer holds what all parts of one bootstrap share, and the first error of any of them.
+type renderer struct {
+	mesh  schema.Mesh
+	place Place
+	err   error
+}
+
+// pack wraps an extension's configuration.
+func (r *renderer) pack(m proto.Message) *anypb.Any {
+	packed, err := anypb.New(m)
+	r.err = errors.Join(r.err, err)
+	return packed
+}
+
+func (r *renderer) sds(file string) string {
+	return filepath.Join(r.place.RuntimeDirectory, file)
+}
+
+// originalDestination connects to the address and port that the client dialled.
+func originalDestination() *clusterv3.Cluster {
+	return &clusterv3.Cluster{
+		Name:                          workload,
+		ClusterDiscoveryType:          &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
+		LbPolicy:                      clusterv3.Cluster_CLUSTER_PROVIDED,
+		ConnectTimeout:                durationpb.New(connectTimeout),
+		PerConnectionBufferLimitBytes: wrapperspb.UInt32(bufferLimit),
+		CircuitBreakers:               circuitBreakers(),
+		UpstreamConnectionOptions:     &clusterv3.UpstreamConnectionOptions{TcpKeepalive: keepalive()},
+	}
+}
+
+func (r *renderer) upstream(e schema.Egress) *clusterv3.Cluster {
+	c := &clusterv3.Cluster{
+		Name:                          egressName(e),
+		ConnectTimeout:                durationpb.New(connectTimeout),
+		PerConnectionBufferLimitBytes: wrapperspb.UInt32(bufferLimit),
+		CircuitBreakers:               circuitBreakers(),
+		UpstreamConnectionOptions:     &clusterv3.UpstreamConnectionOptions{TcpKeepalive: keepalive()},
+		TransportSocket:               r.upstreamTLS(e),
+		LoadAssignment: &endpointv3.ClusterLoadAssignment{
+			ClusterName: egressName(e),
+			Endpoints: []*endpointv3.LocalityLbEndpoints{{LbEndpoints: []*endpointv3.LbEndpoint{{
+				HostIdentifier: &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{
+					Address: address(e.Upstream.Host, e.Upstream.Port),
+				}},
+			}}}},
+		},
+	}
+	if _, ok := e.Upstream.Addr(); ok {
+		c.ClusterDiscoveryType = &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC}
+		return c
+	}
+	c.ClusterDiscoveryType = &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STRICT_DNS}
+	c.DnsLookupFamily = clusterv3.Cluster_ALL
+	c.OutlierDetection = outlierDetection()
+	// A name that does not resolve must hold nothing else up. Whoever starts Envoy knows which names do, and may wait for
+	// those, see WaitFor.
+	c.WaitForWarmOnInit = wrapperspb.Bool(false)
+	return c
+}
+
+// WaitFor makes Envoy wait, before it takes over, until it has resolved the upstreams whose host is among hosts. They
+// should be known to resolve. It is no part of the desired state, nor of its digest.
+func WaitFor(b *bootstrapv3.Bootstrap, hosts map[string]bool) {
+	for _, c := range b.GetStaticResources().GetClusters() {
+		if c.GetType() != clusterv3.Cluster_STRICT_DNS {
+			continue
+		}
+		host := c.LoadAssignment.Endpoints[0].LbEndpoints[0].GetEndpoint().Address.GetSocketAddress().Address
+		c.WaitForWarmOnInit = wrapperspb.Bool(hosts[host])
+	}
+}
+
+// outlierDetection takes an address that could not be connected to out of the rotation, all but the last.
+func outlierDetection() *clusterv3.OutlierDetection {
+	return &clusterv3.OutlierDetection{
+		Consecutive_5Xx:    wrapperspb.UInt32(2), // failed connects count as such
+		BaseEjectionTime:   durationpb.New(10 * time.Second),
+		MaxEjectionPercent: wrapperspb.UInt32(90),
+	}
+}
+
+func circuitBreakers() *clusterv3.CircuitBreakers {
+	limit := wrapperspb.UInt32(maxConnections)
+	return &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
+		MaxConnections: limit, MaxPendingRequests: limit, MaxRequests: limit, MaxRetries: limit,
+	}}}
+}
+
+// keepalive finds dead peers of connections that may idle for ever: within two minutes, as three probes go unanswered.
+func keepalive() *corev3.TcpKeepalive {
+	return &corev3.TcpKeepalive{
+		KeepaliveTime:     wrapperspb.UInt32(60),
+		KeepaliveInterval: wrapperspb.UInt32(20),
+		KeepaliveProbes:   wrapperspb.UInt32(3),
+	}
+}
+
+func address(host string, port uint16) *corev3.Address {
+	return &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: &corev3.SocketAddress{
+		Address:       host,
+		PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: uint32(port)},
+	}}}
+}

@@ -1,0 +1,126 @@
+package render
+
+import (
+	"time"
+
+	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	streamv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/stream/v3"
+	originaldstv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_dst/v3"
+	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/structpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"mantlet/schema"
+)
+
+const (
+	// handshakeTimeout cuts a client that never finishes its TLS handshake: many round trips on any network, and less than
+	// the time in which such clients could pile up.
+	handshakeTimeout = 10 * time.Second
+	// earlyData is what Envoy holds of a client's data until the workload's connection is there.
+	earlyData = 16 << 10
+	// connectAttempts is how many addresses of an upstream a connection tries before it fails.
+	connectAttempts = 3
+)
+
+func ingressName(mode schema.Mode) string { return "ingress-" + string(mode) }
+
+// egressName is made of the listen address alone: the name that users give is any text.
+func egressName(e schema.Egress) string { return "egress-" + e.Listen.String() }
+
+// ingress is the listener that the kernel hands all connections of a mode to. Both always exist, so that a port can
+// change its mode without a new Envoy. They bind to loopback: nobody outside can reach them as such.
+func (r *renderer) ingress(w wrapped) *listenerv3.Listener {
+	name := ingressName(w.mode)
+	l := &listenerv3.Listener{
+		Name:                          name,
+		StatPrefix:                    name,
+		Address:                       address("127.0.0.1", w.listener),
+		Transparent:                   wrapperspb.Bool(true),
+		PerConnectionBufferLimitBytes: wrapperspb.UInt32(bufferLimit),
+		TcpKeepalive:                  keepalive(),
+		ListenerFilters: []*listenerv3.ListenerFilter{{
+			Name:       "envoy.filters.listener.original_dst",
+			ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: r.pack(&originaldstv3.OriginalDst{})},
+		}},
+		FilterChains: []*listenerv3.FilterChain{{
+			TransportSocket:               r.downstreamTLS(w.mode),
+			TransportSocketConnectTimeout: durationpb.New(handshakeTimeout),
+			Filters: []*listenerv3.Filter{r.proxy(&tcpproxyv3.TcpProxy{
+				StatPrefix:       name,
+				ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: workload},
+				// The default connects to the workload before any TLS: every silent client gave it a connection, and one
+				// connect to this very port started a storm of connections to itself.
+				UpstreamConnectMode: tcpproxyv3.UpstreamConnectMode_ON_DOWNSTREAM_TLS_HANDSHAKE,
+				MaxEarlyDataBytes:   wrapperspb.UInt32(earlyData),
+				AccessLog:           r.accessLog(),
+			})},
+		}},
+	}
+	if !r.place.NoIPv6 {
+		l.AdditionalAddresses = []*listenerv3.AdditionalAddress{{Address: address("::1", w.listener)}}
+	}
+	return l
+}
+
+func (r *renderer) egress(e schema.Egress) *listenerv3.Listener {
+	name := egressName(e)
+	return &listenerv3.Listener{
+		Name:                          name,
+		StatPrefix:                    name,
+		Address:                       address(e.Listen.Addr().String(), e.Listen.Port()),
+		PerConnectionBufferLimitBytes: wrapperspb.UInt32(bufferLimit),
+		TcpKeepalive:                  keepalive(),
+		FilterChains: []*listenerv3.FilterChain{{
+			Filters: []*listenerv3.Filter{r.proxy(&tcpproxyv3.TcpProxy{
+				StatPrefix:         name,
+				ClusterSpecifier:   &tcpproxyv3.TcpProxy_Cluster{Cluster: name},
+				MaxConnectAttempts: wrapperspb.UInt32(connectAttempts),
+				AccessLog:          r.accessLog(),
+			})},
+		}},
+	}
+}
+
+// proxy completes a TCP proxy: Envoy's default would cut connections that idle for an hour, as pools to databases do.
+func (r *renderer) proxy(p *tcpproxyv3.TcpProxy) *listenerv3.Filter {
+	p.IdleTimeout = durationpb.New(0)
+	return &listenerv3.Filter{
+		Name:       "envoy.filters.network.tcp_proxy",
+		ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: r.pack(p)},
+	}
+}
+
+// accessLog writes a line of JSON to Envoy's standard output.
+func (r *renderer) accessLog() []*accesslogv3.AccessLog {
+	if r.mesh.AccessLog == schema.AccessLogNone {
+		return nil
+	}
+	fields := map[string]*structpb.Value{}
+	for name, operator := range map[string]string{
+		"peer":        "%DOWNSTREAM_REMOTE_ADDRESS%",
+		"destination": "%DOWNSTREAM_LOCAL_ADDRESS%",
+		"san":         "%DOWNSTREAM_PEER_DNS_SAN%",
+		"refused":     "%DOWNSTREAM_TRANSPORT_FAILURE_REASON%",
+		"flags":       "%RESPONSE_FLAGS%",
+		"det":         "%RESPONSE_CODE_DETAILS%",
+		"ut":          "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
+		"bytesIn":     "%BYTES_RECEIVED%",
+		"bytesOut":    "%BYTES_SENT%",
+		"duration":    "%DURATION%",
+	} {
+		fields[name] = structpb.NewStringValue(operator)
+	}
+	log := &accesslogv3.AccessLog{
+		Name: "envoy.access_loggers.stdout",
+		ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: r.pack(&streamv3.StdoutAccessLog{
+			AccessLogFormat: &streamv3.StdoutAccessLog_LogFormat{LogFormat: &corev3.SubstitutionFormatString{
+				Format: &corev3.SubstitutionFormatString_JsonFormat{JsonFormat: &structpb.Struct{Fields: fields}},
+			}},
+		})},
+	}
+	return []*accesslogv3.AccessLog{log}
+}

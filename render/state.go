@@ -1,0 +1,64 @@
+// Package render turns a schema.Mesh into all that the sidecar needs of the kernel and of Envoy. It is pure: no I/O, no
+// clock, no environment; the same input gives the same bytes.
+package render
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+
+	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/types/known/structpb"
+
+	"mantlet/schema"
+)
+
+// State is a mesh, rendered.
+type State struct {
+	Ruleset   Ruleset
+	Bootstrap *bootstrapv3.Bootstrap
+	Digest    string // of the bootstrap; Envoy's /server_info shows it under node.metadata, see DigestKey
+}
+
+// DigestKey is the field of node.metadata that tells which desired state an Envoy runs.
+const DigestKey = "mantlet.digest"
+
+// Place is what rendering needs to know of where it is.
+type Place struct {
+	RuntimeDirectory string // holds the SDS files and the admin socket
+	NoIPv6           bool   // the kernel has IPv6 switched off: Envoy could not bind to ::1
+}
+
+// Render returns the desired state of a valid mesh.
+func Render(mesh schema.Mesh, place Place) (State, error) {
+	b, err := bootstrap(mesh, place)
+	if err != nil {
+		return State{}, err
+	}
+	text, err := JSON(b)
+	if err != nil {
+		return State{}, err
+	}
+	sum := sha256.Sum256(text)
+	digest := hex.EncodeToString(sum[:])
+	b.Node.Metadata = &structpb.Struct{Fields: map[string]*structpb.Value{DigestKey: structpb.NewStringValue(digest)}}
+	return State{Ruleset: ruleset(mesh), Bootstrap: b, Digest: digest}, nil
+}
+
+// JSON returns a bootstrap as Envoy reads it: indented, and the same bytes every time, which protojson alone does not
+// promise.
+func JSON(b *bootstrapv3.Bootstrap) ([]byte, error) {
+	text, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(b)
+	if err != nil {
+		return nil, fmt.Errorf("marshalling the bootstrap: %w", err)
+	}
+	var indented bytes.Buffer
+	if err := json.Indent(&indented, text, "", "  "); err != nil {
+		return nil, fmt.Errorf("indenting the bootstrap: %w", err)
+	}
+	indented.WriteByte('\n')
+	return indented.Bytes(), nil
+}

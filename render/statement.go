@@ -1,0 +1,250 @@
+package render
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+)
+
+// Statement is one part of a rule: a match or an action. The types of this file are all there are. Text returns it as
+// nft prints it.
+type Statement interface {
+	Text() string
+}
+
+// Op compares what a match loads with its value.
+type Op bool
+
+// The comparisons.
+const (
+	Equal    Op = false
+	NotEqual Op = true
+)
+
+func (o Op) infix() string {
+	if o == NotEqual {
+		return "!= "
+	}
+	return ""
+}
+
+// Loopback matches packets that come in through lo (Output false) or leave through it.
+type Loopback struct{ Output bool }
+
+// Text implements Statement.
+func (l Loopback) Text() string {
+	if l.Output {
+		return `oif "lo"`
+	}
+	return `iif "lo"`
+}
+
+// Destination matches the destination address of one IP family.
+type Destination struct{ Prefix netip.Prefix }
+
+// Text implements Statement.
+func (d Destination) Text() string {
+	switch {
+	case d.Prefix.Addr().Is4():
+		return "ip daddr " + d.Prefix.String()
+	case d.Prefix.IsSingleIP():
+		return "ip6 daddr " + d.Prefix.Addr().String()
+	default:
+		return "ip6 daddr " + d.Prefix.String()
+	}
+}
+
+// Forwarded matches packets for another host: the FIB calls their destination unicast, not local.
+type Forwarded struct{}
+
+// Text implements Statement.
+func (Forwarded) Text() string { return "fib daddr type unicast" }
+
+// Protocol matches the transport protocol: any of Numbers (IANA's, ascending), or none of them.
+type Protocol struct {
+	Op      Op
+	Numbers []uint8
+}
+
+// The transport protocols that rules speak of, by their IANA numbers.
+const (
+	ICMP   uint8 = 1
+	TCP    uint8 = 6
+	UDP    uint8 = 17
+	ICMPv6 uint8 = 58
+)
+
+var protocolNames = map[uint8]string{ICMP: "icmp", TCP: "tcp", UDP: "udp", ICMPv6: "ipv6-icmp"}
+
+// Text implements Statement.
+func (p Protocol) Text() string {
+	var names []string
+	for _, n := range p.Numbers {
+		names = append(names, protocolNames[n])
+	}
+	return "meta l4proto " + p.Op.infix() + oneOrSet(names)
+}
+
+func oneOrSet(values []string) string {
+	if len(values) == 1 {
+		return values[0]
+	}
+	return "{ " + strings.Join(values, ", ") + " }"
+}
+
+// Reply matches packets against (true) or along (false) the direction in which their connection was made.
+type Reply bool
+
+// Text implements Statement.
+func (r Reply) Text() string {
+	if r {
+		return "ct direction reply"
+	}
+	return "ct direction original"
+}
+
+// ConntrackState matches conntrack's view of the packet; the values are the kernel's bits (NF_CT_STATE_BIT).
+type ConntrackState uint32
+
+// The conntrack states that rules speak of.
+const (
+	StateInvalid ConntrackState = 1
+	StateNew     ConntrackState = 8
+)
+
+// Text implements Statement.
+func (s ConntrackState) Text() string {
+	if s == StateInvalid {
+		return "ct state invalid"
+	}
+	return "ct state new"
+}
+
+// Marked matches mantlet's bits of the connection mark: any of Marks (ascending), or none of them.
+type Marked struct {
+	Op    Op
+	Marks []Mark
+}
+
+// Text implements Statement.
+func (m Marked) Text() string {
+	var marks []string
+	for _, mark := range m.Marks {
+		marks = append(marks, fmt.Sprintf("0x%08x", uint32(mark)))
+	}
+	op := "=="
+	if m.Op == NotEqual {
+		op = "!="
+	}
+	return fmt.Sprintf("ct mark & 0x%08x %s %s", uint32(MarkMask), op, oneOrSet(marks))
+}
+
+// SetMark sets mantlet's bits of the connection mark and leaves the others alone.
+type SetMark struct{ Mark Mark }
+
+// Text implements Statement. nft prints the mask with the bits that are set anyway.
+func (s SetMark) Text() string {
+	return fmt.Sprintf("ct mark set ct mark & 0x%08x | 0x%08x", ^uint32(MarkMask)|uint32(s.Mark), uint32(s.Mark))
+}
+
+// TCPFlags matches TCP packets by the Value of the flags in Mask; it never matches other protocols.
+type TCPFlags struct {
+	Op          Op
+	Value, Mask uint8
+}
+
+// The flags of the TCP header (RFC 9293, section 3.1).
+const (
+	FIN uint8 = 1 << iota
+	SYN
+	RST
+	_
+	ACK
+)
+
+// Text implements Statement.
+func (f TCPFlags) Text() string {
+	if f.Value == f.Mask {
+		return fmt.Sprintf("tcp flags & %s == %s", flagNames(f.Mask, "|"), flagNames(f.Value, "|"))
+	}
+	return fmt.Sprintf("tcp flags %s%s / %s", f.Op.infix(), flagNames(f.Value, ","), flagNames(f.Mask, ","))
+}
+
+func flagNames(flags uint8, separator string) string {
+	var names []string
+	for i, name := range []string{"fin", "syn", "rst", "psh", "ack"} {
+		if flags&(1<<i) != 0 {
+			names = append(names, name)
+		}
+	}
+	return strings.Join(names, separator)
+}
+
+// TransparentSocket matches packets that belong to a socket with IP_TRANSPARENT which is bound to one address.
+type TransparentSocket struct{}
+
+// Text implements Statement.
+func (TransparentSocket) Text() string { return "socket transparent 1 socket wildcard 0" }
+
+// TProxy gives TCP packets of To's family to the socket that listens there, without a change to them. Where none
+// listens, it ends the rule, and the next one sees the packet.
+type TProxy struct{ To netip.AddrPort }
+
+// Text implements Statement.
+func (t TProxy) Text() string {
+	if t.To.Addr().Is4() {
+		return "meta nfproto ipv4 meta l4proto tcp tproxy ip to " + t.To.String()
+	}
+	return "meta nfproto ipv6 meta l4proto tcp tproxy ip6 to " + t.To.String()
+}
+
+// LookUp takes the verdict that a map has for the packet's TCP or UDP destination port or, where Source is set, for its
+// TCP source port. A port that the map lacks goes on to the next rule.
+type LookUp struct {
+	Source bool
+	Map    string
+}
+
+// Text implements Statement.
+func (l LookUp) Text() string {
+	if l.Source {
+		return "tcp sport vmap @" + l.Map
+	}
+	return "meta l4proto { tcp, udp } th dport vmap @" + l.Map
+}
+
+// Count counts the packets that come this far.
+type Count struct{}
+
+// Text implements Statement. The numbers are no part of the desired state.
+func (Count) Text() string { return "counter" }
+
+// Reset ends the TCP connection with a reset to the sender.
+type Reset struct{}
+
+// Text implements Statement.
+func (Reset) Text() string { return "reject with tcp reset" }
+
+// Verdict ends the evaluation of a packet, or goes on in a chain from which there is no return.
+type Verdict struct {
+	Kind VerdictKind
+	Goto string // a chain, for Goto
+}
+
+// VerdictKind is accept, drop or goto.
+type VerdictKind string
+
+// The verdicts.
+const (
+	Accept VerdictKind = "accept"
+	Drop   VerdictKind = "drop"
+	Goto   VerdictKind = "goto"
+)
+
+// Text implements Statement.
+func (v Verdict) Text() string {
+	if v.Kind == Goto {
+		return "goto " + v.Goto
+	}
+	return string(v.Kind)
+}
