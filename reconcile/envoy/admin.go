@@ -1,0 +1,111 @@
+package envoy
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+
+	"mantlet/render"
+)
+
+// Info is what a running Envoy says of itself.
+type Info struct {
+	State  string // LIVE, INITIALIZING, …
+	Epoch  int
+	Digest string // of the bootstrap that it runs
+}
+
+// admin asks the process behind one admin socket. Connections are not kept: an idle one could stay with an old epoch.
+type admin struct {
+	client *http.Client
+}
+
+func newAdmin(socket string) admin {
+	return admin{&http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		},
+	}}}
+}
+
+// maxAnswer bounds what is read of an answer: statistics of some thousand listeners take about a MiB.
+const maxAnswer = 64 << 20
+
+func (a admin) get(ctx context.Context, path string, into any) error {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://envoy"+path, nil)
+	if err != nil {
+		return err
+	}
+	response, err := a.client.Do(request)
+	if err != nil {
+		return fmt.Errorf("asking Envoy for %s: %w", path, err)
+	}
+	defer func() { _ = response.Body.Close() }()
+	if response.StatusCode != http.StatusOK {
+		return fmt.Errorf("asking Envoy for %s: %s", path, response.Status)
+	}
+	if err := json.NewDecoder(io.LimitReader(response.Body, maxAnswer)).Decode(into); err != nil {
+		return fmt.Errorf("reading Envoy's answer to %s: %w", path, err)
+	}
+	return nil
+}
+
+// info asks /server_info (envoy.admin.v3.ServerInfo).
+func (a admin) info(ctx context.Context) (Info, error) {
+	var answer struct {
+		State   string `json:"state"`
+		Options struct {
+			Epoch int `json:"restart_epoch"`
+		} `json:"command_line_options"`
+		Node struct {
+			Metadata map[string]any `json:"metadata"`
+		} `json:"node"`
+	}
+	if err := a.get(ctx, "/server_info", &answer); err != nil {
+		return Info{}, err
+	}
+	digest, _ := answer.Node.Metadata[render.DigestKey].(string)
+	return Info{State: answer.State, Epoch: answer.Options.Epoch, Digest: digest}, nil
+}
+
+// listeners returns the names of the listeners that Envoy has.
+func (a admin) listeners(ctx context.Context) (map[string]bool, error) {
+	var answer struct {
+		Statuses []struct {
+			Name string `json:"name"`
+		} `json:"listener_statuses"`
+	}
+	if err := a.get(ctx, "/listeners?format=json", &answer); err != nil {
+		return nil, err
+	}
+	names := map[string]bool{}
+	for _, s := range answer.Statuses {
+		names[s.Name] = true
+	}
+	return names, nil
+}
+
+// connections returns how many connections are open at the listeners.
+func (a admin) connections(ctx context.Context) (int, error) {
+	var answer struct {
+		Stats []struct {
+			Name  string `json:"name"`
+			Value int    `json:"value"`
+		} `json:"stats"`
+	}
+	if err := a.get(ctx, `/stats?format=json&filter=%5Elistener%5C..*%5C.downstream_cx_active$`, &answer); err != nil {
+		return 0, err
+	}
+	sum := 0
+	for _, s := range answer.Stats {
+		if !strings.HasPrefix(s.Name, "listener.admin.") && !strings.Contains(s.Name, ".worker_") {
+			sum += s.Value
+		}
+	}
+	return sum, nil
+}

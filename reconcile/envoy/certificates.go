@@ -1,0 +1,190 @@
+package envoy
+
+import (
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rsa"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	"github.com/google/renameio/v2"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"mantlet/render"
+)
+
+// The files of the TLS directory.
+const (
+	chainFile  = "certChain.pem" // the leaf, then intermediates
+	keyFile    = "key.pem"
+	meshCAFile = "mesh-ca.pem"
+)
+
+// Certificates is one matched generation of the TLS directory: what LoadCertificates returned without an error, and so
+// what peers will accept until Expires.
+type Certificates struct {
+	chain, key, meshCA []byte
+	leaf               *x509.Certificate
+	expires            time.Time
+}
+
+// Equal reports whether both hold the same bytes.
+func (c *Certificates) Equal(other *Certificates) bool {
+	return c != nil && other != nil &&
+		string(c.chain) == string(other.chain) && string(c.key) == string(other.key) && string(c.meshCA) == string(other.meshCA)
+}
+
+// Leaf returns the workload's own certificate.
+func (c *Certificates) Leaf() *x509.Certificate { return c.leaf }
+
+// Expires returns when the first certificate of the chain does.
+func (c *Certificates) Expires() time.Time { return c.expires }
+
+// LoadCertificates reads a generation and checks what Envoy would not: that all three files are there, the key is the
+// leaf's, the chain verifies up to the mesh CA, and nothing is expired or not valid yet at now. The error names the file.
+func LoadCertificates(directory string, now time.Time) (*Certificates, error) {
+	var errs []error
+	read := func(name string) []byte {
+		data, err := os.ReadFile(filepath.Join(directory, name))
+		if err != nil {
+			errs = append(errs, err)
+		}
+		return data
+	}
+	c := &Certificates{chain: read(chainFile), key: read(keyFile), meshCA: read(meshCAFile)}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	in := func(name string, err error) error { return fmt.Errorf("%s: %w", filepath.Join(directory, name), err) }
+	chain, err := parse(c.chain)
+	if err != nil {
+		return nil, in(chainFile, err)
+	}
+	anchors, err := parse(c.meshCA)
+	if err != nil {
+		return nil, in(meshCAFile, err)
+	}
+	// X509KeyPair's errors speak of the key; a certificate that it can't read was found above.
+	pair, err := tls.X509KeyPair(c.chain, c.key)
+	if err != nil {
+		return nil, in(keyFile, err)
+	}
+	if err := usable(pair.PrivateKey); err != nil {
+		return nil, in(keyFile, err)
+	}
+	if err := c.verify(chain, anchors, now); err != nil {
+		return nil, in(chainFile, err)
+	}
+	return c, nil
+}
+
+// usable refuses keys that Envoy can't use.
+func usable(key any) error {
+	switch key.(type) {
+	case *ecdsa.PrivateKey, *rsa.PrivateKey:
+		return nil
+	case ed25519.PrivateKey:
+		return errors.New("Envoy does not support Ed25519 keys; use ECDSA")
+	default:
+		return fmt.Errorf("keys of type %T are not supported; use ECDSA", key)
+	}
+}
+
+func (c *Certificates) verify(chain, anchors []*x509.Certificate, now time.Time) error {
+	c.leaf, c.expires = chain[0], chain[0].NotAfter
+	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
+	for _, cert := range anchors {
+		roots.AddCert(cert)
+	}
+	for i, cert := range chain {
+		if now.After(cert.NotAfter) {
+			return fmt.Errorf("certificate %d (%s) expired at %s", i+1, cert.Subject, cert.NotAfter.Format(time.RFC3339))
+		}
+		if now.Before(cert.NotBefore) {
+			return fmt.Errorf("certificate %d (%s) is not valid before %s: is the clock right?", i+1, cert.Subject, cert.NotBefore.Format(time.RFC3339))
+		}
+		if cert.NotAfter.Before(c.expires) {
+			c.expires = cert.NotAfter
+		}
+		if i > 0 {
+			intermediates.AddCert(cert)
+		}
+	}
+	_, err := chain[0].Verify(x509.VerifyOptions{
+		Roots: roots, Intermediates: intermediates, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
+	})
+	if err != nil {
+		return fmt.Errorf("the leaf (%s) does not verify up to %s: %w", chain[0].Subject, meshCAFile, err)
+	}
+	return nil
+}
+
+// parse returns the certificates of a PEM text, at least one.
+func parse(text []byte) ([]*x509.Certificate, error) {
+	var certs []*x509.Certificate
+	for block, rest := pem.Decode(text); block != nil; block, rest = pem.Decode(rest) {
+		if block.Type != "CERTIFICATE" {
+			return nil, fmt.Errorf("holds a PEM block %q; only CERTIFICATE belongs here", block.Type)
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("certificate %d: %w", len(certs)+1, err)
+		}
+		certs = append(certs, cert)
+	}
+	if len(certs) == 0 {
+		return nil, errors.New("holds no certificate in PEM")
+	}
+	return certs, nil
+}
+
+// Publish gives a generation to Envoy as SDS files in the runtime directory, each replaced by a rename, which is the only
+// event that Envoy reads them anew at. The key and its chain are one resource, so they never mix with another generation's.
+// It is idempotent.
+func Publish(c *Certificates, runtimeDirectory string) error {
+	inline := func(data []byte) *corev3.DataSource {
+		return &corev3.DataSource{Specifier: &corev3.DataSource_InlineString{InlineString: string(data)}}
+	}
+	secrets := []*tlsv3.Secret{
+		{Name: render.MeshCASecret, Type: &tlsv3.Secret_ValidationContext{
+			ValidationContext: &tlsv3.CertificateValidationContext{TrustedCa: inline(c.meshCA)},
+		}},
+		{Name: render.IdentitySecret, Type: &tlsv3.Secret_TlsCertificate{
+			TlsCertificate: &tlsv3.TlsCertificate{CertificateChain: inline(c.chain), PrivateKey: inline(c.key)},
+		}},
+	}
+	for _, s := range secrets {
+		text, err := discoveryResponse(s)
+		if err != nil {
+			return fmt.Errorf("marshalling secret %s: %w", s.Name, err)
+		}
+		path := filepath.Join(runtimeDirectory, render.SecretFile(s.Name))
+		if err := renameio.WriteFile(path, text, 0o600); err != nil {
+			return fmt.Errorf("publishing secret %s: %w", s.Name, err)
+		}
+	}
+	return nil
+}
+
+// discoveryResponse is envoy.service.discovery.v3.DiscoveryResponse with one resource. Its Go type would bring in gRPC.
+func discoveryResponse(s *tlsv3.Secret) ([]byte, error) {
+	resource, err := anypb.New(s)
+	if err != nil {
+		return nil, err
+	}
+	text, err := protojson.Marshal(resource)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(map[string][]json.RawMessage{"resources": {text}})
+}

@@ -1,0 +1,230 @@
+package nft
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"mantlet/render"
+)
+
+// loopbackIndex is lo's interface index in every network namespace (LOOPBACK_IFINDEX, include/linux/net_namespace.h).
+const loopbackIndex = 1
+
+// The registers that rules work in. Those of 16 bytes are numbered 1 to 4; register 0 is the verdict's.
+const (
+	reg1 = unix.NFT_REG_1
+	reg2 = unix.NFT_REG_2
+)
+
+// batch translates a ruleset's parts and adds them to one transaction.
+type batch struct {
+	conn  *nftables.Conn
+	table *nftables.Table
+	maps  map[string]*nftables.Set
+}
+
+// expressions translates a rule to what nft sends for the same text. Anonymous sets that it needs join the transaction.
+func (b *batch) expressions(rule render.Rule) ([]expr.Any, error) {
+	var all []expr.Any
+	for _, s := range rule {
+		e, err := b.statement(s)
+		if err != nil {
+			return nil, fmt.Errorf("compiling rule %q: %w", rule.Text(), err)
+		}
+		all = append(all, e...)
+	}
+	return all, nil
+}
+
+func (b *batch) statement(s render.Statement) ([]expr.Any, error) {
+	switch s := s.(type) {
+	case render.Loopback:
+		key := expr.MetaKeyIIF
+		if s.Output {
+			key = expr.MetaKeyOIF
+		}
+		return []expr.Any{&expr.Meta{Key: key, Register: reg1}, compare(render.Equal, native(loopbackIndex))}, nil
+	case render.Destination:
+		return destination(s.Prefix), nil
+	case render.Forwarded:
+		return []expr.Any{
+			&expr.Fib{Register: reg1, FlagDADDR: true, ResultADDRTYPE: true},
+			compare(render.Equal, native(unix.RTN_UNICAST)),
+		}, nil
+	case render.Protocol:
+		return b.protocol(s.Op, s.Numbers...)
+	case render.Reply:
+		direction := byte(0)
+		if s {
+			direction = 1
+		}
+		return []expr.Any{&expr.Ct{Key: expr.CtKeyDIRECTION, Register: reg1}, compare(render.Equal, []byte{direction})}, nil
+	case render.ConntrackState:
+		return []expr.Any{
+			&expr.Ct{Key: expr.CtKeySTATE, Register: reg1},
+			mask(native(uint32(s)), native(0)),
+			compare(render.NotEqual, native(0)),
+		}, nil
+	case render.Marked:
+		return b.marked(s)
+	case render.SetMark:
+		return []expr.Any{
+			&expr.Ct{Key: expr.CtKeyMARK, Register: reg1},
+			mask(native(^uint32(render.MarkMask)), native(uint32(s.Mark))),
+			&expr.Ct{Key: expr.CtKeyMARK, Register: reg1, SourceRegister: true},
+		}, nil
+	case render.TCPFlags:
+		return append(onlyTCP(),
+			&expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
+			&expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 1, Mask: []byte{s.Mask}, Xor: []byte{0}},
+			compare(s.Op, []byte{s.Value}),
+		), nil
+	case render.TransparentSocket:
+		return []expr.Any{
+			&expr.Socket{Key: expr.SocketKeyTransparent, Register: reg1}, compare(render.Equal, []byte{1}),
+			&expr.Socket{Key: expr.SocketKeyWildcard, Register: reg1}, compare(render.Equal, []byte{0}),
+		}, nil
+	case render.TProxy:
+		return tproxy(s.To), nil
+	case render.LookUp:
+		return b.lookUp(s)
+	case render.Count:
+		return []expr.Any{&expr.Counter{}}, nil
+	case render.Reset:
+		return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}, nil
+	case render.Verdict:
+		return []expr.Any{verdict(s)}, nil
+	default:
+		return nil, fmt.Errorf("statement %T is not known", s)
+	}
+}
+
+func native(v uint32) []byte { return binaryutil.NativeEndian.PutUint32(v) }
+
+func compare(op render.Op, data []byte) expr.Any {
+	e := &expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: data}
+	if op == render.NotEqual {
+		e.Op = expr.CmpOpNeq
+	}
+	return e
+}
+
+// mask computes reg1 = reg1 & and ^ xor.
+func mask(and, xor []byte) expr.Any {
+	return &expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 4, Mask: and, Xor: xor}
+}
+
+func onlyFamily(family byte) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg1}, compare(render.Equal, []byte{family})}
+}
+
+func onlyTCP() []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg1}, compare(render.Equal, []byte{render.TCP})}
+}
+
+// destination loads as many whole bytes of the address as the prefix has: rules use no others.
+func destination(prefix netip.Prefix) []expr.Any {
+	family, offset := byte(unix.NFPROTO_IPV4), uint32(16) // RFC 791: destination address
+	if prefix.Addr().Is6() {
+		family, offset = unix.NFPROTO_IPV6, 24 // RFC 8200
+	}
+	data := prefix.Addr().AsSlice()[:prefix.Bits()/8]
+	return append(onlyFamily(family),
+		&expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: uint32(len(data))},
+		compare(render.Equal, data),
+	)
+}
+
+func (b *batch) protocol(op render.Op, numbers ...uint8) ([]expr.Any, error) {
+	load := &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg1}
+	var values [][]byte
+	for _, n := range numbers {
+		values = append(values, []byte{n})
+	}
+	match, err := b.anyOf(nftables.TypeInetProto, op, values)
+	return []expr.Any{load, match}, err
+}
+
+func (b *batch) marked(m render.Marked) ([]expr.Any, error) {
+	var values [][]byte
+	for _, mark := range m.Marks {
+		values = append(values, native(uint32(mark)))
+	}
+	match, err := b.anyOf(nftables.TypeMark, m.Op, values)
+	return []expr.Any{
+		&expr.Ct{Key: expr.CtKeyMARK, Register: reg1},
+		mask(native(uint32(render.MarkMask)), native(0)),
+		match,
+	}, err
+}
+
+// anyOf compares reg1 with one value, or looks it up in an anonymous set of several.
+func (b *batch) anyOf(key nftables.SetDatatype, op render.Op, values [][]byte) (expr.Any, error) {
+	if len(values) == 1 {
+		return compare(op, values[0]), nil
+	}
+	set := &nftables.Set{
+		Table: b.table, Anonymous: true, Constant: true, KeyType: key,
+		KeyByteOrder: binaryutil.NativeEndian, Size: uint32(len(values)),
+	}
+	var elements []nftables.SetElement
+	for _, v := range values {
+		elements = append(elements, nftables.SetElement{Key: v})
+	}
+	if err := b.conn.AddSet(set, elements); err != nil {
+		return nil, fmt.Errorf("adding an anonymous set: %w", err)
+	}
+	return &expr.Lookup{SourceRegister: reg1, SetID: set.ID, SetName: set.Name, Invert: op == render.NotEqual}, nil
+}
+
+// tproxy limits the rule to the listener's family and to TCP: the kernel refuses the expression otherwise.
+func tproxy(to netip.AddrPort) []expr.Any {
+	family := byte(unix.NFPROTO_IPV4)
+	if to.Addr().Is6() {
+		family = unix.NFPROTO_IPV6
+	}
+	all := append(onlyFamily(family), onlyTCP()...)
+	return append(all,
+		&expr.Immediate{Register: reg1, Data: to.Addr().AsSlice()},
+		&expr.Immediate{Register: reg2, Data: binary.BigEndian.AppendUint16(nil, to.Port())},
+		&expr.TProxy{Family: family, TableFamily: byte(nftables.TableFamilyINet), RegAddr: reg1, RegPort: reg2},
+	)
+}
+
+func (b *batch) lookUp(l render.LookUp) ([]expr.Any, error) {
+	set, ok := b.maps[l.Map]
+	if !ok {
+		return nil, fmt.Errorf("there is no map %q", l.Map)
+	}
+	all, offset := onlyTCP(), uint32(0) // RFC 9293: source port
+	if !l.Source {
+		var err error
+		if all, err = b.protocol(render.Equal, render.TCP, render.UDP); err != nil {
+			return nil, err
+		}
+		offset = 2 // RFC 9293, RFC 768: destination port
+	}
+	return append(all,
+		&expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2},
+		&expr.Lookup{SourceRegister: reg1, DestRegister: 0, IsDestRegSet: true, SetName: set.Name, SetID: set.ID},
+	), nil
+}
+
+func verdict(v render.Verdict) *expr.Verdict {
+	switch v.Kind {
+	case render.Goto:
+		return &expr.Verdict{Kind: expr.VerdictGoto, Chain: v.Goto}
+	case render.Accept:
+		return &expr.Verdict{Kind: expr.VerdictAccept}
+	case render.Drop:
+		return &expr.Verdict{Kind: expr.VerdictDrop}
+	default:
+		panic("nft: verdict " + string(v.Kind) + " is not known")
+	}
+}

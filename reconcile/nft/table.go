@@ -1,0 +1,269 @@
+// Package nft keeps the kernel's table inet mantlet. It touches nothing else in the kernel, and every change is one
+// transaction: packets meet the rules from before it or those from after it.
+package nft
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"mantlet/render"
+)
+
+// ErrOwned says that another process owns the table: another mantlet runs in this network namespace.
+var ErrOwned = errors.New("another mantlet owns this network namespace")
+
+// Table is a connection to the kernel's table inet mantlet. It is not safe for concurrent use.
+type Table struct {
+	conn  *nftables.Conn
+	raw   *netlink.Conn // conn's own socket, for messages that the library cannot send
+	table *nftables.Table
+	owned bool
+}
+
+// bufferSize holds a transaction's messages, and the kernel's acknowledgement of each. Some 70 messages of rules and the
+// maps' elements, at most 65,536 of 40 bytes in each of two maps, are under 8 MiB; acknowledgements repeat no payload.
+const bufferSize = 16 << 20
+
+// Open connects to the network namespace of the calling thread. It changes nothing.
+func Open() (*Table, error) {
+	t := &Table{table: &nftables.Table{Name: render.Table, Family: nftables.TableFamilyINet}}
+	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
+		t.raw = c
+		return buffers(c)
+	}))
+	if err != nil {
+		return nil, fmt.Errorf("connecting to nftables: %w", explain(err))
+	}
+	t.conn = conn
+	return t, nil
+}
+
+// buffers enlarges the socket's buffers: as far as net.core allows where the capability to go beyond is lacking, as in
+// a user namespace.
+func buffers(c *netlink.Conn) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return raw.Control(func(fd uintptr) {
+		for force, option := range map[int]int{
+			unix.SO_SNDBUFFORCE: unix.SO_SNDBUF,
+			unix.SO_RCVBUFFORCE: unix.SO_RCVBUF,
+		} {
+			if unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, force, bufferSize) != nil {
+				_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, option, bufferSize) // the default has to do
+			}
+		}
+	})
+}
+
+// Close ends the connection. The rules stay; a table that was owned waits for its next owner.
+func (t *Table) Close() error { return t.conn.CloseLasting() }
+
+// Flags of a table (include/uapi/linux/netfilter/nf_tables.h), since Linux 5.12 and 6.9.
+const (
+	tableOwner   = 0x2
+	tablePersist = 0x4
+)
+
+// Own makes the table this process's, creating it where it is not there and adopting it where a mantlet before this one
+// left it. From then on other processes' changes to it, `nft flush ruleset` too, get EPERM or pass it by, until Close. It
+// reports false where the kernel can't do that, or where the table that is there was made without it. The error is
+// ErrOwned where another process owns it. Own leaves what is in the table as it is.
+func (t *Table) Own() (bool, error) {
+	data, err := netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_TABLE_NAME, Data: []byte(render.Table + "\x00")},
+		{Type: unix.NFTA_TABLE_FLAGS, Data: binary.BigEndian.AppendUint32(nil, tableOwner|tablePersist)},
+	})
+	if err != nil {
+		return false, fmt.Errorf("marshalling the table's flags: %w", err)
+	}
+	const newTable = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWTABLE
+	messages := []netlink.Message{
+		message(unix.NFNL_MSG_BATCH_BEGIN, netlink.Request, unix.NFPROTO_UNSPEC, unix.NFNL_SUBSYS_NFTABLES, nil),
+		message(newTable, netlink.Request|netlink.Acknowledge|netlink.Create, unix.NFPROTO_INET, 0, data),
+		message(unix.NFNL_MSG_BATCH_END, netlink.Request, unix.NFPROTO_UNSPEC, unix.NFNL_SUBSYS_NFTABLES, nil),
+	}
+	if _, err := t.raw.SendMessages(messages); err != nil {
+		return false, fmt.Errorf("claiming the table inet %s: %w", render.Table, err)
+	}
+	_, err = t.raw.Receive()
+	switch {
+	case err == nil:
+		t.owned = true
+		return true, nil
+	case errors.Is(err, unix.EPERM) && t.privileged():
+		return false, ErrOwned
+	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL):
+		return false, nil
+	default:
+		return false, fmt.Errorf("claiming the table inet %s: %w", render.Table, explain(err))
+	}
+}
+
+// message is one of netfilter's netlink: its header carries family, version 0 and a resource in network byte order.
+func message(kind uint16, flags netlink.HeaderFlags, family byte, resource uint16, data []byte) netlink.Message {
+	header := binary.BigEndian.AppendUint16([]byte{family, unix.NFNETLINK_V0}, resource)
+	return netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(kind), Flags: flags}, Data: append(header, data...)}
+}
+
+// privileged reports whether the kernel lets this process speak to nftables at all.
+func (t *Table) privileged() bool {
+	_, err := t.conn.ListTablesOfFamily(nftables.TableFamilyINet)
+	return err == nil
+}
+
+// DenyAll puts the rules in place that stand before anything is known. Where the kernel lacks conntrack not even answers
+// to the pod's own connections come in. It is idempotent.
+func (t *Table) DenyAll() error {
+	err := t.Replace(render.DenyAll(true))
+	if err == nil || errors.Is(err, unix.EPERM) {
+		return err
+	}
+	if bare := t.Replace(render.DenyAll(false)); bare != nil {
+		return errors.Join(err, bare)
+	}
+	return nil
+}
+
+// Replace makes the table hold r and nothing else, in one transaction. Where it fails, the rules are as they were.
+func (t *Table) Replace(r render.Ruleset) error {
+	if err := t.replace(r); err != nil {
+		return fmt.Errorf("replacing the table inet %s: %w", render.Table, explain(err))
+	}
+	return nil
+}
+
+func (t *Table) replace(r render.Ruleset) error {
+	if err := t.clear(); err != nil {
+		return err
+	}
+	b := &batch{conn: t.conn, table: t.table, maps: map[string]*nftables.Set{}}
+	// A goto needs its chain, and a map's element too: chains come first, maps then, rules last.
+	for _, c := range r.Chains {
+		t.conn.AddChain(b.chain(c))
+	}
+	for _, m := range r.Maps {
+		if err := b.addMap(m); err != nil {
+			return err
+		}
+	}
+	for _, c := range r.Chains {
+		for _, rule := range c.Rules {
+			exprs, err := b.expressions(rule)
+			if err != nil {
+				return err
+			}
+			t.conn.AddRule(&nftables.Rule{Table: t.table, Chain: &nftables.Chain{Name: c.Name, Table: t.table}, Exprs: exprs})
+		}
+	}
+	return t.conn.Flush()
+}
+
+// clear adds to the transaction what takes everything out of the table. An owned table can't be deleted and made anew:
+// the library knows no owner.
+func (t *Table) clear() error {
+	if !t.owned {
+		t.conn.AddTable(t.table)
+		t.conn.DelTable(t.table)
+		t.conn.AddTable(t.table)
+		return nil
+	}
+	chains, err := t.conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return fmt.Errorf("listing chains: %w", err)
+	}
+	sets, err := t.conn.GetSets(t.table)
+	if err != nil {
+		return fmt.Errorf("listing maps: %w", err)
+	}
+	t.conn.FlushTable(t.table)
+	for _, s := range sets {
+		if !s.Anonymous {
+			t.conn.DelSet(s)
+		}
+	}
+	for _, c := range chains {
+		if c.Table.Name == render.Table {
+			t.conn.DelChain(c)
+		}
+	}
+	return nil
+}
+
+func (b *batch) chain(c render.Chain) *nftables.Chain {
+	chain := &nftables.Chain{Name: c.Name, Table: b.table}
+	if c.Hook.Name == "" {
+		return chain
+	}
+	chain.Type = nftables.ChainTypeFilter
+	chain.Priority = nftables.ChainPriorityMangle
+	chain.Hooknum = nftables.ChainHookPrerouting
+	if c.Hook.Name == "output" {
+		chain.Hooknum = nftables.ChainHookOutput
+	}
+	policy := nftables.ChainPolicyDrop
+	if c.Hook.Policy == render.Accept {
+		policy = nftables.ChainPolicyAccept
+	}
+	chain.Policy = &policy
+	return chain
+}
+
+// maxElements bounds one message: the attribute that holds a message's elements has a length of 16 bits, and the library
+// cuts what does not fit in silence. An element with its end takes under 60 bytes.
+const maxElements = 500
+
+func (b *batch) addMap(m render.Map) error {
+	set := &nftables.Set{
+		Table: b.table, Name: m.Name, IsMap: true, Interval: true,
+		KeyType: nftables.TypeInetService, DataType: nftables.TypeVerdict, KeyByteOrder: binaryutil.BigEndian,
+	}
+	b.maps[m.Name] = set
+	if err := b.conn.AddSet(set, nil); err != nil {
+		return fmt.Errorf("adding map %s: %w", m.Name, err)
+	}
+	for rest := m.Elements; len(rest) > 0; {
+		n := min(len(rest), maxElements)
+		var elements []nftables.SetElement
+		for _, e := range rest[:n] {
+			elements = append(elements, interval(e)...)
+		}
+		if err := b.conn.SetAddElements(set, elements); err != nil {
+			return fmt.Errorf("adding elements to map %s: %w", m.Name, err)
+		}
+		rest = rest[n:]
+	}
+	return nil
+}
+
+// interval gives the start of a range and the first port after it. A range up to the last port has no end.
+func interval(e render.Element) []nftables.SetElement {
+	start := nftables.SetElement{Key: port(e.Ports.First), VerdictData: verdict(render.Verdict{Kind: render.Goto, Goto: e.Goto})}
+	if e.Ports.Last == maxPort {
+		return []nftables.SetElement{start}
+	}
+	return []nftables.SetElement{start, {Key: port(e.Ports.Last + 1), IntervalEnd: true}}
+}
+
+const maxPort = 65535
+
+func port(p uint16) []byte { return binary.BigEndian.AppendUint16(nil, p) }
+
+// explain adds what to do to errors of the kernel that its users meet.
+func explain(err error) error {
+	switch {
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		return fmt.Errorf("%w: the capability CAP_NET_ADMIN is missing in the network namespace's user namespace", err)
+	case errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.EAFNOSUPPORT):
+		return fmt.Errorf("%w: the kernel has no nftables (CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET)", err)
+	default:
+		return err
+	}
+}
