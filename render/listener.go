@@ -6,6 +6,7 @@ import (
 	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	celv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/filters/cel/v3"
 	streamv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/stream/v3"
 	originaldstv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_dst/v3"
 	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
@@ -47,6 +48,7 @@ func (r *renderer) ingress(w wrapped) *listenerv3.Listener {
 			ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: r.pack(&originaldstv3.OriginalDst{})},
 		}},
 		FilterChains: []*listenerv3.FilterChain{{
+			Name:                          name,
 			TransportSocket:               r.downstreamTLS(w.mode),
 			TransportSocketConnectTimeout: durationpb.New(handshakeTimeout),
 			Filters: []*listenerv3.Filter{r.proxy(&tcpproxyv3.TcpProxy{
@@ -75,6 +77,7 @@ func (r *renderer) egress(e schema.Egress) *listenerv3.Listener {
 		PerConnectionBufferLimitBytes: wrapperspb.UInt32(bufferLimit),
 		TcpKeepalive:                  keepalive(),
 		FilterChains: []*listenerv3.FilterChain{{
+			Name: name,
 			Filters: []*listenerv3.Filter{r.proxy(&tcpproxyv3.TcpProxy{
 				StatPrefix:         name,
 				ClusterSpecifier:   &tcpproxyv3.TcpProxy_Cluster{Cluster: name},
@@ -94,33 +97,49 @@ func (r *renderer) proxy(p *tcpproxyv3.TcpProxy) *listenerv3.Filter {
 	}
 }
 
-// accessLog writes a line of JSON to Envoy's standard output.
+// refused is a CEL expression that is true of connections whose TLS handshake failed.
+const refused = `connection.transport_failure_reason != ""`
+
+// accessLog writes lines of JSON to Envoy's standard output. Whoever starts Envoy reads them.
 func (r *renderer) accessLog() []*accesslogv3.AccessLog {
 	if r.mesh.AccessLog == schema.AccessLogNone {
 		return nil
 	}
-	fields := map[string]*structpb.Value{}
+	fields := &structpb.Struct{Fields: map[string]*structpb.Value{}}
 	for name, operator := range map[string]string{
-		"peer":        "%DOWNSTREAM_REMOTE_ADDRESS%",
-		"destination": "%DOWNSTREAM_LOCAL_ADDRESS%",
-		"san":         "%DOWNSTREAM_PEER_DNS_SAN%",
-		"refused":     "%DOWNSTREAM_TRANSPORT_FAILURE_REASON%",
-		"flags":       "%RESPONSE_FLAGS%",
-		"det":         "%RESPONSE_CODE_DETAILS%",
-		"ut":          "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
-		"bytesIn":     "%BYTES_RECEIVED%",
-		"bytesOut":    "%BYTES_SENT%",
-		"duration":    "%DURATION%",
+		"listener":      "%FILTER_CHAIN_NAME%",
+		"peer":          "%DOWNSTREAM_REMOTE_ADDRESS%",
+		"destination":   "%DOWNSTREAM_LOCAL_ADDRESS%",
+		"peer_dns_sans": "%DOWNSTREAM_PEER_DNS_SAN%",
+		"peer_uri_sans": "%DOWNSTREAM_PEER_URI_SAN%",
+		"tls_version":   "%DOWNSTREAM_TLS_VERSION%",
+		"refused":       "%DOWNSTREAM_TRANSPORT_FAILURE_REASON%",
+		"upstream":      "%UPSTREAM_HOST%",
+		"failed":        "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
+		"flags":         "%RESPONSE_FLAGS%",
+		"bytes_in":      "%BYTES_RECEIVED%",
+		"bytes_out":     "%BYTES_SENT%",
+		"duration_ms":   "%DURATION%",
 	} {
-		fields[name] = structpb.NewStringValue(operator)
+		fields.Fields[name] = structpb.NewStringValue(operator)
 	}
 	log := &accesslogv3.AccessLog{
 		Name: "envoy.access_loggers.stdout",
 		ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: r.pack(&streamv3.StdoutAccessLog{
 			AccessLogFormat: &streamv3.StdoutAccessLog_LogFormat{LogFormat: &corev3.SubstitutionFormatString{
-				Format: &corev3.SubstitutionFormatString_JsonFormat{JsonFormat: &structpb.Struct{Fields: fields}},
+				Format: &corev3.SubstitutionFormatString_JsonFormat{JsonFormat: fields},
 			}},
 		})},
+	}
+	if r.mesh.AccessLog == schema.AccessLogRefused {
+		log.Filter = &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_ExtensionFilter{
+			ExtensionFilter: &accesslogv3.ExtensionFilter{
+				Name: "envoy.access_loggers.extension_filters.cel",
+				ConfigType: &accesslogv3.ExtensionFilter_TypedConfig{
+					TypedConfig: r.pack(&celv3.ExpressionFilter{Expression: refused}),
+				},
+			},
+		}}
 	}
 	return []*accesslogv3.AccessLog{log}
 }

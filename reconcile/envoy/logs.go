@@ -10,8 +10,8 @@ import (
 	"sync"
 )
 
-// logFormat makes Envoy write its level, the component and the message between tabs, one line each.
-const logFormat = "%l\t%n\t%v"
+// logFormat makes Envoy write its level, the component and the message. Line breaks come escaped, and so would tabs.
+const logFormat = "%l|%n|%v"
 
 // logs relays what an Envoy writes to mantlet's own log.
 type logs struct {
@@ -38,7 +38,7 @@ func level(name string) slog.Level {
 // messages relays standard error until it ends.
 func (l *logs) messages(from io.Reader) {
 	for line := range lines(from) {
-		fields := strings.SplitN(line, "\t", 3)
+		fields := strings.SplitN(line, "|", 3)
 		if len(fields) < 3 {
 			fields = []string{"info", "", line}
 		}

@@ -141,6 +141,7 @@ func arguments(config, socket string, base uint32, epoch int, settings schema.En
 		"--log-level", string(settings.LogLevel),
 		"--log-format", logFormat,
 		"--log-format-escaped",
+		"--file-flush-interval-msec", "100", // the access log's; 10 s by default
 	}
 }
 

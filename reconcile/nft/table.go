@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"sync"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -18,12 +19,15 @@ import (
 // ErrOwned says that another process owns the table: another mantlet runs in this network namespace.
 var ErrOwned = errors.New("another mantlet owns this network namespace")
 
-// Table is a connection to the kernel's table inet mantlet. It is not safe for concurrent use.
+// Table is a connection to the kernel's table inet mantlet. Its methods may be called concurrently.
 type Table struct {
 	conn  *nftables.Conn
 	raw   *netlink.Conn // conn's own socket, for messages that the library cannot send
 	table *nftables.Table
-	owned bool
+
+	mu      sync.Mutex // the socket holds one conversation at a time
+	owned   bool
+	applied live // as the kernel told it right after the last Replace
 }
 
 // bufferSize holds a transaction's messages, and the kernel's acknowledgement of each. Some 70 messages of rules and the
@@ -77,6 +81,8 @@ const (
 // reports false where the kernel can't do that, or where the table that is there was made without it. The error is
 // ErrOwned where another process owns it. Own leaves what is in the table as it is.
 func (t *Table) Own() (bool, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	data, err := netlink.MarshalAttributes([]netlink.Attribute{
 		{Type: unix.NFTA_TABLE_NAME, Data: []byte(render.Table + "\x00")},
 		{Type: unix.NFTA_TABLE_FLAGS, Data: binary.BigEndian.AppendUint32(nil, tableOwner|tablePersist)},
@@ -134,9 +140,16 @@ func (t *Table) DenyAll() error {
 
 // Replace makes the table hold r and nothing else, in one transaction. Where it fails, the rules are as they were.
 func (t *Table) Replace(r render.Ruleset) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	if err := t.replace(r); err != nil {
 		return fmt.Errorf("replacing the table inet %s: %w", render.Table, explain(err))
 	}
+	applied, err := t.read()
+	if err != nil {
+		return fmt.Errorf("reading the table inet %s back: %w", render.Table, explain(err))
+	}
+	t.applied = applied
 	return nil
 }
 

@@ -1,0 +1,68 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"mantlet/reconcile"
+)
+
+// probeLimit bounds a probe: Kubernetes' own default is a second, and a probe that hangs says less than one that fails.
+const probeLimit = 3 * time.Second
+
+func probeCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:       "probe {ready|live}",
+		Short:     "Ask the running mantlet, for exec probes: exit 0 yes, 1 no",
+		Args:      cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs),
+		ValidArgs: []string{"ready", "live"},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			config, err := load()
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), probeLimit)
+			defer cancel()
+			ok, said, err := probe(ctx, reconcile.StatusSocket(config.Process.RuntimeDirectory), "/"+args[0]+"z")
+			if err != nil {
+				_, _ = fmt.Fprintln(cmd.ErrOrStderr(), "mantlet does not answer:", err)
+				return errNot
+			}
+			if !ok {
+				_, _ = fmt.Fprint(cmd.ErrOrStderr(), said)
+				return errNot
+			}
+			_, err = fmt.Fprint(cmd.OutOrStdout(), said)
+			return err
+		},
+	}
+	return cmd
+}
+
+// probe asks for a path of the status socket and returns whether the answer was 200, and its text.
+func probe(ctx context.Context, socket, path string) (ok bool, said string, err error) {
+	client := &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		},
+	}}
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://mantlet"+path, nil)
+	if err != nil {
+		return false, "", err
+	}
+	response, err := client.Do(request)
+	if err != nil {
+		return false, "", err
+	}
+	defer func() { _ = response.Body.Close() }()
+	const most = 64 << 10
+	text, err := io.ReadAll(io.LimitReader(response.Body, most))
+	return response.StatusCode == http.StatusOK, string(text), err
+}

@@ -1,0 +1,157 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/term"
+
+	"mantlet/reconcile"
+	"mantlet/reconcile/envoy"
+	"mantlet/reconcile/nft"
+	"mantlet/render"
+	"mantlet/schema"
+)
+
+func runCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "run",
+		Short: "Run the sidecar",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			level := new(slog.LevelVar)
+			err := run(cmd.Context(), level)
+			return err
+		},
+	}
+}
+
+// newLogger writes text to a terminal and JSON elsewhere.
+func newLogger(to *os.File, level slog.Leveler) *slog.Logger {
+	options := &slog.HandlerOptions{Level: level}
+	if term.IsTerminal(int(to.Fd())) {
+		return slog.New(slog.NewTextHandler(to, options))
+	}
+	return slog.New(slog.NewJSONHandler(to, options))
+}
+
+// run closes the pod before it reads a single setting. From then on nothing but the desired state opens it, however run
+// ends.
+func run(ctx context.Context, level *slog.LevelVar) error {
+	log := newLogger(os.Stderr, level)
+	table, err := closePod(log)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = table.Close() }()
+	config, err := load()
+	if err != nil {
+		return err
+	}
+	level.Set(config.Process.LogLevel)
+	if err := table.Missing(); err != nil {
+		return fmt.Errorf("nothing comes in until this is mended: %w", err)
+	}
+	daemon, err := newDaemon(config, table, log)
+	if err != nil {
+		return err
+	}
+	return serve(ctx, daemon)
+}
+
+// closePod puts the deny-all rules in place.
+func closePod(log *slog.Logger) (*nft.Table, error) {
+	table, err := nft.Open()
+	if err != nil {
+		return nil, err
+	}
+	owned, err := table.Own()
+	if err == nil {
+		err = table.DenyAll()
+	}
+	if err != nil {
+		return nil, errors.Join(err, table.Close())
+	}
+	if !owned {
+		log.Warn("the kernel keeps no owner for the table, or it was made without one: other privileged processes can change the rules")
+	}
+	log.Info("nothing comes in until the desired state is in force", "owned", owned)
+	return table, nil
+}
+
+func newDaemon(config schema.Config, table *nft.Table, log *slog.Logger) (*reconcile.Daemon, error) {
+	directory := config.Process.RuntimeDirectory
+	if err := private(directory); err != nil {
+		return nil, err
+	}
+	state, err := render.Render(config.Mesh, render.Place{RuntimeDirectory: directory, NoIPv6: !hasIPv6()})
+	if err != nil {
+		return nil, err
+	}
+	return &reconcile.Daemon{
+		Mesh:             config.Mesh,
+		State:            state,
+		TLSDirectory:     config.Process.TLSDirectory,
+		RuntimeDirectory: directory,
+		Kernel:           table,
+		Envoy:            &envoy.Runner{Path: config.Process.EnvoyPath, RuntimeDirectory: directory, Log: log},
+		Log:              log,
+	}, nil
+}
+
+// maxDirectory leaves room in a unix socket's 108 bytes for the longest name that Envoy makes of it:
+// /hot-restart_udp_parent_ and a number of ten digits.
+const maxDirectory = 107 - 34
+
+// private makes the runtime directory and closes it to others: it comes to hold the key.
+func private(directory string) error {
+	if len(directory) > maxDirectory {
+		return fmt.Errorf("MANTLET_RUNTIME_DIRECTORY %q is too long for the sockets in it: at most %d bytes", directory, maxDirectory)
+	}
+	if err := os.MkdirAll(directory, 0o700); err != nil {
+		return fmt.Errorf("making the runtime directory: %w", err)
+	}
+	if err := os.Chmod(directory, 0o700); err != nil {
+		return fmt.Errorf("closing the runtime directory to others: %w", err)
+	}
+	return nil
+}
+
+// hasIPv6 tells whether Envoy can bind to ::1. Where it can't, the kernel has no IPv6 and nothing to redirect.
+func hasIPv6() bool {
+	listener, err := net.Listen("tcp6", "[::1]:0")
+	if err != nil {
+		return !errors.Is(err, syscall.EADDRNOTAVAIL) && !errors.Is(err, syscall.EAFNOSUPPORT)
+	}
+	_ = listener.Close()
+	return true
+}
+
+// serve runs the daemon and its status socket until SIGTERM or SIGINT; a second one cuts short what is left.
+func serve(ctx context.Context, daemon *reconcile.Daemon) error {
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	defer signal.Stop(signals)
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	abort := make(chan struct{})
+	go func() {
+		<-signals
+		stop()
+		<-signals
+		close(abort)
+	}()
+	status, stopStatus := context.WithCancel(context.WithoutCancel(ctx))
+	var group errgroup.Group
+	group.Go(func() error { defer stop(); return daemon.Serve(status) })
+	group.Go(func() error { defer stopStatus(); return daemon.Run(ctx, abort) })
+	return errors.Join(group.Wait(), daemon.Envoy.Close())
+}

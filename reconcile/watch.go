@@ -1,0 +1,88 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+)
+
+const (
+	// settle is how long a directory must be quiet before it is read: writers replace several files one after another.
+	settle = 50 * time.Millisecond
+	// poll is how often a directory is read although no event came: some sandboxed runtimes deliver none, and a directory
+	// that is not there yet can't be watched.
+	poll = 5 * time.Second
+	// pollMissing is how often a directory is looked for that is not there.
+	pollMissing = 250 * time.Millisecond
+)
+
+// watch sends on the channel whenever what is in a directory may have changed, until ctx ends: after events, once they
+// have settled, and at every poll. It says nothing of what changed; a reader compares content. Files are not watched
+// themselves: kubelet swaps a link, and a file that was replaced would be followed to its grave.
+func watch(ctx context.Context, directory string, log *slog.Logger) <-chan struct{} {
+	changed := make(chan struct{}, 1)
+	go func() {
+		for ctx.Err() == nil {
+			if err := follow(ctx, directory, changed); err != nil {
+				log.Debug("directory can't be watched; polling", "directory", directory, "error", err)
+			}
+			notify(changed)
+			sleep(ctx, pollMissing)
+		}
+	}()
+	return changed
+}
+
+// follow watches the directory until ctx ends or it is gone.
+func follow(ctx context.Context, directory string, changed chan<- struct{}) error {
+	watcher, err := fsnotify.NewWatcher()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = watcher.Close() }()
+	if err := watcher.Add(directory); err != nil {
+		return err
+	}
+	notify(changed) // for what happened before the watch
+	tick := time.NewTicker(poll)
+	defer tick.Stop()
+	var settled <-chan time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-watcher.Events:
+			settled = time.After(settle)
+			if len(watcher.WatchList()) == 0 {
+				return errors.New("the directory was removed")
+			}
+		case err := <-watcher.Errors: // an overflow: events were lost
+			if err != nil {
+				notify(changed)
+			}
+		case <-settled:
+			settled = nil
+			notify(changed)
+		case <-tick.C:
+			notify(changed)
+		}
+	}
+}
+
+// notify leaves one note; a reader that has not come to the last one needs no second.
+func notify(c chan<- struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
