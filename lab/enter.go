@@ -119,17 +119,27 @@ func continueAs(stage string, attr *syscall.SysProcAttr) error {
 			}
 		}
 	}()
-	for { // syscall.Exit: os.Exit would also write coverage data, and the race detector's part of it takes a second
+	code, err := wait(child)
+	if err != nil {
+		return err
+	}
+	syscall.Exit(code) // os.Exit would write coverage data over the program's, and take a second of its own under -race
+	return nil
+}
+
+// wait reaps whatever ends until child does, and returns its status as a shell would.
+func wait(child int) (int, error) {
+	for {
 		var status unix.WaitStatus
 		pid, err := unix.Wait4(-1, &status, 0, nil)
 		switch {
 		case errors.Is(err, unix.EINTR) || err == nil && pid != child:
 		case err != nil:
-			return fmt.Errorf("waiting for the program: %w", err)
+			return 0, fmt.Errorf("waiting for the program: %w", err)
 		case status.Signaled():
-			syscall.Exit(128 + int(status.Signal()))
+			return 128 + int(status.Signal()), nil
 		default:
-			syscall.Exit(status.ExitStatus())
+			return status.ExitStatus(), nil
 		}
 	}
 }

@@ -11,7 +11,6 @@ import (
 	"runtime"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -33,21 +32,20 @@ type Network struct {
 	hosts []*Host
 }
 
-// networks numbers the bridges.
-var networks atomic.Int32
-
 // NewNetwork makes a network without hosts. It is called in the lab's own namespace, not within a Do.
 func NewNetwork() (*Network, error) {
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name = fmt.Sprintf("lab%d", networks.Add(1))
 	// With snooping a bridge learns who wants which multicast, IPv6's neighbour discovery included; without, it just works.
-	bridge := &netlink.Bridge{LinkAttrs: attrs, MulticastSnooping: new(false)}
-	err := netlink.LinkAdd(bridge)
+	bridge := &netlink.Bridge{LinkAttrs: netlink.NewLinkAttrs(), MulticastSnooping: new(false)}
+	err := error(unix.EEXIST)
+	for number := 1; errors.Is(err, unix.EEXIST); number++ {
+		bridge.Name = fmt.Sprintf("lab%d", number)
+		err = netlink.LinkAdd(bridge)
+	}
 	if err == nil {
 		err = netlink.LinkSetUp(bridge)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("making bridge %s: %w", attrs.Name, err)
+		return nil, fmt.Errorf("making bridge %s: %w", bridge.Name, err)
 	}
 	return &Network{bridge: bridge}, nil
 }
@@ -227,7 +225,7 @@ func onThread(fn func()) {
 		done := make(chan struct{})
 		onThread(func() { defer close(done); fn() })
 		<-done
-		runtime.UnlockOSThread()
+		runtime.UnlockOSThread() //nolint:forbidigo // fn was not called here, so this thread's namespace is as it was
 	}()
 }
 

@@ -9,19 +9,18 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// leak is a byte that no UTF-8 text contains. What goes through the mesh in the lab is text; so one leak, at any place of any
-// connection, is plaintext that came past the mesh.
-const leak = '\xff'
-
-// Marker is what a Prober says. It gives itself away by any single byte.
-var Marker = strings.Repeat(string([]byte{leak}), 16)
+// Marker is what a Prober says. No UTF-8 text contains its one byte, leak. What goes through the mesh in the lab is text; so a single
+// such byte, at any place of any connection, is plaintext that came past the mesh.
+const (
+	Marker = "\xff\xff\xff\xff\xff\xff\xff\xff"
+	leak   = '\xff'
+)
 
 // Service says what a workload does.
 type Service struct {
