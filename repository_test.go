@@ -1,0 +1,107 @@
+// Package mantlet checks what no compiler does: that the repository's own files agree with each other.
+package mantlet
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+func read(t *testing.T, file string) string {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// TestVersions checks that what the image runs is what the tests run on.
+func TestVersions(t *testing.T) {
+	for _, c := range []struct {
+		what   string
+		places map[string]string // file: pattern whose group is the version
+	}{
+		{"Envoy", map[string]string{
+			"Taskfile.yml":  `ENVOY_VERSION: (\S+)`,
+			"Containerfile": `FROM envoyproxy/envoy:distroless-v(\S+)`,
+			"go.mod":        `github.com/envoyproxy/go-control-plane/envoy v(\S+)`,
+		}},
+		{"Go", map[string]string{
+			"go.mod":        `(?m)^go (\d+\.\d+)`,
+			"Containerfile": `FROM golang:(\d+\.\d+)\.\d+-`,
+		}},
+		{"golangci-lint", map[string]string{
+			"Taskfile.yml":  `cmd/golangci-lint@v(\S+)`,
+			".golangci.yml": `golangci-lint ([\d.]+)`,
+		}},
+	} {
+		versions := map[string]string{}
+		for file, pattern := range c.places {
+			match := regexp.MustCompile(pattern).FindStringSubmatch(read(t, file))
+			if match == nil {
+				t.Fatalf("%s: %s does not match %s", c.what, file, pattern)
+			}
+			versions[match[1]] = file
+		}
+		if len(versions) != 1 {
+			t.Errorf("%s: different versions: %v", c.what, versions)
+		}
+	}
+}
+
+// TestContainerfile checks what can be checked without an engine: every package that the binary is made of is copied, is
+// not ignored, and what runs at the end is what was built.
+func TestContainerfile(t *testing.T) {
+	ignored := strings.Fields(read(t, ".containerignore"))
+	var copied []string
+	last := map[string]string{} // by instruction
+	for line := range strings.Lines(read(t, "Containerfile")) {
+		instruction, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
+		last[instruction] = rest
+		if instruction != "COPY" || strings.HasPrefix(rest, "--from=build ") {
+			continue
+		}
+		sources := strings.Fields(rest)
+		for _, source := range sources[:len(sources)-1] {
+			if _, err := os.Stat(source); err != nil {
+				t.Error(err)
+			}
+			if !slices.Contains(ignored, "!"+source) {
+				t.Errorf("%s is copied, and .containerignore leaves it out", source)
+			}
+			copied = append(copied, source)
+		}
+	}
+
+	const own = "{{with .Module}}{{if .Main}}{{$.ImportPath}}{{end}}{{end}}"
+	packages, err := exec.Command("go", "list", "-deps", "-f", own, "./cmd/mantlet").Output()
+	if err != nil {
+		t.Fatalf("listing the binary's packages: %v", err)
+	}
+	for _, pkg := range strings.Fields(string(packages)) {
+		folder, _, _ := strings.Cut(strings.TrimPrefix(pkg, "mantlet/"), "/")
+		if !slices.Contains(copied, folder) {
+			t.Errorf("package %s is part of the binary and is not copied", pkg)
+		}
+	}
+
+	var entrypoint []string
+	if err := json.Unmarshal([]byte(last["ENTRYPOINT"]), &entrypoint); err != nil {
+		t.Fatalf("ENTRYPOINT in its shell form, and there is no shell: %v", err)
+	}
+	if want := []string{"/usr/local/bin/mantlet", "run"}; !slices.Equal(entrypoint, want) {
+		t.Fatalf("ENTRYPOINT %q, want %q", entrypoint, want)
+	}
+	if installed := strings.Fields(last["COPY"]); installed[len(installed)-1] != entrypoint[0] {
+		t.Errorf("the binary is copied to %s and run as %s", installed[len(installed)-1], entrypoint[0])
+	}
+	if name, value, _ := strings.Cut(last["ENV"], "="); name != "MANTLET_ENVOY_PATH" || !path.IsAbs(value) {
+		t.Errorf("ENV %s=%s does not name Envoy", name, value)
+	}
+}
