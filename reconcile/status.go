@@ -12,7 +12,9 @@ import (
 )
 
 // StatusSocket returns the path of the socket that a running mantlet answers at.
-func StatusSocket(runtimeDirectory string) string { return filepath.Join(runtimeDirectory, "mantlet.sock") }
+func StatusSocket(runtimeDirectory string) string {
+	return filepath.Join(runtimeDirectory, "mantlet.sock")
+}
 
 // Serve answers /livez and /readyz on the status socket until ctx ends.
 func (d *Daemon) Serve(ctx context.Context) error {

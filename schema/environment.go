@@ -1,13 +1,15 @@
 package schema
 
 import (
+	"encoding/hex"
 	"fmt"
 	"maps"
+	"path/filepath"
 	"slices"
 	"strings"
 )
 
-// Variables of the environment that hold the entries. Each has an older and a newer spelling that mean the same.
+// The variables that hold the entries. Each has an older and a newer spelling that mean the same.
 const (
 	ingressVariable    = "EDG_INGRESS_PROXY_CONFIG"
 	egressVariable     = "EDG_EGRESS_PROXY_CONFIG"
@@ -18,217 +20,254 @@ const (
 // ownPrefix starts the names that are mantlet's alone: one that is not known is a misspelling.
 const ownPrefix = "MANTLET_"
 
-// Config is all that the environment says.
-type Config struct {
-	Mesh    Mesh
-	Process Process
+// The variables that say where more of the mesh stands, and what it may do.
+const (
+	inlineVariable    = "MANTLET_CONFIG_INLINE"
+	fileVariable      = "MANTLET_CONFIG"
+	digestVariable    = "MANTLET_CONFIG_SHA256"
+	overridesVariable = "MANTLET_OVERRIDES"
+)
+
+// Overrides says what the override file may do.
+type Overrides string
+
+// The choices of Overrides.
+const (
+	OverridesAll     Overrides = "all"     // whatever it says
+	OverridesTighten Overrides = "tighten" // only let in less, see tighten.go
+	OverridesNone    Overrides = "none"    // it is not read
+)
+
+// Process holds what only the environment may say: a mounted file never chooses which binary runs or which CA is trusted.
+type Process struct {
+	EnvoyPath        string // found on PATH where it has no slash
+	TLSDirectory     string // holds certChain.pem, key.pem and mesh-ca.pem
+	RuntimeDirectory string // private to mantlet; comes to hold the key
+	LogLevel         string // mantlet's own: debug, info, warn or error
+	ConfigFile       string // the override file; none if empty
+	ConfigDigest     string // the SHA-256 that the file's content must have, in lower-case hex; any if empty
+	Overrides        Overrides
 }
 
-// Load reads the environment, given as os.Environ gives it. A variable that is unset and one that is empty are the same:
-// the default. The error holds every problem, see Problems; the Config beside it is of no use.
-func Load(environ []string) (Config, error) {
-	env := environment{values: map[string]string{}}
+func (p *Process) variables() map[string]processVariable {
+	return map[string]processVariable{
+		"MANTLET_ENVOY_PATH":        {&p.EnvoyPath, anyText},
+		"MANTLET_TLS_DIRECTORY":     {&p.TLSDirectory, absolute},
+		"MANTLET_RUNTIME_DIRECTORY": {&p.RuntimeDirectory, absolute},
+		"MANTLET_LOG_LEVEL": {&p.LogLevel, func(text string) (string, string) {
+			return oneOf(text, []string{"debug", "info", "warn", "error"})
+		}},
+		fileVariable:   {&p.ConfigFile, absolute},
+		digestVariable: {&p.ConfigDigest, digest},
+		overridesVariable: {(*string)(&p.Overrides), func(text string) (string, string) {
+			return oneOf(text, []string{string(OverridesAll), string(OverridesTighten), string(OverridesNone)})
+		}},
+	}
+}
+
+// processVariable is where a variable's value goes, and how it is read.
+type processVariable struct {
+	field *string
+	parse func(text string) (canonical, reason string)
+}
+
+func anyText(text string) (string, string) { return text, "" }
+
+func absolute(text string) (string, string) {
+	if !filepath.IsAbs(text) {
+		return "", "must be an absolute path"
+	}
+	return filepath.Clean(text), ""
+}
+
+func digest(text string) (string, string) {
+	const bytes = 32 // FIPS 180-4: SHA-256
+	if sum, err := hex.DecodeString(text); err != nil || len(sum) != bytes {
+		return "", "must be a SHA-256 digest: 64 hexadecimal digits, as sha256sum prints"
+	}
+	return strings.ToLower(text), ""
+}
+
+// Environment is what the environment says by itself, MANTLET_CONFIG_INLINE included. It is attested in a confidential
+// pod; the override file is not.
+type Environment struct {
+	Process Process
+
+	layers []layer // defaults, variables, inline; the later overrides
+	base   Config  // of the layers alone
+}
+
+// ParseEnvironment reads the environment, given as os.Environ gives it. A variable that is unset and one that is empty
+// are the same: the default. The error holds every problem, see Problems. Process is right as far as it was understood
+// even beside an error.
+func ParseEnvironment(environ []string) (*Environment, error) {
+	p := &parser{values: map[string]string{}}
 	for _, e := range environ {
 		name, value, _ := strings.Cut(e, "=")
-		env.values[name] = value
+		p.values[name] = value
 	}
-	c := Config{Mesh: Default(), Process: defaultProcess()}
-	scalars := scalars(&c)
-	env.unknown(slices.Sorted(maps.Keys(scalars)))
-	for _, name := range slices.Sorted(maps.Keys(scalars)) {
-		if value := env.values[name]; value != "" {
-			if reason := scalars[name](value); reason != "" {
-				env.report.add(Problem{Where: name, Value: value, Reason: reason})
-			}
-		}
+	env := &Environment{Process: Process{
+		EnvoyPath:        "envoy",
+		TLSDirectory:     "/tls-config",
+		RuntimeDirectory: "/run/mantlet",
+		LogLevel:         "info",
+		Overrides:        OverridesAll,
+	}}
+	variables := env.Process.variables()
+	p.unknown(slices.Sorted(maps.Keys(variables)))
+	p.process(variables)
+	env.layers = []layer{defaultLayer(), p.variables()}
+	if inline := p.values[inlineVariable]; inline != "" {
+		env.layers = append(env.layers, fromYAML(inlineVariable, []byte(inline), &p.report))
 	}
-	env.timings(c.Mesh.Envoy)
-	c.Mesh.Ingress = env.ingress()
-	c.Mesh.Egress = env.egress()
-	return c, env.report.err()
+	if len(p.report.problems) > 0 {
+		return env, p.report.err()
+	}
+	var err error
+	env.base, err = build(&p.report, env.layers...)
+	return env, err
 }
 
-// environment is a source being read, and what was wrong with it so far.
-type environment struct {
+func defaultLayer() layer {
+	l := layer{}
+	for path, text := range defaults {
+		l.set(path, &setting{text: text, origin: Origin{Source: "default"}})
+	}
+	return l
+}
+
+// parser is the environment being read, and what was wrong with it so far.
+type parser struct {
 	values map[string]string
 	report report
 }
 
 // unknown reports names that only mantlet could mean and that it does not know.
-func (e *environment) unknown(known []string) {
-	for _, name := range slices.Sorted(maps.Keys(e.values)) {
-		if !strings.HasPrefix(name, ownPrefix) || slices.Contains(known, name) {
-			continue
+func (p *parser) unknown(known []string) {
+	known = append(known, inlineVariable)
+	known = append(known, slices.Sorted(maps.Keys(scalarVariables))...)
+	for _, name := range slices.Sorted(maps.Keys(p.values)) {
+		if strings.HasPrefix(name, ownPrefix) && !slices.Contains(known, name) {
+			p.report.add(Origin{Source: name}, "", p.values[name], "mantlet has no such variable"+didYouMean(name, known))
 		}
-		reason := "mantlet has no such variable"
-		if near := nearest(name, known); near != "" {
-			reason += "; did you mean " + near + "?"
-		}
-		e.report.add(Problem{Where: name, Value: e.values[name], Reason: reason})
 	}
 }
 
-func (e *environment) timings(envoy Envoy) {
-	if envoy.ParentShutdownTime <= envoy.DrainTime {
-		e.report.add(Problem{
-			Where: parentShutdownVariable, Value: envoy.ParentShutdownTime.String(),
-			Reason: fmt.Sprintf("must be more than the drain time (%s, %s)", drainTimeVariable, envoy.DrainTime),
-		})
+func (p *parser) process(variables map[string]processVariable) {
+	for name, v := range variables {
+		if p.values[name] == "" {
+			continue
+		}
+		canonical, reason := v.parse(p.values[name])
+		if reason != "" {
+			p.report.add(Origin{Source: name}, "", p.values[name], reason)
+			continue
+		}
+		*v.field = canonical
 	}
+	if p.values[digestVariable] != "" && p.values[fileVariable] == "" {
+		p.report.add(Origin{Source: digestVariable}, "", "", "pins the content of a file, but "+fileVariable+" names none")
+	}
+}
+
+// variables reads the layer of all variables but the inline text.
+func (p *parser) variables() layer {
+	l := layer{"ingress": hide(p.ingress()), "egress": hide(p.egress())}
+	for name, v := range scalarVariables {
+		if p.values[name] == "" {
+			continue
+		}
+		canonical, reason := v.kind.parse(p.values[name])
+		if reason != "" {
+			p.report.add(Origin{Source: name}, v.path, p.values[name], reason)
+			continue
+		}
+		l.set(v.path, &setting{text: canonical, origin: Origin{Source: name}})
+	}
+	return l
 }
 
 // spelled returns the value of a variable that has two spellings, and the name of the one that holds it.
-func (e *environment) spelled(name, newer string) (value, where string) {
-	old, renamed := e.values[name], e.values[newer]
+func (p *parser) spelled(name, newer string) (value, source string) {
+	old, renamed := p.values[name], p.values[newer]
 	switch {
 	case renamed == "":
 		return old, name
 	case old == "":
 		return renamed, newer
 	case old != renamed:
-		e.report.add(Problem{
-			Where: newer, Value: renamed,
-			Reason: fmt.Sprintf("%s is set too, to something else (%s); set one of them, or both to the same", name, quote(old)),
-		})
+		p.report.add(Origin{Source: newer}, "", renamed,
+			fmt.Sprintf("%s is set too, to something else (%s); set one of them, or both to the same", name, quote(old)))
 	}
 	return renamed, newer
 }
 
-// entry is one of the entries of a variable, cut into its fields.
-type entry struct {
-	where  string
-	place  string // "entry 2 (web#8080#false)"
-	fields []string
+func (p *parser) ingress() entries {
+	value, source := p.spelled(ingressVariable, ingressVariableNew)
+	return p.entries("ingress", value, source, "name#port#disableTLS", []field{
+		{"name", "name", anyText},
+		{"port", "port", func(text string) (string, string) {
+			if _, reason := parsePort(text); reason != "" {
+				return "", reason
+			}
+			return portsText("").parse(text)
+		}},
+		{"disableTLS", "mode", func(text string) (string, string) {
+			switch text {
+			case "true":
+				return string(ModePassthrough), ""
+			case "false":
+				return string(ModeTLS), ""
+			default:
+				return "", `must be "true" (not wrapped at all) or "false" (TLS without client certificates)`
+			}
+		}},
+	})
 }
 
-// problem describes what is wrong with one field.
-func (n entry) problem(field, value, reason string) Problem {
-	return Problem{Where: n.where, Path: n.place + ": " + field, Value: value, Reason: reason}
+func (p *parser) egress() entries {
+	value, source := p.spelled(egressVariable, egressVariableNew)
+	return p.entries("egress", value, source, "name#listen-ip:listen-port#host-or-ip:port", []field{
+		{"name", "name", anyText},
+		{"listen address", "listen", listenText("").parse},
+		{"upstream", "upstream", upstreamText("").parse},
+	})
 }
 
-// entries splits a variable at its ##. Entries that are empty are left out, but count.
-func (e *environment) entries(value, where, form string) []entry {
-	var all []entry
+// field is one of an entry's fields in a variable.
+type field struct {
+	words string // what it is called to people
+	name  string // in the override file
+	parse func(text string) (canonical, reason string)
+}
+
+// entries reads a variable's entries, which ## separates. Empty ones are left out, but count.
+func (p *parser) entries(list, value, source, form string, fields []field) entries {
+	all := entries{}
 	for i, text := range strings.Split(value, "##") {
 		if text == "" {
 			continue
 		}
-		n := entry{where: where, place: fmt.Sprintf("entry %d (%s)", i+1, quote(text)), fields: strings.Split(text, "#")}
-		if len(n.fields) != 3 {
-			e.report.add(Problem{
-				Where: where, Path: fmt.Sprintf("entry %d", i+1), Value: text,
-				Reason: fmt.Sprintf("has %d fields between # and must have 3: %s", len(n.fields), form),
-			})
+		origin := Origin{Source: source, Entry: i + 1}
+		values := strings.Split(text, "#")
+		if len(values) != len(fields) {
+			p.report.add(origin, "", text, fmt.Sprintf("has %d fields between # and must have %d: %s", len(values), len(fields), form))
 			continue
 		}
-		all = append(all, n)
+		e := &entry{fields: map[string]*setting{originKey: {text: text, origin: origin}}}
+		good := true
+		for i, f := range fields {
+			canonical, reason := f.parse(values[i])
+			if reason != "" {
+				p.report.add(origin, fmt.Sprintf("%s of %s", f.words, quote(text)), values[i], reason)
+				good = false
+			}
+			e.fields[f.name] = &setting{text: canonical, origin: origin}
+		}
+		if good {
+			e.key = e.text(listKeys[list])
+			all.add(list, e, &p.report)
+		}
 	}
 	return all
-}
-
-func (e *environment) ingress() []Ingress {
-	value, where := e.spelled(ingressVariable, ingressVariableNew)
-	var list placed[Ingress]
-	for _, n := range e.entries(value, where, "name#port#disableTLS") {
-		in := Ingress{Name: n.fields[0]}
-		port, reason := parsePort(n.fields[1])
-		if reason == "" {
-			reason = reserved(port)
-		}
-		if reason != "" {
-			e.report.add(n.problem("port", n.fields[1], reason))
-		}
-		in.Ports = Ports{First: port, Last: port}
-		switch n.fields[2] {
-		case "false":
-			in.Mode = ModeTLS
-		case "true":
-			in.Mode = ModePassthrough
-		default:
-			e.report.add(n.problem("disableTLS", n.fields[2], `must be "true" (not wrapped at all) or "false" (TLS without client certificates)`))
-			continue
-		}
-		if reason == "" {
-			list.add(&e.report, n, in)
-		}
-	}
-	return list.sorted()
-}
-
-func (e *environment) egress() []Egress {
-	value, where := e.spelled(egressVariable, egressVariableNew)
-	var list placed[Egress]
-	for _, n := range e.entries(value, where, "name#listen-ip:listen-port#host-or-ip:port") {
-		listen, listenReason := parseListen(n.fields[1])
-		if listenReason != "" {
-			e.report.add(n.problem("listen address", n.fields[1], listenReason))
-		}
-		upstream, upstreamReason := parseUpstream(n.fields[2])
-		if upstreamReason == "" && upstream.String() == listen.String() {
-			upstreamReason = "is the entry's own listen address: connections would go round in a circle"
-		}
-		if upstreamReason != "" {
-			e.report.add(n.problem("upstream", n.fields[2], upstreamReason))
-		}
-		if listenReason == "" && upstreamReason == "" {
-			list.add(&e.report, n, Egress{Name: n.fields[0], Listen: listen, Upstream: upstream})
-		}
-	}
-	return list.sorted()
-}
-
-// keyed is an element of a list that merges by key, not by position.
-type keyed[T any] interface {
-	key() string
-	compare(T) int
-	// means reports whether both say the same; names do not count.
-	means(T) bool
-	path() string
-}
-
-func (i Ingress) key() string               { return i.Ports.String() }
-func (i Ingress) compare(other Ingress) int { return int(i.Ports.First) - int(other.Ports.First) }
-func (i Ingress) means(other Ingress) bool  { return i.Mode == other.Mode }
-func (i Ingress) path() string              { return "ingress[" + i.key() + "]" }
-func (e Egress) key() string                { return e.Listen.String() }
-func (e Egress) compare(other Egress) int   { return e.Listen.Compare(other.Listen) }
-func (e Egress) means(other Egress) bool    { return e.Upstream == other.Upstream }
-func (e Egress) path() string               { return "egress[" + e.key() + "]" }
-
-// placed collects the entries of one source and remembers where each stood.
-type placed[T keyed[T]] struct {
-	list   []T
-	places map[string]struct {
-		index int
-		place string
-	}
-}
-
-// add appends v, unless an entry of the same key is there: the same meaning twice is fine, another one is a problem.
-func (p *placed[T]) add(r *report, n entry, v T) {
-	if first, ok := p.places[v.key()]; ok {
-		if !v.means(p.list[first.index]) {
-			r.add(Problem{
-				Where: n.where, Path: v.path(), Value: strings.Join(n.fields, "#"),
-				Reason: fmt.Sprintf("says something else than %s; leave one of them", first.place),
-			})
-		}
-		return
-	}
-	if p.places == nil {
-		p.places = map[string]struct {
-			index int
-			place string
-		}{}
-	}
-	p.places[v.key()] = struct {
-		index int
-		place string
-	}{len(p.list), n.place}
-	p.list = append(p.list, v)
-}
-
-func (p *placed[T]) sorted() []T {
-	slices.SortFunc(p.list, T.compare)
-	return p.list
 }

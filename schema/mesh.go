@@ -28,6 +28,9 @@ type Ingress struct {
 	Name  string // informational, any text; never rendered
 	Ports Ports
 	Mode  Mode
+	// Allow holds the SANs of the clients that are let in, DNS names and URIs compared as whole strings; nil is anyone whom
+	// the mesh CA signed. ModeMTLS only. Sorted.
+	Allow []string
 }
 
 // Ports is an inclusive range; First equals Last for a single port.
@@ -51,6 +54,22 @@ type Egress struct {
 	Name     string // informational, any text; never rendered
 	Listen   netip.AddrPort
 	Upstream Upstream
+	// ServerNames holds the SANs of which the endpoint's certificate must have one; nil is any workload of the mesh.
+	ServerNames []string
+}
+
+// SNI returns what the endpoint is told whom it shall be: the first server name that is a DNS name, else the host name
+// of the upstream, else nothing.
+func (e Egress) SNI() string {
+	for _, name := range e.ServerNames {
+		if !isURI(name) {
+			return name
+		}
+	}
+	if _, isAddress := e.Upstream.Addr(); isAddress {
+		return ""
+	}
+	return e.Upstream.Host
 }
 
 // Upstream is where an egress entry's connections go: a host name or an IP address (without brackets), and a port.
@@ -125,18 +144,3 @@ const (
 	AccessLogRefused AccessLog = "refused"
 	AccessLogAll     AccessLog = "all"
 )
-
-// Default returns the mesh of no configuration at all: every port demands mutual TLS, nothing goes out through the mesh.
-func Default() Mesh {
-	return Mesh{
-		TLS: TLS{MinVersion: TLS12},
-		Envoy: Envoy{
-			Concurrency:        2,
-			DrainTime:          10 * time.Second,
-			ParentShutdownTime: 10 * time.Minute,
-			LogLevel:           "warning",
-		},
-		OtherProtocols: OtherProtocolsDrop,
-		AccessLog:      AccessLogRefused,
-	}
-}

@@ -1,6 +1,7 @@
 package schema
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -9,22 +10,51 @@ import (
 	"github.com/hashicorp/go-multierror"
 )
 
+// Origin is a place that a value comes from.
+type Origin struct {
+	Source string // a variable's name or a file's path
+	Entry  int    // of a variable with entries between ##, counted from 1; 0 for the whole
+	Line   int    // of a file; 0 where the place is no file's
+	Column int
+}
+
+func (o Origin) String() string {
+	switch {
+	case o.Line > 0:
+		return fmt.Sprintf("%s:%d:%d", o.Source, o.Line, o.Column)
+	case o.Entry > 0:
+		return fmt.Sprintf("%s entry %d", o.Source, o.Entry)
+	default:
+		return o.Source
+	}
+}
+
+func (o Origin) compare(other Origin) int {
+	return cmp.Or(
+		strings.Compare(o.Source, other.Source),
+		cmp.Compare(o.Entry, other.Entry),
+		cmp.Compare(o.Line, other.Line),
+		cmp.Compare(o.Column, other.Column),
+	)
+}
+
 // Problem is one thing that is wrong with the configuration.
 type Problem struct {
-	Where  string // the variable
-	Path   string // the part of it, as "entry 2 (web#0#false): port"; empty for the whole
+	Origin Origin
+	Path   string // of the field, as "ingress[8080].mode"; empty for the whole
 	Value  string // what stands there
 	Reason string // why it is wrong and what would be right
 }
 
 func (p Problem) Error() string {
-	var b strings.Builder
-	b.WriteString(p.Where)
+	parts := []string{p.Origin.String()}
 	if p.Path != "" {
-		b.WriteString(": " + p.Path)
+		parts = append(parts, p.Path)
 	}
-	fmt.Fprintf(&b, ": %s: %s", quote(p.Value), p.Reason)
-	return b.String()
+	if p.Value != "" {
+		parts = append(parts, quote(p.Value))
+	}
+	return strings.Join(append(parts, p.Reason), ": ")
 }
 
 // quote makes any text fit for one line of a log: quoted as Go does, and cut where it is longer than a reader wants.
@@ -36,8 +66,8 @@ func quote(s string) string {
 	return fmt.Sprintf("%q", s)
 }
 
-// Problems returns the problems that err holds, sorted by place; none where err is nil, and err's own text as the only
-// one where err is not of this package.
+// Problems returns the problems that an error of this package holds, sorted by place; none where err is nil. An error of
+// another package is the reason of the only one.
 func Problems(err error) []Problem {
 	if err == nil {
 		return nil
@@ -60,12 +90,13 @@ type report struct {
 	problems []Problem
 }
 
-func (r *report) add(p Problem) { r.problems = append(r.problems, p) }
+func (r *report) add(origin Origin, path, value, reason string) {
+	r.problems = append(r.problems, Problem{origin, path, value, reason})
+}
 
-// err returns nil where nothing was added. Problems keep the order of their sources' text, which is the order in which a
-// reader mends them; those of different sources are grouped.
+// err returns nil where nothing was added. Problems are sorted by place.
 func (r *report) err() error {
-	slices.SortStableFunc(r.problems, func(a, b Problem) int { return strings.Compare(a.Where, b.Where) })
+	slices.SortStableFunc(r.problems, func(a, b Problem) int { return a.Origin.compare(b.Origin) })
 	merr := &multierror.Error{ErrorFormat: format}
 	for _, p := range r.problems {
 		merr = multierror.Append(merr, p)
@@ -84,15 +115,18 @@ func format(errs []error) string {
 	return strings.Join(lines, "\n")
 }
 
-// nearest returns the candidate that a misspelt word most likely means, or "" where none is near.
-func nearest(word string, candidates []string) string {
+// didYouMean ends a reason with the candidate that a misspelt word most likely stands for, if one is near.
+func didYouMean(word string, candidates []string) string {
 	best, least := "", max(2, len(word)/4)+1
 	for _, c := range candidates {
 		if d := distance(strings.ToLower(word), strings.ToLower(c)); d < least {
 			best, least = c, d
 		}
 	}
-	return best
+	if best == "" {
+		return ""
+	}
+	return "; did you mean " + best + "?"
 }
 
 // distance is the Levenshtein distance of a and b, in bytes.

@@ -6,11 +6,13 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"mantlet/reconcile"
+	"mantlet/schema"
 )
 
 // probeLimit bounds a probe: Kubernetes' own default is a second, and a probe that hangs says less than one that fails.
@@ -23,13 +25,13 @@ func probeCommand() *cobra.Command {
 		Args:      cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs),
 		ValidArgs: []string{"ready", "live"},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			config, err := load()
+			env, err := schema.ParseEnvironment(os.Environ())
 			if err != nil {
-				return err
+				return invalid{err}
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), probeLimit)
 			defer cancel()
-			ok, said, err := probe(ctx, reconcile.StatusSocket(config.Process.RuntimeDirectory), "/"+args[0]+"z")
+			ok, said, err := probe(ctx, reconcile.StatusSocket(env.Process.RuntimeDirectory), "/"+args[0]+"z")
 			if err != nil {
 				_, _ = fmt.Fprintln(cmd.ErrOrStderr(), "mantlet does not answer:", err)
 				return errNot

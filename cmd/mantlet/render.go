@@ -10,12 +10,17 @@ import (
 	"mantlet/schema"
 )
 
-func load() (schema.Config, error) {
-	config, err := schema.Load(os.Environ())
+// load reads the environment and the override file that it names.
+func load() (*schema.Environment, schema.Config, error) {
+	env, err := schema.ParseEnvironment(os.Environ())
 	if err != nil {
-		return schema.Config{}, invalid{err}
+		return nil, schema.Config{}, invalid{err}
 	}
-	return config, nil
+	config, err := env.Load()
+	if err != nil {
+		return nil, schema.Config{}, invalid{err}
+	}
+	return env, config, nil
 }
 
 func renderCommand() *cobra.Command {
@@ -27,11 +32,11 @@ func renderCommand() *cobra.Command {
 			"bootstrap as JSON. It needs no privileges, no kernel and no Envoy. A rejected configuration prints nothing on stdout.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			config, err := load()
+			env, config, err := load()
 			if err != nil {
 				return err
 			}
-			state, err := render.Render(config.Mesh, render.Place{RuntimeDirectory: config.Process.RuntimeDirectory})
+			state, err := render.Render(config.Mesh, render.Place{RuntimeDirectory: env.Process.RuntimeDirectory})
 			if err != nil {
 				return err
 			}
@@ -62,7 +67,7 @@ func validateCommand() *cobra.Command {
 		Short: "Report all problems of the configuration; exit 0 if there are none, 1 if there are",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			config, err := load()
+			_, config, err := load()
 			if err != nil {
 				return err
 			}

@@ -52,15 +52,17 @@ func run(ctx context.Context, level *slog.LevelVar) error {
 		return err
 	}
 	defer func() { _ = table.Close() }()
-	config, err := load()
+	env, config, err := load()
 	if err != nil {
 		return err
 	}
-	level.Set(config.Process.LogLevel)
+	if err := level.UnmarshalText([]byte(env.Process.LogLevel)); err != nil {
+		return err
+	}
 	if err := table.Missing(); err != nil {
 		return fmt.Errorf("nothing comes in until this is mended: %w", err)
 	}
-	daemon, err := newDaemon(config, table, log)
+	daemon, err := newDaemon(env.Process, config.Mesh, table, log)
 	if err != nil {
 		return err
 	}
@@ -87,22 +89,22 @@ func closePod(log *slog.Logger) (*nft.Table, error) {
 	return table, nil
 }
 
-func newDaemon(config schema.Config, table *nft.Table, log *slog.Logger) (*reconcile.Daemon, error) {
-	directory := config.Process.RuntimeDirectory
+func newDaemon(process schema.Process, mesh schema.Mesh, table *nft.Table, log *slog.Logger) (*reconcile.Daemon, error) {
+	directory := process.RuntimeDirectory
 	if err := private(directory); err != nil {
 		return nil, err
 	}
-	state, err := render.Render(config.Mesh, render.Place{RuntimeDirectory: directory, NoIPv6: !hasIPv6()})
+	state, err := render.Render(mesh, render.Place{RuntimeDirectory: directory, NoIPv6: !hasIPv6()})
 	if err != nil {
 		return nil, err
 	}
 	return &reconcile.Daemon{
-		Mesh:             config.Mesh,
+		Mesh:             mesh,
 		State:            state,
-		TLSDirectory:     config.Process.TLSDirectory,
+		TLSDirectory:     process.TLSDirectory,
 		RuntimeDirectory: directory,
 		Kernel:           table,
-		Envoy:            &envoy.Runner{Path: config.Process.EnvoyPath, RuntimeDirectory: directory, Log: log},
+		Envoy:            &envoy.Runner{Path: process.EnvoyPath, RuntimeDirectory: directory, Log: log},
 		Log:              log,
 	}, nil
 }

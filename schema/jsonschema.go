@@ -1,0 +1,21 @@
+package schema
+
+import (
+	"encoding/json"
+	"fmt"
+
+	"github.com/invopop/jsonschema"
+)
+
+// JSONSchema returns the JSON Schema of the override file, indented.
+func JSONSchema() ([]byte, error) {
+	reflector := jsonschema.Reflector{Anonymous: true, DoNotReference: true}
+	s := reflector.Reflect(&fileForm{})
+	s.Title = "mantlet override file"
+	s.Description = "What mantlet shall do, beside or instead of what its environment says. Everything is optional."
+	text, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		return nil, fmt.Errorf("marshalling the JSON Schema: %w", err)
+	}
+	return append(text, '\n'), nil
+}

@@ -1,0 +1,375 @@
+package schema
+
+import (
+	"fmt"
+	"net/netip"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/invopop/jsonschema"
+)
+
+// The ports of Envoy's two ingress listeners. Nothing else may use them in the pod.
+const (
+	IngressMTLSPort = 15006
+	IngressTLSPort  = 15007
+)
+
+// leaf is a kind of value. Whatever source a value comes from, it is read by the one parser of its kind, and the JSON
+// Schema of the override file is made of the same types.
+type leaf interface {
+	// parse returns the text in its canonical form, or the reason why it is wrong and what would be right.
+	parse(text string) (canonical, reason string)
+	// scalar names the YAML types that may hold it.
+	scalar() yamlType
+	JSONSchema() *jsonschema.Schema
+}
+
+// yamlType is what a YAML scalar must be, in words and as tags.
+type yamlType struct {
+	words string
+	tags  []string
+}
+
+var (
+	yamlString = yamlType{"text", []string{"!!str"}}
+	yamlNumber = yamlType{"a number", []string{"!!int"}}
+	yamlBool   = yamlType{"true or false", []string{"!!bool"}}
+	yamlPorts  = yamlType{"a port or a range", []string{"!!int", "!!str"}}
+)
+
+// Patterns of the JSON Schema, for editors. The parsers decide.
+const (
+	portPattern  = `([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])`
+	octetPattern = `([0-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])`
+	labelPattern = `[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?`
+	hostPattern  = labelPattern + `(\.` + labelPattern + `)*`
+)
+
+// decimal matches numbers that mean the same to every reader: YAML takes 010 for 8 and 0x50 for 80.
+var decimal = regexp.MustCompile(`^(0|[1-9][0-9]*)$`)
+
+func parsePort(text string) (uint16, string) {
+	n, err := strconv.ParseUint(text, 10, 16)
+	if err != nil || n == 0 || !decimal.MatchString(text) {
+		return 0, "must be a port: a decimal number from 1 to 65535"
+	}
+	return uint16(n), ""
+}
+
+// portsText is a port or a range of ports.
+type portsText string
+
+func (portsText) scalar() yamlType { return yamlPorts }
+
+func (portsText) parse(text string) (string, string) {
+	const right = "must be a port from 1 to 65535 or a range as 8000-8099"
+	first, last, isRange := strings.Cut(text, "-")
+	p, reason := parsePort(first)
+	if reason != "" {
+		return "", right
+	}
+	ports := Ports{p, p}
+	if isRange {
+		if ports.Last, reason = parsePort(last); reason != "" {
+			return "", right
+		}
+	}
+	if ports.First > ports.Last {
+		return "", "ends before it starts; " + right
+	}
+	if ports.Contains(IngressMTLSPort) || ports.Contains(IngressTLSPort) {
+		return "", reservedPorts
+	}
+	return ports.String(), ""
+}
+
+func (portsText) JSONSchema() *jsonschema.Schema {
+	return &jsonschema.Schema{AnyOf: []*jsonschema.Schema{
+		{Type: "integer", Minimum: "1", Maximum: "65535"},
+		{Type: "string", Pattern: "^" + portPattern + "(-" + portPattern + ")?$"},
+	}}
+}
+
+// reservedPorts is the reason against mantlet's own ports.
+var reservedPorts = fmt.Sprintf("ports %d and %d are mantlet's own listeners; choose another", IngressMTLSPort, IngressTLSPort)
+
+// nameText is any text: informational, never rendered. A # would end it in the environment.
+type nameText string
+
+func (nameText) scalar() yamlType { return yamlString }
+
+func (nameText) parse(text string) (string, string) {
+	if strings.Contains(text, "#") {
+		return "", "must not contain #"
+	}
+	return text, ""
+}
+
+func (nameText) JSONSchema() *jsonschema.Schema {
+	return &jsonschema.Schema{Type: "string", Pattern: "^[^#]*$"}
+}
+
+// listenText is a loopback address and a port.
+type listenText string
+
+var loopback4 = netip.MustParsePrefix("127.0.0.0/8")
+
+func (listenText) scalar() yamlType { return yamlString }
+
+func (listenText) parse(text string) (string, string) {
+	const right = "must be a loopback address and a port, as 127.137.0.1:8081 or [::1]:8081"
+	host, port, ok := cutPort(text)
+	addr, err := netip.ParseAddr(host)
+	switch {
+	case !ok || err != nil:
+		return "", right
+	case !loopback4.Contains(addr) && addr != netip.IPv6Loopback():
+		return "", "lies outside of 127.0.0.0/8 and [::1], where others than the workload could use it; " + right
+	case addr == netip.AddrFrom4([4]byte{127, 255, 255, 255}):
+		return "", "is loopback's broadcast address, which nothing can listen on; " + right
+	}
+	p, reason := parsePort(port)
+	switch {
+	case reason != "":
+		return "", right
+	case p == IngressMTLSPort || p == IngressTLSPort:
+		return "", reservedPorts
+	}
+	return netip.AddrPortFrom(addr, p).String(), ""
+}
+
+func (listenText) JSONSchema() *jsonschema.Schema {
+	return &jsonschema.Schema{
+		Type:    "string",
+		Pattern: `^(127(\.` + octetPattern + `){3}|\[[0:]*:0{0,3}1\]):` + portPattern + "$",
+	}
+}
+
+// upstreamText is a host name or an IP address, and a port.
+type upstreamText string
+
+func (upstreamText) scalar() yamlType { return yamlString }
+
+func (upstreamText) parse(text string) (string, string) {
+	host, port, ok := cutPort(text)
+	if !ok {
+		return "", "must be a host and a port, as billing-svc:8080, 192.0.2.7:8080 or [2001:db8::7]:8080"
+	}
+	p, reason := parsePort(port)
+	if reason != "" {
+		return "", fmt.Sprintf("its port %s %s", quote(port), reason)
+	}
+	addr, err := netip.ParseAddr(host)
+	switch {
+	case err != nil:
+		return Upstream{host, p}.String(), hostReason(host)
+	case addr.IsUnspecified() || addr.IsMulticast() || addr.Zone() != "":
+		return "", "must be the address of one host, without a zone"
+	default:
+		return Upstream{addr.Unmap().String(), p}.String(), ""
+	}
+}
+
+func (upstreamText) JSONSchema() *jsonschema.Schema {
+	return &jsonschema.Schema{Type: "string", Pattern: `^(\[[0-9A-Fa-f:.]+\]|` + hostPattern + `\.?):` + portPattern + "$"}
+}
+
+// label is one part of a host name: RFC 1123, and the underscore that service names outside of Kubernetes have.
+var label = regexp.MustCompile("^" + labelPattern + "$")
+
+// maxHostName is the most characters of a name in the DNS (RFC 1035, section 2.3.4) as text, without a final dot.
+const maxHostName = 253
+
+func hostReason(host string) string {
+	name := strings.TrimSuffix(host, ".")
+	if len(name) > maxHostName {
+		return fmt.Sprintf("the host name is longer than %d characters", maxHostName)
+	}
+	labels := strings.Split(name, ".")
+	for _, l := range labels {
+		if !label.MatchString(l) {
+			return fmt.Sprintf("%s is no host name: each part between dots has 1 to 63 letters, digits and inner hyphens", quote(host))
+		}
+	}
+	if decimal.MatchString(labels[len(labels)-1]) {
+		return fmt.Sprintf("%s is neither an IP address nor a host name", quote(host))
+	}
+	return ""
+}
+
+// cutPort splits host:port; an IPv6 host stands in brackets, and only it.
+func cutPort(text string) (host, port string, ok bool) {
+	i := strings.LastIndexByte(text, ':')
+	if i < 0 {
+		return "", "", false
+	}
+	host, port = text[:i], text[i+1:]
+	if inner, isBracketed := strings.CutPrefix(host, "["); isBracketed {
+		inner, closed := strings.CutSuffix(inner, "]")
+		addr, err := netip.ParseAddr(inner)
+		return inner, port, closed && err == nil && addr.Is6()
+	}
+	return host, port, host != "" && !strings.Contains(host, ":")
+}
+
+// sanText is a name in a certificate: a DNS name, with or without a wildcard, or a URI. It is compared as a whole.
+type sanText string
+
+// uri matches what can stand in a URI SAN: a scheme, and no character that RFC 3986 excludes.
+var uri = regexp.MustCompile("^" + uriPattern + "$")
+
+const uriPattern = `[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]+`
+
+func isURI(san string) bool { return strings.Contains(san, "://") }
+
+func (sanText) scalar() yamlType { return yamlString }
+
+func (sanText) parse(text string) (string, string) {
+	if isURI(text) {
+		if !uri.MatchString(text) {
+			return "", "is no URI as certificates have them, as spiffe://mesh/ns/shop/sa/cart"
+		}
+		return text, ""
+	}
+	name := strings.TrimPrefix(text, "*.")
+	if text == "*" {
+		return text, ""
+	}
+	if reason := hostReason(name); reason != "" || strings.HasSuffix(name, ".") {
+		return "", "must be a name as certificates have them: DNS, as frontend or *.shop.svc, or a URI, as spiffe://mesh/ns/shop/sa/cart"
+	}
+	return text, ""
+}
+
+func (sanText) JSONSchema() *jsonschema.Schema {
+	return &jsonschema.Schema{Type: "string", Pattern: `^(\*|(\*\.)?` + hostPattern + "|" + uriPattern + ")$"}
+}
+
+// serverNameText is a name that an endpoint's certificate must have. A wildcard would not name an endpoint.
+type serverNameText string
+
+func (serverNameText) scalar() yamlType { return yamlString }
+
+func (serverNameText) parse(text string) (string, string) {
+	if strings.Contains(text, "*") && !isURI(text) {
+		return "", "must name one endpoint; a wildcard in the endpoint's certificate covers it"
+	}
+	return sanText.parse("", text)
+}
+
+func (serverNameText) JSONSchema() *jsonschema.Schema {
+	return &jsonschema.Schema{Type: "string", Pattern: "^(" + hostPattern + "|" + uriPattern + ")$"}
+}
+
+// threadsText is a number of worker threads.
+type threadsText string
+
+// maxThreads is far above the cores that a sidecar is given; Envoy allocates for each worker at start.
+const maxThreads = 256
+
+func (threadsText) scalar() yamlType { return yamlNumber }
+
+func (threadsText) parse(text string) (string, string) {
+	n, err := strconv.Atoi(text)
+	if err != nil || n < 1 || n > maxThreads || !decimal.MatchString(text) {
+		return "", fmt.Sprintf("must be a number of worker threads from 1 to %d", maxThreads)
+	}
+	return text, ""
+}
+
+func (threadsText) JSONSchema() *jsonschema.Schema {
+	return &jsonschema.Schema{Type: "integer", Minimum: "1", Maximum: "256"}
+}
+
+// durationText is a duration that Envoy's command line can carry: whole seconds in 32 bits; a day bounds it long before.
+type durationText string
+
+func (durationText) scalar() yamlType { return yamlString }
+
+func (durationText) parse(text string) (string, string) {
+	d, err := time.ParseDuration(text)
+	if err != nil || d < time.Second || d > 24*time.Hour || d%time.Second != 0 {
+		return "", "must be a duration in whole seconds from 1s to 24h, as 10s or 5m"
+	}
+	return d.String(), ""
+}
+
+func (durationText) JSONSchema() *jsonschema.Schema {
+	return &jsonschema.Schema{Type: "string", Pattern: `^([0-9]+(\.[0-9]+)?(ns|us|µs|ms|s|m|h))+$`}
+}
+
+// removeText is the word that takes an entry of an earlier source away.
+type removeText string
+
+func (removeText) scalar() yamlType { return yamlBool }
+
+func (removeText) parse(text string) (string, string) {
+	if text != "true" {
+		return "", "must be true, or be left out"
+	}
+	return text, ""
+}
+
+func (removeText) JSONSchema() *jsonschema.Schema { return &jsonschema.Schema{Const: true} }
+
+// The enumerations: Mode, TLSVersion, EnvoyLogLevel, OtherProtocols and AccessLog.
+
+func oneOf(text string, choices []string) (string, string) {
+	if slices.Contains(choices, text) {
+		return text, ""
+	}
+	return "", "must be one of " + strings.Join(choices, ", ") + didYouMean(text, choices)
+}
+
+func enum(choices []string) *jsonschema.Schema {
+	s := &jsonschema.Schema{Type: "string"}
+	for _, c := range choices {
+		s.Enum = append(s.Enum, c)
+	}
+	return s
+}
+
+func (Mode) choices() []string {
+	return []string{string(ModeMTLS), string(ModeTLS), string(ModePassthrough)}
+}
+func (TLSVersion) choices() []string { return []string{string(TLS12), string(TLS13)} }
+func (EnvoyLogLevel) choices() []string {
+	return []string{"trace", "debug", "info", "warning", "error", "critical", "off"}
+}
+func (OtherProtocols) choices() []string {
+	return []string{string(OtherProtocolsDrop), string(OtherProtocolsAccept)}
+}
+func (AccessLog) choices() []string {
+	return []string{string(AccessLogNone), string(AccessLogRefused), string(AccessLogAll)}
+}
+
+func (m Mode) parse(text string) (string, string)           { return oneOf(text, m.choices()) }
+func (v TLSVersion) parse(text string) (string, string)     { return oneOf(text, v.choices()) }
+func (l EnvoyLogLevel) parse(text string) (string, string)  { return oneOf(text, l.choices()) }
+func (o OtherProtocols) parse(text string) (string, string) { return oneOf(text, o.choices()) }
+func (a AccessLog) parse(text string) (string, string)      { return oneOf(text, a.choices()) }
+
+func (Mode) scalar() yamlType           { return yamlString }
+func (TLSVersion) scalar() yamlType     { return yamlString }
+func (EnvoyLogLevel) scalar() yamlType  { return yamlString }
+func (OtherProtocols) scalar() yamlType { return yamlString }
+func (AccessLog) scalar() yamlType      { return yamlString }
+
+// JSONSchema lists the choices.
+func (m Mode) JSONSchema() *jsonschema.Schema { return enum(m.choices()) }
+
+// JSONSchema lists the choices.
+func (v TLSVersion) JSONSchema() *jsonschema.Schema { return enum(v.choices()) }
+
+// JSONSchema lists the choices.
+func (l EnvoyLogLevel) JSONSchema() *jsonschema.Schema { return enum(l.choices()) }
+
+// JSONSchema lists the choices.
+func (o OtherProtocols) JSONSchema() *jsonschema.Schema { return enum(o.choices()) }
+
+// JSONSchema lists the choices.
+func (a AccessLog) JSONSchema() *jsonschema.Schema { return enum(a.choices()) }

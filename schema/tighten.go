@@ -1,0 +1,145 @@
+package schema
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+)
+
+// With MANTLET_OVERRIDES=tighten the override file may make the mesh stricter and nothing else. What is stricter:
+//
+//	ingress mode     passthrough > tls > mtls; a port may move to the right. A port without an entry is mtls
+//	allow            a list where there was none, or a part of the list that was there
+//	serverNames      the same
+//	tls.minVersion   1.2 > 1.3
+//	names            say nothing and may change
+//
+// All else must stay as it is: other fields, and the egress entries there are with their upstreams. A new egress entry
+// could take an address that the pod's own server means to use.
+
+// tighten reports where config is not at least as strict as base.
+func tighten(base, config Config, r *report) {
+	tightenIngress(base, config, r)
+	tightenEgress(base, config, r)
+	refuse := func(path string) {
+		s := config.merged.scalar(path)
+		r.add(s.origin, path, s.value(), fmt.Sprintf("%s=tighten does not let the file change this; it is %s (%s)",
+			overridesVariable, base.merged.scalar(path).text, base.merged.scalar(path).origin))
+	}
+	for path := range defaults {
+		was, is := base.merged.scalar(path).text, config.merged.scalar(path).text
+		stricter := path == "tls.minVersion" && is > was
+		if is != was && !stricter {
+			refuse(path)
+		}
+	}
+}
+
+// policy is what an ingress entry, or the lack of one, means for a port.
+type policy struct {
+	mode  Mode
+	allow []string
+	entry Ingress // the zero value where there is none
+}
+
+// looseness orders the modes.
+var looseness = map[Mode]int{ModeMTLS: 0, ModeTLS: 1, ModePassthrough: 2}
+
+// within reports whether p lets in nobody whom other refuses.
+func (p policy) within(other policy) bool {
+	if p.mode != ModeMTLS || other.mode != ModeMTLS {
+		return looseness[p.mode] <= looseness[other.mode]
+	}
+	return isPart(p.allow, other.allow)
+}
+
+// isPart reports whether list names nobody whom whole does not; nil names everybody.
+func isPart(list, whole []string) bool {
+	if whole == nil {
+		return true
+	}
+	if list == nil {
+		return false
+	}
+	for _, name := range list {
+		if !slices.Contains(whole, name) {
+			return false
+		}
+	}
+	return true
+}
+
+// policyOf returns what sorted entries say of a port.
+func policyOf(list []Ingress, port uint16) policy {
+	i, _ := slices.BinarySearchFunc(list, port, func(in Ingress, port uint16) int { return cmp.Compare(in.Ports.Last, port) })
+	if i < len(list) && list[i].Ports.Contains(port) {
+		return policy{list[i].Mode, list[i].Allow, list[i]}
+	}
+	return policy{mode: ModeMTLS}
+}
+
+// tightenIngress compares the policies at each port where one of the two could change.
+func tightenIngress(base, config Config, r *report) {
+	reported := map[Ports]bool{}
+	for _, port := range boundaries(base.Mesh.Ingress, config.Mesh.Ingress) {
+		was, is := policyOf(base.Mesh.Ingress, port), policyOf(config.Mesh.Ingress, port)
+		at := cmp.Or(is.entry.Ports, was.entry.Ports)
+		if is.within(was) || reported[at] {
+			continue
+		}
+		reported[at] = true
+		e := config.merged.entries("ingress")[at.String()]
+		r.add(e.origin(), "ingress["+at.String()+"]", "", fmt.Sprintf(
+			"%s=tighten does not let the file open port %d further: it is %s, and would be %s", overridesVariable, port, was, is))
+	}
+}
+
+func (p policy) String() string {
+	if p.allow != nil {
+		return fmt.Sprintf("%s for %v", p.mode, p.allow)
+	}
+	return string(p.mode)
+}
+
+// boundaries returns the ports at which an entry starts, and those after which one ends.
+func boundaries(lists ...[]Ingress) []uint16 {
+	const last = 65535
+	var all []uint16
+	for _, list := range lists {
+		for _, in := range list {
+			all = append(all, in.Ports.First)
+			if in.Ports.Last < last {
+				all = append(all, in.Ports.Last+1)
+			}
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
+func tightenEgress(base, config Config, r *report) {
+	refuse := func(key, reason string) {
+		e := config.merged.entries("egress")[key]
+		r.add(e.origin(), "egress["+key+"]", "", fmt.Sprintf("%s=tighten does not let the file %s", overridesVariable, reason))
+	}
+	is := map[string]Egress{}
+	for _, e := range config.Mesh.Egress {
+		is[e.Listen.String()] = e
+	}
+	for _, was := range base.Mesh.Egress {
+		key := was.Listen.String()
+		e, ok := is[key]
+		delete(is, key)
+		switch {
+		case !ok:
+			refuse(key, "remove an entry")
+		case e.Upstream != was.Upstream:
+			refuse(key, fmt.Sprintf("change the upstream: it is %s, and would be %s", was.Upstream, e.Upstream))
+		case !isPart(e.ServerNames, was.ServerNames):
+			refuse(key, fmt.Sprintf("add server names: they are %v, and would be %v", was.ServerNames, e.ServerNames))
+		}
+	}
+	for key := range is {
+		refuse(key, "add an entry")
+	}
+}
