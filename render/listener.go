@@ -1,6 +1,7 @@
 package render
 
 import (
+	"fmt"
 	"time"
 
 	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
@@ -47,25 +48,49 @@ func (r *renderer) ingress(w wrapped) *listenerv3.Listener {
 			Name:       "envoy.filters.listener.original_dst",
 			ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: r.pack(&originaldstv3.OriginalDst{})},
 		}},
-		FilterChains: []*listenerv3.FilterChain{{
-			Name:                          name,
-			TransportSocket:               r.downstreamTLS(w.mode),
-			TransportSocketConnectTimeout: durationpb.New(handshakeTimeout),
-			Filters: []*listenerv3.Filter{r.proxy(&tcpproxyv3.TcpProxy{
-				StatPrefix:       name,
-				ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: workload},
-				// The default connects to the workload before any TLS: every silent client gave it a connection, and one
-				// connect to this very port started a storm of connections to itself.
-				UpstreamConnectMode: tcpproxyv3.UpstreamConnectMode_ON_DOWNSTREAM_TLS_HANDSHAKE,
-				MaxEarlyDataBytes:   wrapperspb.UInt32(earlyData),
-				AccessLog:           r.accessLog(),
-			})},
-		}},
+		FilterChains: []*listenerv3.FilterChain{r.ingressChain(name, w.mode, nil)},
+	}
+	if w.mode == schema.ModeMTLS {
+		l.FilterChains = append(l.FilterChains, r.allowChains()...)
 	}
 	if !r.place.NoIPv6 {
 		l.AdditionalAddresses = []*listenerv3.AdditionalAddress{{Address: address("::1", w.listener)}}
 	}
 	return l
+}
+
+// ingressChain hands connections on to where the client dialled.
+func (r *renderer) ingressChain(name string, mode schema.Mode, allow []string) *listenerv3.FilterChain {
+	return &listenerv3.FilterChain{
+		Name:                          name,
+		TransportSocket:               r.downstreamTLS(mode, allow),
+		TransportSocketConnectTimeout: durationpb.New(handshakeTimeout),
+		Filters: []*listenerv3.Filter{r.proxy(&tcpproxyv3.TcpProxy{
+			StatPrefix:       name,
+			ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: workload},
+			// The default connects to the workload before any TLS: every silent client gave it a connection, and one
+			// connect to this very port started a storm of connections to itself.
+			UpstreamConnectMode: tcpproxyv3.UpstreamConnectMode_ON_DOWNSTREAM_TLS_HANDSHAKE,
+			MaxEarlyDataBytes:   wrapperspb.UInt32(earlyData),
+			AccessLog:           r.accessLog(),
+		})},
+	}
+}
+
+// allowChains returns a chain for each port whose entry has a list of clients; the chain without a match has the others.
+func (r *renderer) allowChains() []*listenerv3.FilterChain {
+	var chains []*listenerv3.FilterChain
+	for _, in := range r.mesh.Ingress {
+		if in.Allow == nil {
+			continue
+		}
+		for port := uint32(in.Ports.First); port <= uint32(in.Ports.Last); port++ {
+			chain := r.ingressChain(fmt.Sprintf("%s-%d", ingressName(in.Mode), port), in.Mode, in.Allow)
+			chain.FilterChainMatch = &listenerv3.FilterChainMatch{DestinationPort: wrapperspb.UInt32(port)}
+			chains = append(chains, chain)
+		}
+	}
+	return chains
 }
 
 func (r *renderer) egress(e schema.Egress) *listenerv3.Listener {

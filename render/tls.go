@@ -3,9 +3,12 @@ package render
 import (
 	"errors"
 	"fmt"
+	"regexp"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"mantlet/schema"
@@ -21,35 +24,36 @@ const (
 // SecretFile returns the name of the file, within the runtime directory, that holds a secret.
 func SecretFile(secret string) string { return "sds-" + secret + ".json" }
 
-const transportSocketTLS = "envoy.transport_sockets.tls"
-
 // sessionKeys is how many tickets a cluster keeps for resumption. A P-384 signature is 70 % of a full handshake; Envoy's
 // default of 1 resumes a quarter of connections, 64 all (measured).
 const sessionKeys = 64
 
-func (r *renderer) downstreamTLS(mode schema.Mode) *corev3.TransportSocket {
+// downstreamTLS is what a listener speaks to clients. A list of allowed SANs is for ModeMTLS only.
+func (r *renderer) downstreamTLS(mode schema.Mode, allow []string) *corev3.TransportSocket {
 	c := &tlsv3.DownstreamTlsContext{CommonTlsContext: r.common()}
 	if mode == schema.ModeMTLS {
 		c.RequireClientCertificate = wrapperspb.Bool(true)
-		r.trustMeshCA(c.CommonTlsContext)
+		r.trust(c.CommonTlsContext, r.sanMatchers(allow, wholeString))
 		r.err = errors.Join(r.err, demandsClientCertificate(c))
 	}
-	return &corev3.TransportSocket{
-		Name:       transportSocketTLS,
-		ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: r.pack(c)},
-	}
+	return r.transportSocket(c)
 }
 
 func (r *renderer) upstreamTLS(e schema.Egress) *corev3.TransportSocket {
-	c := &tlsv3.UpstreamTlsContext{CommonTlsContext: r.common(), MaxSessionKeys: wrapperspb.UInt32(sessionKeys)}
-	r.trustMeshCA(c.CommonTlsContext)
-	if _, isAddress := e.Upstream.Addr(); !isAddress {
-		c.Sni = e.Upstream.Host
+	c := &tlsv3.UpstreamTlsContext{
+		CommonTlsContext: r.common(),
+		Sni:              e.SNI(),
+		MaxSessionKeys:   wrapperspb.UInt32(sessionKeys),
 	}
+	r.trust(c.CommonTlsContext, r.sanMatchers(e.ServerNames, exact))
 	r.err = errors.Join(r.err, verifiesPeer(c.CommonTlsContext))
+	return r.transportSocket(c)
+}
+
+func (r *renderer) transportSocket(context proto.Message) *corev3.TransportSocket {
 	return &corev3.TransportSocket{
-		Name:       transportSocketTLS,
-		ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: r.pack(c)},
+		Name:       "envoy.transport_sockets.tls",
+		ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: r.pack(context)},
 	}
 }
 
@@ -63,10 +67,50 @@ func demandsClientCertificate(c *tlsv3.DownstreamTlsContext) error {
 }
 
 func verifiesPeer(c *tlsv3.CommonTlsContext) error {
-	if name := c.GetValidationContextSdsSecretConfig().GetName(); name != MeshCASecret {
+	if name := c.GetCombinedValidationContext().GetValidationContextSdsSecretConfig().GetName(); name != MeshCASecret {
 		return fmt.Errorf("rendering mTLS: the context trusts %q, not the mesh CA", name)
 	}
 	return nil
+}
+
+// trust makes the mesh CA the only anchor for the peer and, where there are matchers, one of its SANs match.
+func (r *renderer) trust(c *tlsv3.CommonTlsContext, sans []*tlsv3.SubjectAltNameMatcher) {
+	c.ValidationContextType = &tlsv3.CommonTlsContext_CombinedValidationContext{
+		CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
+			DefaultValidationContext:         &tlsv3.CertificateValidationContext{MatchTypedSubjectAltNames: sans},
+			ValidationContextSdsSecretConfig: r.secret(MeshCASecret),
+		},
+	}
+}
+
+// sanMatchers matches any of the names, each as a DNS name or a URI. To Envoy no matcher means anyone, which an empty list
+// must never come to mean.
+func (r *renderer) sanMatchers(names []string, match func(string) *matcherv3.StringMatcher) []*tlsv3.SubjectAltNameMatcher {
+	if names != nil && len(names) == 0 {
+		r.err = errors.Join(r.err, errors.New("rendering TLS: a list of names is empty"))
+	}
+	var all []*tlsv3.SubjectAltNameMatcher
+	for _, name := range names {
+		kind := tlsv3.SubjectAltNameMatcher_DNS
+		if schema.IsURI(name) {
+			kind = tlsv3.SubjectAltNameMatcher_URI
+		}
+		all = append(all, &tlsv3.SubjectAltNameMatcher{SanType: kind, Matcher: match(name)})
+	}
+	return all
+}
+
+// wholeString matches a name as it stands in the certificate: with Envoy's exact match a wildcard in a *client's*
+// certificate would be let in as everybody whom it covers.
+func wholeString(name string) *matcherv3.StringMatcher {
+	return &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_SafeRegex{
+		SafeRegex: &matcherv3.RegexMatcher{Regex: regexp.QuoteMeta(name)},
+	}}
+}
+
+// exact matches an endpoint's name as clients do: a wildcard in its certificate covers it.
+func exact(name string) *matcherv3.StringMatcher {
+	return &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_Exact{Exact: name}}
 }
 
 func (r *renderer) common() *tlsv3.CommonTlsContext {
@@ -82,12 +126,6 @@ func (r *renderer) common() *tlsv3.CommonTlsContext {
 			EcdhCurves: []string{"X25519MLKEM768", "X25519", "P-256", "P-384"},
 		},
 		TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{r.secret(IdentitySecret)},
-	}
-}
-
-func (r *renderer) trustMeshCA(c *tlsv3.CommonTlsContext) {
-	c.ValidationContextType = &tlsv3.CommonTlsContext_ValidationContextSdsSecretConfig{
-		ValidationContextSdsSecretConfig: r.secret(MeshCASecret),
 	}
 }
 
