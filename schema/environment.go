@@ -128,6 +128,9 @@ func ParseEnvironment(environ []string) (*Environment, error) {
 	return env, err
 }
 
+// Base returns the configuration of the environment alone.
+func (e *Environment) Base() Config { return e.base }
+
 func defaultLayer() layer {
 	l := layer{}
 	for path, text := range defaults {

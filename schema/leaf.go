@@ -224,12 +224,13 @@ var uri = regexp.MustCompile("^" + uriPattern + "$")
 
 const uriPattern = `[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]+`
 
-func isURI(san string) bool { return strings.Contains(san, "://") }
+// IsURI tells a URI SAN from a DNS name.
+func IsURI(san string) bool { return strings.Contains(san, "://") }
 
 func (sanText) scalar() yamlType { return yamlString }
 
 func (sanText) parse(text string) (string, string) {
-	if isURI(text) {
+	if IsURI(text) {
 		if !uri.MatchString(text) {
 			return "", "is no URI as certificates have them, as spiffe://mesh/ns/shop/sa/cart"
 		}
@@ -255,7 +256,7 @@ type serverNameText string
 func (serverNameText) scalar() yamlType { return yamlString }
 
 func (serverNameText) parse(text string) (string, string) {
-	if strings.Contains(text, "*") && !isURI(text) {
+	if strings.Contains(text, "*") && !IsURI(text) {
 		return "", "must name one endpoint; a wildcard in the endpoint's certificate covers it"
 	}
 	return sanText.parse("", text)

@@ -62,7 +62,7 @@ type Egress struct {
 // of the upstream, else nothing.
 func (e Egress) SNI() string {
 	for _, name := range e.ServerNames {
-		if !isURI(name) {
+		if !IsURI(name) {
 			return name
 		}
 	}

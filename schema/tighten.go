@@ -35,10 +35,11 @@ func tighten(base, config Config, r *report) {
 	}
 }
 
-// policy is what an ingress entry, or the lack of one, means for a port.
-type policy struct {
-	mode  Mode
-	allow []string
+// Policy is what an ingress entry, or the lack of one, means for a port.
+type Policy struct {
+	Mode  Mode
+	Allow []string
+
 	entry Ingress // the zero value where there is none
 }
 
@@ -46,11 +47,11 @@ type policy struct {
 var looseness = map[Mode]int{ModeMTLS: 0, ModeTLS: 1, ModePassthrough: 2}
 
 // within reports whether p lets in nobody whom other refuses.
-func (p policy) within(other policy) bool {
-	if p.mode != ModeMTLS || other.mode != ModeMTLS {
-		return looseness[p.mode] <= looseness[other.mode]
+func (p Policy) within(other Policy) bool {
+	if p.Mode != ModeMTLS || other.Mode != ModeMTLS {
+		return looseness[p.Mode] <= looseness[other.Mode]
 	}
-	return isPart(p.allow, other.allow)
+	return isPart(p.Allow, other.Allow)
 }
 
 // isPart reports whether list names nobody whom whole does not; nil names everybody.
@@ -69,20 +70,20 @@ func isPart(list, whole []string) bool {
 	return true
 }
 
-// policyOf returns what sorted entries say of a port.
-func policyOf(list []Ingress, port uint16) policy {
+// PolicyOf returns what the entries of a valid mesh say of a port.
+func PolicyOf(list []Ingress, port uint16) Policy {
 	i, _ := slices.BinarySearchFunc(list, port, func(in Ingress, port uint16) int { return cmp.Compare(in.Ports.Last, port) })
 	if i < len(list) && list[i].Ports.Contains(port) {
-		return policy{list[i].Mode, list[i].Allow, list[i]}
+		return Policy{list[i].Mode, list[i].Allow, list[i]}
 	}
-	return policy{mode: ModeMTLS}
+	return Policy{Mode: ModeMTLS}
 }
 
 // tightenIngress compares the policies at each port where one of the two could change.
 func tightenIngress(base, config Config, r *report) {
 	reported := map[Ports]bool{}
-	for _, port := range boundaries(base.Mesh.Ingress, config.Mesh.Ingress) {
-		was, is := policyOf(base.Mesh.Ingress, port), policyOf(config.Mesh.Ingress, port)
+	for _, port := range Boundaries(base.Mesh.Ingress, config.Mesh.Ingress) {
+		was, is := PolicyOf(base.Mesh.Ingress, port), PolicyOf(config.Mesh.Ingress, port)
 		at := cmp.Or(is.entry.Ports, was.entry.Ports)
 		if is.within(was) || reported[at] {
 			continue
@@ -94,15 +95,16 @@ func tightenIngress(base, config Config, r *report) {
 	}
 }
 
-func (p policy) String() string {
-	if p.allow != nil {
-		return fmt.Sprintf("%s for %v", p.mode, p.allow)
+func (p Policy) String() string {
+	if p.Allow != nil {
+		return fmt.Sprintf("%s for %v", p.Mode, p.Allow)
 	}
-	return string(p.mode)
+	return string(p.Mode)
 }
 
-// boundaries returns the ports at which an entry starts, and those after which one ends.
-func boundaries(lists ...[]Ingress) []uint16 {
+// Boundaries returns the ports, ascending, at which the policy of any of the lists can change: where an entry starts, and
+// after one ends.
+func Boundaries(lists ...[]Ingress) []uint16 {
 	const last = 65535
 	var all []uint16
 	for _, list := range lists {

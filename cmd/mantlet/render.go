@@ -1,18 +1,23 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
+	"io"
 	"os"
+	"strings"
+	"text/tabwriter"
 
 	"github.com/spf13/cobra"
+	"sigs.k8s.io/yaml"
 
 	"mantlet/render"
 	"mantlet/schema"
 )
 
 // load reads the environment and the override file that it names.
-func load() (*schema.Environment, schema.Config, error) {
-	env, err := schema.ParseEnvironment(os.Environ())
+func load(environ []string) (*schema.Environment, schema.Config, error) {
+	env, err := schema.ParseEnvironment(environ)
 	if err != nil {
 		return nil, schema.Config{}, invalid{err}
 	}
@@ -25,54 +30,119 @@ func load() (*schema.Environment, schema.Config, error) {
 
 func renderCommand() *cobra.Command {
 	var output string
+	var explain bool
 	cmd := &cobra.Command{
 		Use:   "render",
 		Short: "Print the desired state: nftables rules, ---, Envoy's bootstrap",
-		Long: "Print the desired state that the environment describes: the rules as nft prints them, a line ---, and Envoy's " +
-			"bootstrap as JSON. It needs no privileges, no kernel and no Envoy. A rejected configuration prints nothing on stdout.",
+		Long: "Print the desired state that the environment and the override file describe. It needs no privileges, no kernel\n" +
+			"and no Envoy. A rejected configuration prints nothing on stdout.\n\n" +
+			"  text   the rules as nft prints them, a line ---, the bootstrap as JSON\n" +
+			"  nft    the rules, as `nft -f` takes them\n" +
+			"  envoy  the bootstrap, as `envoy -c` takes it\n" +
+			"  json   all of it: the merged mesh in the form of the override file, rules, bootstrap, its digest\n" +
+			"  yaml   the same as YAML",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			env, config, err := load()
+			env, config, err := load(os.Environ())
 			if err != nil {
 				return err
 			}
-			state, err := render.Render(config.Mesh, render.Place{RuntimeDirectory: env.Process.RuntimeDirectory})
-			if err != nil {
-				return err
+			if explain {
+				return printExplained(cmd.OutOrStdout(), config.Explain(), output)
 			}
-			text, err := render.JSON(state.Bootstrap)
-			if err != nil {
-				return err
-			}
-			switch output {
-			case "text":
-				_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s---\n%s", state.Ruleset.Text(), text)
-			case "nft":
-				_, err = fmt.Fprint(cmd.OutOrStdout(), state.Ruleset.Text())
-			case "envoy":
-				_, err = cmd.OutOrStdout().Write(text)
-			default:
-				return fmt.Errorf("--output %q: must be one of text, nft, envoy", output)
-			}
-			return err
+			return printState(cmd.OutOrStdout(), env, config, output)
 		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", "text", "what to print: text (both), nft or envoy")
+	cmd.Flags().StringVarP(&output, "output", "o", "text", "what to print: text, nft, envoy, json or yaml")
+	cmd.Flags().BoolVar(&explain, "explain", false, "print each value, where it comes from and what it overrode (text, json, yaml)")
 	return cmd
 }
 
-func validateCommand() *cobra.Command {
+func printState(to io.Writer, env *schema.Environment, config schema.Config, output string) error {
+	state, err := render.Render(config.Mesh, render.Place{RuntimeDirectory: env.Process.RuntimeDirectory})
+	if err != nil {
+		return err
+	}
+	bootstrap, err := render.JSON(state.Bootstrap)
+	if err != nil {
+		return err
+	}
+	rules := state.Ruleset.Text()
+	switch output {
+	case "text":
+		_, err = fmt.Fprintf(to, "%s---\n%s", rules, bootstrap)
+	case "nft":
+		_, err = io.WriteString(to, rules)
+	case "envoy":
+		_, err = to.Write(bootstrap)
+	default:
+		err = printData(to, map[string]any{
+			"mesh": config.Mesh, "rules": rules, "envoy": json.RawMessage(bootstrap), "digest": state.Digest,
+		}, output)
+	}
+	return err
+}
+
+// printData prints what a machine may read, as JSON or YAML.
+func printData(to io.Writer, data any, output string) error {
+	text, err := json.MarshalIndent(data, "", "  ")
+	if err != nil {
+		return err
+	}
+	text = append(text, '\n')
+	switch output {
+	case "json":
+	case "yaml":
+		if text, err = yaml.JSONToYAML(text); err != nil {
+			return err
+		}
+	default:
+		return fmt.Errorf("--output %q is not known here; see --help", output)
+	}
+	_, err = to.Write(text)
+	return err
+}
+
+func printExplained(to io.Writer, all []schema.Explained, output string) error {
+	if output != "text" {
+		return printData(to, all, output)
+	}
+	table := tabwriter.NewWriter(to, 0, 0, 3, ' ', 0)
+	_, _ = fmt.Fprintln(table, "FIELD\tVALUE\tFROM\tOVERRIDES")
+	for _, e := range all {
+		var overrides []string
+		for _, o := range e.Overrides {
+			overrides = append(overrides, fmt.Sprintf("%s (%s)", onLine(o.Value), o.Origin))
+		}
+		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", e.Path, onLine(e.Value), e.Origin, strings.Join(overrides, ", "))
+	}
+	return table.Flush()
+}
+
+// onLine makes any text fit for a cell of a table.
+func onLine(text string) string {
+	const most = 60
+	quoted := fmt.Sprintf("%q", text)
+	if runes := []rune(quoted); len(runes) > most {
+		return string(runes[:most]) + "…"
+	}
+	if quoted == `"`+text+`"` && text != "" {
+		return text
+	}
+	return quoted
+}
+
+func schemaCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:   "validate",
-		Short: "Report all problems of the configuration; exit 0 if there are none, 1 if there are",
+		Use:   "schema",
+		Short: "Print the JSON Schema of the override file",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			_, config, err := load()
+			text, err := schema.JSONSchema()
 			if err != nil {
 				return err
 			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "valid: %d ingress entries, %d egress entries\n",
-				len(config.Mesh.Ingress), len(config.Mesh.Egress))
+			_, err = cmd.OutOrStdout().Write(text)
 			return err
 		},
 	}

@@ -52,7 +52,7 @@ func run(ctx context.Context, level *slog.LevelVar) error {
 		return err
 	}
 	defer func() { _ = table.Close() }()
-	env, config, err := load()
+	env, config, err := load(os.Environ())
 	if err != nil {
 		return err
 	}

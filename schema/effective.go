@@ -1,0 +1,61 @@
+package schema
+
+import (
+	"encoding/json"
+	"fmt"
+	"strconv"
+)
+
+// MarshalJSON returns the mesh in the form of the override file. Given as such a file, it makes the same mesh again.
+func (m Mesh) MarshalJSON() ([]byte, error) {
+	f := fileForm{
+		TLS: &tlsForm{MinVersion: m.TLS.MinVersion},
+		Envoy: &envoyForm{
+			Concurrency:        threadsText(strconv.Itoa(m.Envoy.Concurrency)),
+			DrainTime:          durationText(m.Envoy.DrainTime.String()),
+			ParentShutdownTime: durationText(m.Envoy.ParentShutdownTime.String()),
+			LogLevel:           m.Envoy.LogLevel,
+		},
+		OtherProtocols: m.OtherProtocols,
+		AccessLog:      m.AccessLog,
+	}
+	for _, in := range m.Ingress {
+		f.Ingress = append(f.Ingress, ingressForm{
+			Port: portsText(in.Ports.String()), Name: nameText(in.Name), Mode: in.Mode, Allow: texts[sanText](in.Allow),
+		})
+	}
+	for _, e := range m.Egress {
+		f.Egress = append(f.Egress, egressForm{
+			Listen: listenText(e.Listen.String()), Name: nameText(e.Name),
+			Upstream: upstreamText(e.Upstream.String()), ServerNames: texts[serverNameText](e.ServerNames),
+		})
+	}
+	return json.Marshal(f)
+}
+
+// MarshalJSON writes the number that the override file has there.
+func (t threadsText) MarshalJSON() ([]byte, error) { return []byte(t), nil }
+
+func texts[T ~string](list []string) []T {
+	var all []T
+	for _, text := range list {
+		all = append(all, T(text))
+	}
+	return all
+}
+
+// Warnings returns what is valid but may not be meant.
+func (c Config) Warnings() []Problem {
+	var all []Problem
+	for _, e := range c.Mesh.Egress {
+		if e.ServerNames == nil {
+			key := e.Listen.String()
+			all = append(all, Problem{
+				Origin: c.merged.entries("egress")[key].origin(),
+				Path:   "egress[" + key + "].serverNames",
+				Reason: fmt.Sprintf("is not set: whoever answers as %s is accepted, any workload of the mesh", e.Upstream),
+			})
+		}
+	}
+	return all
+}
