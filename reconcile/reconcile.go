@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -29,29 +31,42 @@ type Kernel interface {
 
 // Daemon is one run of mantlet. Its exported fields are set before Run.
 type Daemon struct {
-	Mesh             schema.Mesh
-	State            render.State
-	TLSDirectory     string
-	RuntimeDirectory string
-	Kernel           Kernel
-	Envoy            *envoy.Runner
-	Log              *slog.Logger
+	Environment *schema.Environment
+	Place       render.Place
+	Kernel      Kernel
+	Envoy       *envoy.Runner
+	Log         *slog.Logger
 
 	mu           sync.Mutex
+	desired      *desired // nil until an override file that is named could be read
 	certificates *envoy.Certificates
 	process      *envoy.Process
 	inForce      bool // the desired rules are in the kernel
 	stopping     bool
-	waiting      error // why the daemon is not further, in words
+
+	// Why the daemon is not further, each nil where it is not the reason.
+	badConfig, badCertificates, down error
 }
+
+// desired is the desired state and what it was rendered from.
+type desired struct {
+	mesh  schema.Mesh
+	state render.State
+}
+
+// ticketLife bounds how long a client can resume a TLS session after its certificate expired: publishing anew ends all
+// tickets. An hour costs each client one full handshake an hour.
+const ticketLife = time.Hour
 
 // Run brings the desired state about and keeps it until ctx ends; then it lets connections end, for at most the drain
 // time or until abort is closed, and stops Envoy. The rules stay whatever happens. The error is nil after an orderly end.
 func (d *Daemon) Run(ctx context.Context, abort <-chan struct{}) error {
 	watching, stopWatching := context.WithCancel(context.Background())
 	defer stopWatching()
-	certificates := watch(watching, d.TLSDirectory, d.Log)
-	d.note(fmt.Errorf("waiting for certificates in %s", d.TLSDirectory))
+	certificates := watch(watching, d.Environment.Process.TLSDirectory, d.Log)
+	config := d.watchConfig(watching)
+	tickets := time.NewTicker(ticketLife)
+	defer tickets.Stop()
 	var (
 		exited <-chan struct{} // of the running Envoy
 		retry  <-chan time.Time
@@ -61,18 +76,25 @@ func (d *Daemon) Run(ctx context.Context, abort <-chan struct{}) error {
 		select {
 		case <-ctx.Done():
 			return d.stop(abort)
+		case <-config:
+			d.readConfig()
 		case <-certificates:
-			if !d.readCertificates() || exited != nil || retry != nil {
-				continue
+			d.readCertificates()
+		case <-tickets.C:
+			if d.certificates != nil {
+				d.publish(d.certificates)
 			}
 		case <-exited:
 			delay := pause.next(time.Now())
 			d.Log.Error("Envoy ended; new connections wait until it is back", "error", d.process.Err(), "restart_in", delay.String())
-			d.note(d.process.Err())
+			d.locked(func() { d.down = d.process.Err() })
 			exited, retry = nil, time.After(delay)
 			continue
 		case <-retry:
 			retry = nil
+		}
+		if d.desired == nil || d.certificates == nil || exited != nil || retry != nil {
+			continue
 		}
 		if err := d.bringUp(ctx); err != nil {
 			if ctx.Err() != nil {
@@ -80,7 +102,7 @@ func (d *Daemon) Run(ctx context.Context, abort <-chan struct{}) error {
 			}
 			delay := pause.next(time.Now())
 			d.Log.Error("the desired state is not in force", "error", err, "retry_in", delay.String())
-			d.note(err)
+			d.locked(func() { d.down = err })
 			retry = time.After(delay)
 		}
 		exited = d.exited()
@@ -90,49 +112,87 @@ func (d *Daemon) Run(ctx context.Context, abort <-chan struct{}) error {
 // bringUp makes what is missing: first Envoy, then the rules that send connections to it.
 func (d *Daemon) bringUp(ctx context.Context) error {
 	if d.process == nil || isClosed(d.process.Exited()) {
-		state := d.State
+		state := d.desired.state
 		state.Bootstrap = proto.CloneOf(state.Bootstrap)
-		render.WaitFor(state.Bootstrap, resolve(ctx, d.Mesh.Egress))
-		process, err := d.Envoy.Start(ctx, state, d.Mesh.Envoy)
+		render.WaitFor(state.Bootstrap, resolve(ctx, d.desired.mesh.Egress))
+		process, err := d.Envoy.Start(ctx, state, d.desired.mesh.Envoy)
 		if err != nil {
 			return err
 		}
 		d.locked(func() { d.process = process })
 	}
 	if !d.inForce {
-		if err := d.Kernel.Replace(d.State.Ruleset); err != nil {
+		if err := d.Kernel.Replace(d.desired.state.Ruleset); err != nil {
 			return err
 		}
-		d.Log.Info("rules are in force", "ingress_entries", len(d.Mesh.Ingress), "egress_entries", len(d.Mesh.Egress))
+		mesh := d.desired.mesh
+		d.Log.Info("rules are in force", "ingress_entries", len(mesh.Ingress), "egress_entries", len(mesh.Egress))
 	}
-	d.locked(func() { d.inForce, d.waiting = true, nil })
+	d.locked(func() { d.inForce, d.down = true, nil })
 	return nil
 }
 
-// readCertificates publishes a new generation of certificates and reports whether there is a good one, new or old. A bad
-// one is reported, and the last good one stays.
-func (d *Daemon) readCertificates() bool {
-	have := d.certificates
-	read, err := envoy.LoadCertificates(d.TLSDirectory, time.Now())
-	switch {
-	case err != nil && have == nil:
-		err = fmt.Errorf("waiting for certificates: %w", err)
-		if d.waiting == nil || d.waiting.Error() != err.Error() {
-			d.Log.Warn(err.Error())
+// watchConfig watches the directory of the override file. Without a file, one note starts everything.
+func (d *Daemon) watchConfig(ctx context.Context) <-chan struct{} {
+	if process := d.Environment.Process; process.ConfigFile != "" && process.Overrides != schema.OverridesNone {
+		return watch(ctx, filepath.Dir(process.ConfigFile), d.Log)
+	}
+	once := make(chan struct{}, 1)
+	notify(once)
+	return once
+}
+
+// readConfig takes the first override file that is good, or none where none is named. Until then it says what is wrong.
+func (d *Daemon) readConfig() {
+	if d.desired != nil {
+		return
+	}
+	config, err := d.Environment.Load()
+	if err == nil {
+		var state render.State
+		if state, err = render.Render(config.Mesh, d.Place); err == nil {
+			d.locked(func() { d.desired, d.badConfig = &desired{config.Mesh, state}, nil })
+			return
 		}
-		d.note(err)
+	}
+	d.wait(&d.badConfig, "waiting for a good override file", err)
+}
+
+// readCertificates publishes a new generation of certificates. A bad one is reported, and the last good one stays.
+func (d *Daemon) readCertificates() {
+	read, err := envoy.LoadCertificates(d.Environment.Process.TLSDirectory, time.Now())
+	switch {
+	case err != nil && d.certificates == nil:
+		d.wait(&d.badCertificates, "waiting for certificates", err)
+		return
 	case err != nil:
 		d.Log.Warn("certificates can't be used; the last good ones stay", "error", err)
-	case read.Equal(have):
-	default:
-		if err := envoy.Publish(read, d.RuntimeDirectory); err != nil {
-			d.Log.Error("certificates could not be published", "error", err)
-			break
-		}
-		d.locked(func() { d.certificates = read })
+		return
+	case read.Equal(d.certificates):
+		return
+	}
+	if d.publish(read) {
+		d.locked(func() { d.certificates, d.badCertificates = read, nil })
 		d.Log.Info("certificates published", "subject", read.Leaf().Subject.String(), "sans", read.Leaf().DNSNames, "expires", read.Expires())
 	}
-	return d.certificates != nil
+}
+
+// publish gives certificates to Envoy, and reports whether that worked.
+func (d *Daemon) publish(c *envoy.Certificates) bool {
+	err := envoy.Publish(c, d.Environment.Process.RuntimeDirectory, time.Now())
+	if err != nil {
+		d.Log.Error("certificates could not be published", "error", err)
+	}
+	return err == nil
+}
+
+// wait notes a reason why the daemon can't go on, and logs it when that is new.
+func (d *Daemon) wait(reason *error, what string, err error) {
+	err = fmt.Errorf("%s: %w", what, err)
+	if *reason == nil || (*reason).Error() != err.Error() {
+		d.Log.Warn("nothing comes in yet", "reason", err)
+	}
+	d.locked(func() { *reason = err })
 }
 
 // stop lets the workload's connections end, then ends Envoy.
@@ -150,7 +210,7 @@ func (d *Daemon) stop(abort <-chan struct{}) error {
 const drainPoll = 100 * time.Millisecond
 
 func (d *Daemon) drain(p *envoy.Process, abort <-chan struct{}) {
-	limit := d.Mesh.Envoy.DrainTime
+	limit := d.desired.mesh.Envoy.DrainTime
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	tick := time.NewTicker(drainPoll)
@@ -181,31 +241,27 @@ func (d *Daemon) drain(p *envoy.Process, abort <-chan struct{}) {
 // Unready returns the reasons why the sidecar is not ready; none if it is. Everything is tried, nothing remembered.
 func (d *Daemon) Unready(ctx context.Context) []error {
 	d.mu.Lock()
-	certificates, process, inForce, stopping, waiting := d.certificates, d.process, d.inForce, d.stopping, d.waiting
+	certificates, process, inForce, down := d.certificates, d.process, d.inForce, d.down
+	reasons := []error{d.badConfig, d.badCertificates, d.down}
+	if d.stopping {
+		reasons = append(reasons, errors.New("mantlet is stopping"))
+	}
 	d.mu.Unlock()
-	var reasons []error
-	add := func(err error) {
-		if err != nil {
-			reasons = append(reasons, err)
-		}
-	}
-	if stopping {
-		add(errors.New("mantlet is stopping"))
-	}
-	add(waiting)
 	if certificates != nil && time.Now().After(certificates.Expires()) {
-		add(fmt.Errorf("the certificates expired at %s", certificates.Expires().Format(time.RFC3339)))
+		reasons = append(reasons, fmt.Errorf("the certificates expired at %s", certificates.Expires().Format(time.RFC3339)))
 	}
-	if process != nil && waiting == nil {
-		add(process.Check(ctx, d.State.Digest))
+	if process != nil && down == nil {
+		reasons = append(reasons, process.Check(ctx))
 	}
 	if inForce {
-		add(d.Kernel.Check())
+		reasons = append(reasons, d.Kernel.Check())
+	}
+	reasons = slices.DeleteFunc(reasons, func(err error) bool { return err == nil })
+	if len(reasons) == 0 && !inForce {
+		reasons = append(reasons, errors.New("mantlet is starting"))
 	}
 	return reasons
 }
-
-func (d *Daemon) note(waiting error) { d.locked(func() { d.waiting = waiting }) }
 
 func (d *Daemon) locked(change func()) {
 	d.mu.Lock()

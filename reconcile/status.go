@@ -18,7 +18,7 @@ func StatusSocket(runtimeDirectory string) string {
 
 // Serve answers /livez and /readyz on the status socket until ctx ends.
 func (d *Daemon) Serve(ctx context.Context) error {
-	path := StatusSocket(d.RuntimeDirectory)
+	path := StatusSocket(d.Environment.Process.RuntimeDirectory)
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("removing the socket of a mantlet before this one: %w", err)
 	}

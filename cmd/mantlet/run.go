@@ -52,9 +52,9 @@ func run(ctx context.Context, level *slog.LevelVar) error {
 		return err
 	}
 	defer func() { _ = table.Close() }()
-	env, config, err := load(os.Environ())
+	env, err := schema.ParseEnvironment(os.Environ())
 	if err != nil {
-		return err
+		return invalid{err}
 	}
 	if err := level.UnmarshalText([]byte(env.Process.LogLevel)); err != nil {
 		return err
@@ -62,11 +62,17 @@ func run(ctx context.Context, level *slog.LevelVar) error {
 	if err := table.Missing(); err != nil {
 		return fmt.Errorf("nothing comes in until this is mended: %w", err)
 	}
-	daemon, err := newDaemon(env.Process, config.Mesh, table, log)
-	if err != nil {
+	directory := env.Process.RuntimeDirectory
+	if err := private(directory); err != nil {
 		return err
 	}
-	return serve(ctx, daemon)
+	return serve(ctx, &reconcile.Daemon{
+		Environment: env,
+		Place:       render.Place{RuntimeDirectory: directory, NoIPv6: !hasIPv6()},
+		Kernel:      table,
+		Envoy:       &envoy.Runner{Path: env.Process.EnvoyPath, RuntimeDirectory: directory, Log: log},
+		Log:         log,
+	})
 }
 
 // closePod puts the deny-all rules in place.
@@ -87,26 +93,6 @@ func closePod(log *slog.Logger) (*nft.Table, error) {
 	}
 	log.Info("nothing comes in until the desired state is in force", "owned", owned)
 	return table, nil
-}
-
-func newDaemon(process schema.Process, mesh schema.Mesh, table *nft.Table, log *slog.Logger) (*reconcile.Daemon, error) {
-	directory := process.RuntimeDirectory
-	if err := private(directory); err != nil {
-		return nil, err
-	}
-	state, err := render.Render(mesh, render.Place{RuntimeDirectory: directory, NoIPv6: !hasIPv6()})
-	if err != nil {
-		return nil, err
-	}
-	return &reconcile.Daemon{
-		Mesh:             mesh,
-		State:            state,
-		TLSDirectory:     process.TLSDirectory,
-		RuntimeDirectory: directory,
-		Kernel:           table,
-		Envoy:            &envoy.Runner{Path: process.EnvoyPath, RuntimeDirectory: directory, Log: log},
-		Log:              log,
-	}, nil
 }
 
 // maxDirectory leaves room in a unix socket's 108 bytes for the longest name that Envoy makes of it:

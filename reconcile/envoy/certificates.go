@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -150,8 +151,11 @@ func parse(text []byte) ([]*x509.Certificate, error) {
 
 // Publish gives a generation to Envoy as SDS files in the runtime directory, each replaced by a rename, which is the only
 // event that Envoy reads them anew at. The key and its chain are one resource, so they never mix with another generation's.
-// It is idempotent.
-func Publish(c *Certificates, runtimeDirectory string) error {
+//
+// The text that Envoy gets differs at each call, in a line before the PEM: with new content all TLS session tickets end.
+// Nothing else ends them when a client's certificate expires.
+func Publish(c *Certificates, runtimeDirectory string, now time.Time) error {
+	stamp := fmt.Appendf(nil, "published %s\n", now.Format(time.RFC3339Nano))
 	inline := func(data []byte) *corev3.DataSource {
 		return &corev3.DataSource{Specifier: &corev3.DataSource_InlineString{InlineString: string(data)}}
 	}
@@ -160,7 +164,7 @@ func Publish(c *Certificates, runtimeDirectory string) error {
 			ValidationContext: &tlsv3.CertificateValidationContext{TrustedCa: inline(c.meshCA)},
 		}},
 		{Name: render.IdentitySecret, Type: &tlsv3.Secret_TlsCertificate{
-			TlsCertificate: &tlsv3.TlsCertificate{CertificateChain: inline(c.chain), PrivateKey: inline(c.key)},
+			TlsCertificate: &tlsv3.TlsCertificate{CertificateChain: inline(slices.Concat(stamp, c.chain)), PrivateKey: inline(c.key)},
 		}},
 	}
 	for _, s := range secrets {

@@ -37,6 +37,7 @@ type Runner struct {
 type Process struct {
 	Epoch     int
 	Bootstrap *bootstrapv3.Bootstrap // what it was started with
+	Digest    string                 // of the state that it was started with
 
 	cmd    *exec.Cmd
 	admin  admin
@@ -52,13 +53,13 @@ const liveLimit = 20 * time.Second
 // by the end of a time limit, the process is killed; SIGTERM would make a later epoch end its parent too.
 func (r *Runner) Start(ctx context.Context, state render.State, settings schema.Envoy) (*Process, error) {
 	const epoch = 0
-	p, err := r.execute(state.Bootstrap, settings, epoch)
+	p, err := r.execute(state, settings, epoch)
 	if err != nil {
 		return nil, fmt.Errorf("starting Envoy: %w", err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, liveLimit)
 	defer cancel()
-	if err := p.waitLive(ctx, state.Digest); err != nil {
+	if err := p.waitLive(ctx); err != nil {
 		p.Kill()
 		<-p.exited
 		return nil, fmt.Errorf("starting Envoy: %w", err)
@@ -67,8 +68,8 @@ func (r *Runner) Start(ctx context.Context, state render.State, settings schema.
 	return p, nil
 }
 
-func (r *Runner) execute(bootstrap *bootstrapv3.Bootstrap, settings schema.Envoy, epoch int) (*Process, error) {
-	bootstrap = proto.CloneOf(bootstrap)
+func (r *Runner) execute(state render.State, settings schema.Envoy, epoch int) (*Process, error) {
+	bootstrap := proto.CloneOf(state.Bootstrap)
 	bootstrap.Admin = render.Admin(r.RuntimeDirectory, epoch)
 	text, err := render.JSON(bootstrap)
 	if err != nil {
@@ -85,6 +86,7 @@ func (r *Runner) execute(bootstrap *bootstrapv3.Bootstrap, settings schema.Envoy
 	p := &Process{
 		Epoch:     epoch,
 		Bootstrap: bootstrap,
+		Digest:    state.Digest,
 		admin:     newAdmin(render.AdminSocket(r.RuntimeDirectory, epoch)),
 		logs:      &logs{to: r.Log.With("epoch", epoch)},
 		exited:    make(chan struct{}),
@@ -158,12 +160,12 @@ func baseID() (uint32, error) {
 // pollInterval is how often an Envoy that starts is asked whether it is live: a small part of the 45 ms that it takes.
 const pollInterval = 3 * time.Millisecond
 
-func (p *Process) waitLive(ctx context.Context, digest string) error {
+func (p *Process) waitLive(ctx context.Context) error {
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
 	var last error
 	for {
-		if last = p.Check(ctx, digest); last == nil {
+		if last = p.Check(ctx); last == nil {
 			return nil
 		}
 		select {
@@ -176,8 +178,8 @@ func (p *Process) waitLive(ctx context.Context, digest string) error {
 	}
 }
 
-// Check returns nil if the process is live with the bootstrap that has this digest and has all of its listeners.
-func (p *Process) Check(ctx context.Context, digest string) error {
+// Check returns nil if the process says that it is live with the state that it was started with, and has all listeners.
+func (p *Process) Check(ctx context.Context) error {
 	info, err := p.admin.info(ctx)
 	if err != nil {
 		return err
@@ -187,8 +189,8 @@ func (p *Process) Check(ctx context.Context, digest string) error {
 		return fmt.Errorf("Envoy is %s, not LIVE", info.State)
 	case info.Epoch != p.Epoch:
 		return fmt.Errorf("Envoy answers as epoch %d, not %d", info.Epoch, p.Epoch)
-	case info.Digest != digest:
-		return fmt.Errorf("Envoy runs %q, not %q", info.Digest, digest)
+	case info.Digest != p.Digest:
+		return fmt.Errorf("Envoy runs %q, not %q", info.Digest, p.Digest)
 	}
 	listeners, err := p.admin.listeners(ctx)
 	if err != nil {
