@@ -13,22 +13,24 @@ const (
 	Table = "mantlet" // family inet
 
 	ingressChain = "ingress"
+	portsChain   = "ports"
 	egressChain  = "egress"
 	modesMap     = "modes"
 	answersMap   = "answers"
 )
 
-// Mark is mantlet's part of the connection mark. It tells under which mode a connection was let in, so that its packets
-// end when the mode of their port changes. Only the bits of MarkMask are mantlet's; other software in the pod may use
-// the rest.
+// Mark is mantlet's part of the connection mark. It tells that these rules saw a connection begin, and how: from the pod,
+// or under which mode from outside, so that its packets end when the mode of their port changes. Only the bits of MarkMask
+// are mantlet's; other software in the pod may use the rest.
 type Mark uint32
 
-// The marks. Bits 20 and 21 hold the mode; bits 22 to 27 are the policy generation's.
+// The marks. Bits 20 to 22 hold the kind; bits 23 to 27 are the policy generation's.
 const (
-	MarkNone        Mark = 0
+	MarkNone        Mark = 0 // older than the rules
 	MarkMTLS        Mark = 1 << 20
 	MarkTLS         Mark = 2 << 20
 	MarkPassthrough Mark = 3 << 20
+	MarkOutbound    Mark = 4 << 20
 	MarkMask        Mark = 0xff << 20
 )
 
@@ -82,10 +84,8 @@ var (
 	drop    = Verdict{Kind: Drop}
 	onlyTCP = Protocol{Numbers: []uint8{TCP}}
 	notTCP  = Protocol{Op: NotEqual, Numbers: []uint8{TCP}}
-
-	handshake = FIN | SYN | RST | ACK // the flags that tell a first SYN from all other packets
-	firstSYN  = TCPFlags{Value: SYN, Mask: handshake}
-	noSYN     = TCPFlags{Op: NotEqual, Value: SYN, Mask: handshake}
+	// No other packet of a connection has SYN alone of these.
+	firstSYN = TCPFlags{Value: SYN, Mask: FIN | SYN | RST | ACK}
 )
 
 func goTo(chain string) Verdict { return Verdict{Kind: Goto, Goto: chain} }
@@ -119,13 +119,8 @@ func DenyAll(replies bool) Ruleset {
 	in := Chain{Name: ingressChain, Hook: Hook{"prerouting", Drop}, Rules: []Rule{{Loopback{}, accept}}}
 	out := Chain{Name: egressChain, Hook: Hook{"output", Accept}, Rules: []Rule{{Loopback{Output: true}, accept}}}
 	if replies {
-		in.Rules = append(in.Rules, answersToThePod()...)
-		out.Rules = append(out.Rules,
-			Rule{notTCP, accept},
-			Rule{StateNew, noSYN, Count{}, drop},
-			Rule{Reply(false), accept},
-			Rule{Count{}, drop},
-		)
+		in.Rules = append(in.Rules, answersToThePod(drop)...)
+		out.Rules = append(append(out.Rules, madeByThePod()...), Rule{Count{}, drop})
 	}
 	in.Rules = append(in.Rules, neighbours, Rule{Count{}, drop})
 	return Ruleset{Chains: []Chain{in, out}}
@@ -134,13 +129,26 @@ func DenyAll(replies bool) Ruleset {
 // neighbours lets in ICMP, without which IPv6 finds no neighbour and no path MTU.
 var neighbours = Rule{Protocol{Numbers: []uint8{ICMP, ICMPv6}}, accept}
 
-// answersToThePod lets in what answers connections that the pod made. A SYN never does, whatever conntrack says: a peer
-// that swallowed the pod's own SYN could otherwise send one over the same conntrack entry. A connection with a mark came
-// in from outside.
-func answersToThePod() []Rule {
+// madeByThePod lets out connections that the pod makes, and marks them as they begin. That conntrack calls a direction
+// original is not enough: it is that of the first packet it saw, which of a connection older than conntrack may be the
+// workload's answer, and of a packet that the pod only forwards, a forgery of its source address.
+func madeByThePod() []Rule {
 	return []Rule{
-		{Reply(true), notTCP, accept},
-		{Reply(true), Marked{Marks: []Mark{MarkNone}}, noSYN, accept},
+		{Reply(false), Marked{Mark: MarkOutbound}, accept},
+		{Reply(false), firstSYN, SetMark{MarkOutbound}, accept},
+		{Reply(false), notTCP, SetMark{MarkOutbound}, accept},
+		{notTCP, accept},
+	}
+}
+
+// answersToThePod lets in what answers connections that the pod made, or forwarded under its own address. A SYN never
+// answers, whatever conntrack says: a peer that swallowed the pod's own SYN could otherwise send one over the same
+// conntrack entry.
+func answersToThePod(syn Verdict) []Rule {
+	return []Rule{
+		{Reply(true), firstSYN, syn},
+		{Reply(true), Marked{Mark: MarkOutbound}, accept},
+		{Reply(true), SourceTranslated{}, accept},
 	}
 }
 
@@ -156,10 +164,12 @@ func ruleset(mesh schema.Mesh) Ruleset {
 		Maps: []Map{modes, answers},
 		Chains: []Chain{
 			ingress(mesh.OtherProtocols),
-			{Name: passthroughIn, Rules: []Rule{
-				{Marked{Marks: []Mark{MarkNone, MarkPassthrough}}, SetMark{MarkPassthrough}, accept},
-				{onlyTCP, Count{}, Reset{}},
+			{Name: portsChain, Rules: []Rule{
+				{LookUp{Map: modesMap}},
+				{onlyTCP, goTo(mtls.in())},
+				{Count{}, drop}, // UDP, SCTP, …
 			}},
+			{Name: passthroughIn, Rules: []Rule{over(MarkPassthrough), {SetMark{MarkPassthrough}, accept}}},
 			mtls.ingress(),
 			tls.ingress(),
 			egress(),
@@ -179,58 +189,57 @@ func ingress(other schema.OtherProtocols) Chain {
 		{Destination{netip.MustParsePrefix("::1/128")}, drop},
 		{Forwarded{}, accept},
 	}
-	rules = append(rules, answersToThePod()...)
+	rules = append(rules, answersToThePod(goTo(portsChain))...)
 	rules = append(rules, neighbours)
 	if other == schema.OtherProtocolsAccept {
 		rules = append(rules, Rule{notTCP, accept})
 	}
-	rules = append(rules,
-		Rule{LookUp{Map: modesMap}},
-		Rule{onlyTCP, goTo(mtls.in())},
-		Rule{Count{}, drop},
-	)
-	return Chain{Name: ingressChain, Hook: Hook{"prerouting", Drop}, Rules: rules}
+	return Chain{Name: ingressChain, Hook: Hook{"prerouting", Drop}, Rules: append(rules, Rule{goTo(portsChain)})}
 }
 
-// ingress hands TCP connections to Envoy's listener of the mode. They are marked only once it took them. What belongs to
-// no such connection is refused, except a bare SYN: dropped, so that the client's own retransmission bridges the time in
-// which Envoy does not listen.
+// over ends connections that were let in under another mode.
+func over(mark Mark) Rule {
+	return Rule{onlyTCP, Marked{NotEqual, MarkNone}, Marked{NotEqual, mark}, Count{}, Reset{}}
+}
+
+// ingress hands TCP connections to Envoy's listener of the mode. They are marked once it took their SYN, and without the
+// mark no other packet passes: it would be of a connection that is older than the rules.
 func (w wrapped) ingress() Chain {
-	to4 := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), w.listener)
-	to6 := netip.AddrPortFrom(netip.IPv6Loopback(), w.listener)
+	to4 := TProxy{netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), w.listener)}
+	to6 := TProxy{netip.AddrPortFrom(netip.IPv6Loopback(), w.listener)}
 	return Chain{Name: w.in(), Rules: []Rule{
-		// Made under another mode: over.
-		{onlyTCP, Marked{NotEqual, []Mark{MarkNone, w.mark}}, Count{}, Reset{}},
-		// A transparent socket alone could be any process's; a mark alone outlives its connection in TIME_WAIT, where a new
-		// dial from the same port inherits it, hence no SYN.
-		{Marked{Marks: []Mark{w.mark}}, noSYN, TransparentSocket{}, accept},
-		// One packet out of the window must not reset a healthy connection: this stands before the refusal.
-		{StateInvalid, Count{}, drop},
-		{TProxy{to4}, SetMark{w.mark}, accept},
-		{TProxy{to6}, SetMark{w.mark}, accept},
+		// Before any reset: one segment out of the window must not end a healthy connection.
+		{Invalid{}, Count{}, drop},
+		over(w.mark),
+		// TIME_WAIT is no BoundSocket. While Envoy does not listen, TProxy gives a SYN to what its former connection left
+		// there, and that would hand it on to the workload's listener.
+		{firstSYN, to4, BoundSocket{}, SetMark{w.mark}, accept},
+		{firstSYN, to6, BoundSocket{}, SetMark{w.mark}, accept},
+		// Dropped and not refused: the client's own retransmission bridges the time in which Envoy does not listen.
 		{firstSYN, Count{}, drop},
+		// TProxy again, for what has no socket yet: with SYN cookies the handshake's last packet would go to the workload.
+		{Marked{Mark: w.mark}, to4, accept},
+		{Marked{Mark: w.mark}, to6, accept},
 		{onlyTCP, Count{}, Reset{}},
 	}}
 }
 
-// egress is the second line: it ends connections that are older than the rules (where the workload speaks first,
-// conntrack takes them for its own), and whatever answers on a protected port without having come through Envoy.
+// egress is the second line: it ends connections that are older than the rules, and whatever answers on a protected port
+// without having come through Envoy.
 func egress() Chain {
-	return Chain{Name: egressChain, Hook: Hook{"output", Accept}, Rules: []Rule{
-		{Loopback{Output: true}, accept},
-		{notTCP, accept},
-		{StateNew, noSYN, Count{}, Reset{}},
-		{Reply(false), accept},
-		{TCPFlags{Value: RST, Mask: RST}, accept},
-		{LookUp{Source: true, Map: answersMap}},
-		{goTo(mtls.out())},
-	}}
+	return Chain{Name: egressChain, Hook: Hook{"output", Accept}, Rules: append(
+		append([]Rule{{Loopback{Output: true}, accept}}, madeByThePod()...),
+		Rule{TCPFlags{Value: RST, Mask: RST}, accept},
+		Rule{Invalid{}, Count{}, drop},
+		Rule{LookUp{Source: true, Map: answersMap}},
+		Rule{goTo(mtls.out())},
+	)}
 }
 
 // answered lets answers out that belong to a connection of the mode which the mark stands for.
 func answered(mark Mark) []Rule {
 	return []Rule{
-		{Marked{Marks: []Mark{mark}}, accept},
+		{Marked{Mark: mark}, accept},
 		{onlyTCP, Count{}, Reset{}},
 	}
 }

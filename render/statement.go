@@ -103,40 +103,32 @@ func (r Reply) Text() string {
 	return "ct direction original"
 }
 
-// ConntrackState matches conntrack's view of the packet; the values are the kernel's bits (NF_CT_STATE_BIT).
-type ConntrackState uint32
-
-// The conntrack states that rules speak of.
-const (
-	StateInvalid ConntrackState = 1
-	StateNew     ConntrackState = 8
-)
+// Invalid matches packets that conntrack assigns to no connection: a segment out of the window, say.
+type Invalid struct{}
 
 // Text implements Statement.
-func (s ConntrackState) Text() string {
-	if s == StateInvalid {
-		return "ct state invalid"
-	}
-	return "ct state new"
-}
+func (Invalid) Text() string { return "ct state invalid" }
 
-// Marked matches mantlet's bits of the connection mark: any of Marks (ascending), or none of them.
+// SourceTranslated matches packets of connections whose source address was translated on their way out. What answers them
+// is translated back and goes on to whom it is for.
+type SourceTranslated struct{}
+
+// Text implements Statement.
+func (SourceTranslated) Text() string { return "ct status snat" }
+
+// Marked matches mantlet's bits of the connection mark. It never matches packets that belong to no connection.
 type Marked struct {
-	Op    Op
-	Marks []Mark
+	Op   Op
+	Mark Mark
 }
 
 // Text implements Statement.
 func (m Marked) Text() string {
-	var marks []string
-	for _, mark := range m.Marks {
-		marks = append(marks, fmt.Sprintf("0x%08x", uint32(mark)))
-	}
 	op := "=="
 	if m.Op == NotEqual {
 		op = "!="
 	}
-	return fmt.Sprintf("ct mark & 0x%08x %s %s", uint32(MarkMask), op, oneOrSet(marks))
+	return fmt.Sprintf("ct mark & 0x%08x %s 0x%08x", uint32(MarkMask), op, uint32(m.Mark))
 }
 
 // SetMark sets mantlet's bits of the connection mark and leaves the others alone.
@@ -148,10 +140,7 @@ func (s SetMark) Text() string {
 }
 
 // TCPFlags matches TCP packets by the Value of the flags in Mask; it never matches other protocols.
-type TCPFlags struct {
-	Op          Op
-	Value, Mask uint8
-}
+type TCPFlags struct{ Value, Mask uint8 }
 
 // The flags of the TCP header (RFC 9293, section 3.1).
 const (
@@ -167,7 +156,7 @@ func (f TCPFlags) Text() string {
 	if f.Value == f.Mask {
 		return fmt.Sprintf("tcp flags & %s == %s", flagNames(f.Mask, "|"), flagNames(f.Value, "|"))
 	}
-	return fmt.Sprintf("tcp flags %s%s / %s", f.Op.infix(), flagNames(f.Value, ","), flagNames(f.Mask, ","))
+	return fmt.Sprintf("tcp flags %s / %s", flagNames(f.Value, ","), flagNames(f.Mask, ","))
 }
 
 func flagNames(flags uint8, separator string) string {
@@ -180,14 +169,15 @@ func flagNames(flags uint8, separator string) string {
 	return strings.Join(names, separator)
 }
 
-// TransparentSocket matches packets that belong to a socket with IP_TRANSPARENT which is bound to one address.
-type TransparentSocket struct{}
+// BoundSocket matches packets that are for a listener or a connection with a local address of its own. A socket in
+// TIME_WAIT, or one that is still to be accepted, is neither. After TProxy it speaks of the socket that TProxy chose.
+type BoundSocket struct{}
 
 // Text implements Statement.
-func (TransparentSocket) Text() string { return "socket transparent 1 socket wildcard 0" }
+func (BoundSocket) Text() string { return "socket wildcard 0" }
 
-// TProxy gives TCP packets of To's family to the socket that listens there, without a change to them. Where none
-// listens, it ends the rule, and the next one sees the packet.
+// TProxy gives TCP packets of To's family, without a change to them, to the socket of their connection or else to the one
+// that listens at To. It must be a transparent socket; where there is none, the rule ends, and the next one sees the packet.
 type TProxy struct{ To netip.AddrPort }
 
 // Text implements Statement.

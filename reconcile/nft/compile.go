@@ -27,6 +27,7 @@ type batch struct {
 	conn  *nftables.Conn
 	table *nftables.Table
 	maps  map[string]*nftables.Set
+	sets  uint32 // how many there are, which is the last one's ID; the library's own count is no one's who runs concurrently
 }
 
 // expressions translates a rule to what nft sends for the same text. Anonymous sets that it needs join the transaction.
@@ -65,14 +66,16 @@ func (b *batch) statement(s render.Statement) ([]expr.Any, error) {
 			direction = 1
 		}
 		return []expr.Any{&expr.Ct{Key: expr.CtKeyDIRECTION, Register: reg1}, compare(render.Equal, []byte{direction})}, nil
-	case render.ConntrackState:
-		return []expr.Any{
-			&expr.Ct{Key: expr.CtKeySTATE, Register: reg1},
-			mask(native(uint32(s)), native(0)),
-			compare(render.NotEqual, native(0)),
-		}, nil
+	case render.Invalid:
+		return hasBit(expr.CtKeySTATE, expr.CtStateBitINVALID), nil
+	case render.SourceTranslated:
+		return hasBit(expr.CtKeySTATUS, statusSourceNAT), nil
 	case render.Marked:
-		return b.marked(s)
+		return []expr.Any{
+			&expr.Ct{Key: expr.CtKeyMARK, Register: reg1},
+			mask(native(uint32(render.MarkMask)), native(0)),
+			compare(s.Op, native(uint32(s.Mark))),
+		}, nil
 	case render.SetMark:
 		return []expr.Any{
 			&expr.Ct{Key: expr.CtKeyMARK, Register: reg1},
@@ -83,13 +86,10 @@ func (b *batch) statement(s render.Statement) ([]expr.Any, error) {
 		return append(onlyTCP(),
 			&expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
 			&expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 1, Mask: []byte{s.Mask}, Xor: []byte{0}},
-			compare(s.Op, []byte{s.Value}),
+			compare(render.Equal, []byte{s.Value}),
 		), nil
-	case render.TransparentSocket:
-		return []expr.Any{
-			&expr.Socket{Key: expr.SocketKeyTransparent, Register: reg1}, compare(render.Equal, []byte{1}),
-			&expr.Socket{Key: expr.SocketKeyWildcard, Register: reg1}, compare(render.Equal, []byte{0}),
-		}, nil
+	case render.BoundSocket:
+		return []expr.Any{&expr.Socket{Key: expr.SocketKeyWildcard, Register: reg1}, compare(render.Equal, []byte{0})}, nil
 	case render.TProxy:
 		return tproxy(s.To), nil
 	case render.LookUp:
@@ -120,6 +120,14 @@ func mask(and, xor []byte) expr.Any {
 	return &expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 4, Mask: and, Xor: xor}
 }
 
+// statusSourceNAT is IPS_SRC_NAT (include/uapi/linux/netfilter/nf_conntrack_common.h).
+const statusSourceNAT = 1 << 4
+
+// hasBit compares a bit of conntrack's state or status.
+func hasBit(key expr.CtKey, bit uint32) []expr.Any {
+	return []expr.Any{&expr.Ct{Key: key, Register: reg1}, mask(native(bit), native(0)), compare(render.NotEqual, native(0))}
+}
+
 func onlyFamily(family byte) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg1}, compare(render.Equal, []byte{family})}
 }
@@ -141,46 +149,27 @@ func destination(prefix netip.Prefix) []expr.Any {
 	)
 }
 
+// protocol compares the packet's protocol with one number, or looks it up in an anonymous set of several.
 func (b *batch) protocol(op render.Op, numbers ...uint8) ([]expr.Any, error) {
 	load := &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg1}
-	var values [][]byte
-	for _, n := range numbers {
-		values = append(values, []byte{n})
+	if len(numbers) == 1 {
+		return []expr.Any{load, compare(op, numbers)}, nil
 	}
-	match, err := b.anyOf(nftables.TypeInetProto, op, values)
-	return []expr.Any{load, match}, err
-}
-
-func (b *batch) marked(m render.Marked) ([]expr.Any, error) {
-	var values [][]byte
-	for _, mark := range m.Marks {
-		values = append(values, native(uint32(mark)))
-	}
-	match, err := b.anyOf(nftables.TypeMark, m.Op, values)
-	return []expr.Any{
-		&expr.Ct{Key: expr.CtKeyMARK, Register: reg1},
-		mask(native(uint32(render.MarkMask)), native(0)),
-		match,
-	}, err
-}
-
-// anyOf compares reg1 with one value, or looks it up in an anonymous set of several.
-func (b *batch) anyOf(key nftables.SetDatatype, op render.Op, values [][]byte) (expr.Any, error) {
-	if len(values) == 1 {
-		return compare(op, values[0]), nil
-	}
+	b.sets++
 	set := &nftables.Set{
-		Table: b.table, Anonymous: true, Constant: true, KeyType: key,
-		KeyByteOrder: binaryutil.NativeEndian, Size: uint32(len(values)),
+		ID: b.sets, Name: "__set%d", // the kernel puts a number there
+		Table: b.table, Anonymous: true, Constant: true, KeyType: nftables.TypeInetProto, Size: uint32(len(numbers)),
 	}
 	var elements []nftables.SetElement
-	for _, v := range values {
-		elements = append(elements, nftables.SetElement{Key: v})
+	for _, n := range numbers {
+		elements = append(elements, nftables.SetElement{Key: []byte{n}})
 	}
 	if err := b.conn.AddSet(set, elements); err != nil {
 		return nil, fmt.Errorf("adding an anonymous set: %w", err)
 	}
-	return &expr.Lookup{SourceRegister: reg1, SetID: set.ID, SetName: set.Name, Invert: op == render.NotEqual}, nil
+	return []expr.Any{
+		load, &expr.Lookup{SourceRegister: reg1, SetID: set.ID, SetName: set.Name, Invert: op == render.NotEqual},
+	}, nil
 }
 
 // tproxy limits the rule to the listener's family and to TCP: the kernel refuses the expression otherwise.

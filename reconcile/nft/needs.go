@@ -21,13 +21,12 @@ type need struct {
 // a rule that fits them: TCP, and for tproxy the prerouting hook, which only a base chain's rules are checked against.
 func needs() []need {
 	tcp := render.Protocol{Numbers: []uint8{render.TCP}}
-	marks := render.Marked{Marks: []render.Mark{render.MarkNone}}
 	return []need{
 		{"CONFIG_NFT_CT", render.Rule{render.Reply(true)}},
-		{"CONFIG_NF_CONNTRACK_MARK", render.Rule{marks}},
+		{"CONFIG_NF_CONNTRACK_MARK", render.Rule{render.Marked{}}},
 		{"CONFIG_NFT_FIB_INET", render.Rule{render.Forwarded{}}},
 		{"CONFIG_NFT_REJECT_INET", render.Rule{tcp, render.Reset{}}},
-		{"CONFIG_NFT_SOCKET", render.Rule{render.TransparentSocket{}}},
+		{"CONFIG_NFT_SOCKET", render.Rule{render.BoundSocket{}}},
 		{"CONFIG_NFT_TPROXY", render.Rule{render.TProxy{To: netip.MustParseAddrPort("127.0.0.1:1")}}},
 		{"CONFIG_NFT_TPROXY (with CONFIG_NF_TPROXY_IPV6)", render.Rule{render.TProxy{To: netip.MustParseAddrPort("[::1]:1")}}},
 	}
@@ -45,7 +44,11 @@ func (t *Table) missing(needs []need) error {
 	defer t.mu.Unlock()
 	var errs []error
 	for _, n := range needs {
-		if err := t.try(n.rule); err != nil {
+		err := t.try(n.rule)
+		if errors.Is(err, unix.EPERM) {
+			return t.explain(err) // nothing was tried
+		}
+		if err != nil {
 			errs = append(errs, fmt.Errorf("the kernel lacks %s, tried with %q: %w", n.options, n.rule.Text(), err))
 		}
 	}
@@ -53,18 +56,15 @@ func (t *Table) missing(needs []need) error {
 }
 
 func (t *Table) try(rule render.Rule) error {
-	b := &batch{conn: t.conn, table: t.table}
-	chain := t.conn.AddChain(&nftables.Chain{Name: trialChain, Table: t.table})
-	exprs, err := b.expressions(rule)
-	if err != nil {
-		return err
-	}
-	t.conn.AddRule(&nftables.Rule{Table: t.table, Chain: chain, Exprs: exprs})
-	t.conn.FlushChain(chain)
-	t.conn.DelChain(chain)
-	err = t.conn.Flush()
-	if errors.Is(err, unix.EPERM) {
-		return explain(err)
-	}
-	return err
+	return t.transaction(func(b *batch) error {
+		exprs, err := b.expressions(rule)
+		if err != nil {
+			return err
+		}
+		chain := t.conn.AddChain(&nftables.Chain{Name: trialChain, Table: t.table})
+		t.conn.AddRule(&nftables.Rule{Table: t.table, Chain: chain, Exprs: exprs})
+		t.conn.FlushChain(chain)
+		t.conn.DelChain(chain)
+		return nil
+	})
 }

@@ -17,14 +17,44 @@ import (
 // live is the table as the kernel tells it, in raw attributes: the library leaves out what it does not know when it reads
 // rules, tproxy and socket among it. What changes without anybody's doing is left out: counters, handles, use counts.
 type live struct {
-	table    []byte            // its flags, dormant and the owner's among them
+	table    []byte            // its flags, dormant and the owner's among them; nil where the table is not there
 	chains   map[string][]byte // hook, priority, policy, type, flags
 	rules    map[string][]byte // by chain, in order
 	elements map[string][]byte // by map
 }
 
-// read dumps the table. A change in between ends in an error of the kernel (EINTR), as a rule.
-func (t *Table) read() (live, error) {
+// read returns the table, and the number of the last transaction that it shows.
+func (t *Table) read() (live, uint32, error) {
+	for range attempts {
+		before, err := t.generation()
+		if err != nil {
+			return live{}, 0, err
+		}
+		l, err := t.dumpTable()
+		if err != nil {
+			return live{}, 0, err
+		}
+		after, err := t.generation()
+		if err != nil {
+			return live{}, 0, err
+		}
+		if after == before {
+			return l, after, nil
+		}
+	}
+	return live{}, 0, errBusy
+}
+
+// generation returns the number of the last transaction in this network namespace, whosever.
+func (t *Table) generation() (generation uint32, err error) {
+	err = t.request(unix.NFT_MSG_GETGEN, netlink.Request, nil, func(a attributes) error {
+		generation = binary.BigEndian.Uint32(a[unix.NFTA_GEN_ID])
+		return nil
+	})
+	return generation, err
+}
+
+func (t *Table) dumpTable() (live, error) {
 	l := live{chains: map[string][]byte{}, rules: map[string][]byte{}, elements: map[string][]byte{}}
 	for _, dump := range []struct {
 		of   uint16
@@ -36,7 +66,7 @@ func (t *Table) read() (live, error) {
 		{unix.NFT_MSG_GETSET, unix.NFTA_SET_TABLE, l.addSet},
 		{unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE, l.addRule},
 	} {
-		if err := t.dump(dump.of, []netlink.Attribute{text(dump.name, render.Table)}, func(a attributes) error {
+		if err := t.request(dump.of, netlink.Request|netlink.Dump, []netlink.Attribute{text(dump.name, render.Table)}, func(a attributes) error {
 			if a.text(dump.name) != render.Table {
 				return nil
 			}
@@ -49,7 +79,7 @@ func (t *Table) read() (live, error) {
 		request := []netlink.Attribute{
 			text(unix.NFTA_SET_ELEM_LIST_TABLE, render.Table), text(unix.NFTA_SET_ELEM_LIST_SET, set),
 		}
-		if err := t.dump(unix.NFT_MSG_GETSETELEM, request, func(a attributes) error {
+		if err := t.request(unix.NFT_MSG_GETSETELEM, netlink.Request|netlink.Dump, request, func(a attributes) error {
 			l.elements[set] = append(l.elements[set], a[unix.NFTA_SET_ELEM_LIST_ELEMENTS]...)
 			return nil
 		}); err != nil {
@@ -62,6 +92,9 @@ func (t *Table) read() (live, error) {
 // differences names what is not in h as it is in l.
 func (l live) differences(h live) []string {
 	var names []string
+	if h.table == nil {
+		return []string{"the table is not there"}
+	}
 	if !bytes.Equal(l.table, h.table) {
 		names = append(names, "the table's flags")
 	}
@@ -87,9 +120,9 @@ func (l live) differences(h live) []string {
 func (t *Table) Check() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	have, err := t.read()
+	have, _, err := t.read()
 	if err != nil {
-		return fmt.Errorf("reading the table inet %s: %w", render.Table, explain(err))
+		return fmt.Errorf("reading the table inet %s: %w", render.Table, t.explain(err))
 	}
 	if names := t.applied.differences(have); len(names) > 0 {
 		return fmt.Errorf("the table inet %s was changed from outside: %s", render.Table, strings.Join(names, ", "))
@@ -118,12 +151,15 @@ func unpack(data []byte) (attributes, error) {
 	return a, nil
 }
 
-func (t *Table) dump(of uint16, request []netlink.Attribute, each func(attributes) error) error {
-	data, err := netlink.MarshalAttributes(request)
+// request calls each for each object that the kernel tells of. What is not there is no error.
+func (t *Table) request(
+	of uint16, flags netlink.HeaderFlags, about []netlink.Attribute, each func(attributes) error,
+) error {
+	data, err := netlink.MarshalAttributes(about)
 	if err != nil {
 		return err
 	}
-	replies, err := t.raw.Execute(message(unix.NFNL_SUBSYS_NFTABLES<<8|of, netlink.Request|netlink.Dump, unix.NFPROTO_INET, 0, data))
+	replies, err := t.raw.Execute(message(unix.NFNL_SUBSYS_NFTABLES<<8|of, flags, unix.NFPROTO_INET, 0, data))
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return err
 	}

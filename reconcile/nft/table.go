@@ -39,10 +39,11 @@ func Open() (*Table, error) {
 	t := &Table{table: &nftables.Table{Name: render.Table, Family: nftables.TableFamilyINet}}
 	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
 		t.raw = c
-		return buffers(c)
+		// Else an acknowledgement that is an error would repeat its message.
+		return errors.Join(c.SetOption(netlink.CapAcknowledge, true), buffers(c))
 	}))
 	if err != nil {
-		return nil, fmt.Errorf("connecting to nftables: %w", explain(err))
+		return nil, fmt.Errorf("connecting to nftables: %w", hint(err))
 	}
 	t.conn = conn
 	return t, nil
@@ -100,16 +101,16 @@ func (t *Table) Own() (bool, error) {
 		return false, fmt.Errorf("claiming the table inet %s: %w", render.Table, err)
 	}
 	_, err = t.raw.Receive()
-	switch {
-	case err == nil:
+	if err == nil {
 		t.owned = true
 		return true, nil
-	case errors.Is(err, unix.EPERM) && t.privileged():
-		return false, ErrOwned
+	}
+	t.drain()
+	switch {
 	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL):
 		return false, nil
 	default:
-		return false, fmt.Errorf("claiming the table inet %s: %w", render.Table, explain(err))
+		return false, fmt.Errorf("claiming the table inet %s: %w", render.Table, t.explain(err))
 	}
 }
 
@@ -129,7 +130,7 @@ func (t *Table) privileged() bool {
 // to the pod's own connections come in. It is idempotent.
 func (t *Table) DenyAll() error {
 	err := t.Replace(render.DenyAll(true))
-	if err == nil || errors.Is(err, unix.EPERM) {
+	if err == nil || errors.Is(err, unix.EPERM) || errors.Is(err, ErrOwned) {
 		return err
 	}
 	if bare := t.Replace(render.DenyAll(false)); bare != nil {
@@ -138,26 +139,77 @@ func (t *Table) DenyAll() error {
 	return nil
 }
 
+// attempts bounds how often a change or a dump is begun anew because another process changed nftables in the meantime.
+const attempts = 10
+
 // Replace makes the table hold r and nothing else, in one transaction. Where it fails, the rules are as they were.
+//
+// What the kernel then tells is what Check compares with, so it must be r: where any process changed anything in nftables
+// around the transaction, it might be theirs, and the change is made again.
 func (t *Table) Replace(r render.Ruleset) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if err := t.replace(r); err != nil {
-		return fmt.Errorf("replacing the table inet %s: %w", render.Table, explain(err))
+	for range attempts {
+		before, err := t.generation()
+		if err == nil {
+			err = t.transaction(func(b *batch) error { return t.replace(b, r) })
+		}
+		if err != nil {
+			return fmt.Errorf("replacing the table inet %s: %w", render.Table, t.explain(err))
+		}
+		applied, after, err := t.read()
+		if err != nil {
+			return fmt.Errorf("reading the table inet %s back: %w", render.Table, t.explain(err))
+		}
+		if after == before+1 {
+			t.applied = applied
+			return nil
+		}
 	}
-	applied, err := t.read()
-	if err != nil {
-		return fmt.Errorf("reading the table inet %s back: %w", render.Table, explain(err))
-	}
-	t.applied = applied
-	return nil
+	return fmt.Errorf("replacing the table inet %s: %w", render.Table, errBusy)
 }
 
-func (t *Table) replace(r render.Ruleset) error {
+var errBusy = fmt.Errorf("other processes changed nftables at the same time, %d times in a row", attempts)
+
+// transaction sends what build adds to it, all or nothing.
+func (t *Table) transaction(build func(*batch) error) error {
+	b := &batch{conn: t.conn, table: t.table, maps: map[string]*nftables.Set{}}
+	failed := build(b)
+	if failed != nil {
+		// The library has no other way to get rid of what it holds than to send it. A chain without a name is never there.
+		t.conn.DelChain(&nftables.Chain{Table: t.table})
+	}
+	err := t.conn.Flush()
+	if err != nil {
+		t.drain()
+	}
+	if failed != nil {
+		return failed
+	}
+	return err
+}
+
+// drain throws away what is left in the socket of a conversation that failed. The kernel answers while a message is sent:
+// every message of a transaction, and the transaction itself where its commit failed. The library reads not as many.
+func (t *Table) drain() {
+	raw, err := t.raw.SyscallConn()
+	if err != nil {
+		return
+	}
+	_ = raw.Control(func(fd uintptr) {
+		for {
+			_, _, err := unix.Recvfrom(int(fd), nil, unix.MSG_DONTWAIT|unix.MSG_TRUNC)
+			if err != nil && err != unix.ENOBUFS && err != unix.EINTR {
+				return // EAGAIN
+			}
+		}
+	})
+}
+
+func (t *Table) replace(b *batch, r render.Ruleset) error {
 	if err := t.clear(); err != nil {
 		return err
 	}
-	b := &batch{conn: t.conn, table: t.table, maps: map[string]*nftables.Set{}}
 	// A goto needs its chain, and a map's element too: chains come first, maps then, rules last.
 	for _, c := range r.Chains {
 		t.conn.AddChain(b.chain(c))
@@ -176,7 +228,7 @@ func (t *Table) replace(r render.Ruleset) error {
 			t.conn.AddRule(&nftables.Rule{Table: t.table, Chain: &nftables.Chain{Name: c.Name, Table: t.table}, Exprs: exprs})
 		}
 	}
-	return t.conn.Flush()
+	return nil
 }
 
 // clear adds to the transaction what takes everything out of the table. An owned table can't be deleted and made anew:
@@ -234,8 +286,9 @@ func (b *batch) chain(c render.Chain) *nftables.Chain {
 const maxElements = 500
 
 func (b *batch) addMap(m render.Map) error {
+	b.sets++
 	set := &nftables.Set{
-		Table: b.table, Name: m.Name, IsMap: true, Interval: true,
+		ID: b.sets, Table: b.table, Name: m.Name, IsMap: true, Interval: true,
 		KeyType: nftables.TypeInetService, DataType: nftables.TypeVerdict, KeyByteOrder: binaryutil.BigEndian,
 	}
 	b.maps[m.Name] = set
@@ -269,13 +322,22 @@ const maxPort = 65535
 
 func port(p uint16) []byte { return binary.BigEndian.AppendUint16(nil, p) }
 
-// explain adds what to do to errors of the kernel that its users meet.
-func explain(err error) error {
+// explain tells one EPERM from the other, and adds what to do to errors of the kernel that users meet.
+func (t *Table) explain(err error) error {
+	if errors.Is(err, unix.EPERM) && t.privileged() {
+		return ErrOwned
+	}
+	return hint(err)
+}
+
+func hint(err error) error {
 	switch {
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		return fmt.Errorf("%w: the capability CAP_NET_ADMIN is missing in the network namespace's user namespace", err)
 	case errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.EAFNOSUPPORT):
 		return fmt.Errorf("%w: the kernel has no nftables (CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET)", err)
+	case errors.Is(err, unix.EMSGSIZE):
+		return fmt.Errorf("%w: the rules do not fit into one transaction: raise net.core.wmem_max on the node, or join ranges of ports", err)
 	default:
 		return err
 	}

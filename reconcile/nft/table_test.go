@@ -1,0 +1,546 @@
+package nft
+
+import (
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"mantlet/lab"
+	"mantlet/render"
+	"mantlet/schema"
+)
+
+func TestMain(m *testing.M) {
+	lab.Enter()
+	if err := flag.Set("test.parallel", "16"); err != nil { // they wait most of the time
+		panic(err)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// states are rulesets of every kind.
+func states(t *testing.T) map[string]render.Ruleset {
+	t.Helper()
+	const pass, tls, mtls = schema.ModePassthrough, schema.ModeTLS, schema.ModeMTLS
+	other := schema.Mesh{TLS: schema.TLS{MinVersion: schema.TLS12}, OtherProtocols: schema.OtherProtocolsAccept}
+	return map[string]render.Ruleset{
+		"deny all":       render.DenyAll(true),
+		"deny all, bare": render.DenyAll(false),
+		"none":           rules(t),
+		"web":            rules(t, port1(7890, pass), port1(8080, tls)),
+		"ranges": rules(t, port1(1, tls), ports(2, 100, pass), ports(101, 200, tls), ports(201, 300, tls), port1(1000, mtls),
+			ports(8000, 8099, mtls), ports(65000, 65535, pass)),
+		"last port":       rules(t, port1(65535, tls)),
+		"all ports":       rules(t, ports(1, 65535, pass)),
+		"other protocols": rulesOf(t, other),
+		"1,500 entries":   many(t, 1500),
+	}
+}
+
+// many renders n entries, ranges among them.
+func many(t *testing.T, n uint16) render.Ruleset {
+	t.Helper()
+	var ingress []schema.Ingress
+	for i := range n {
+		mode := []schema.Mode{schema.ModePassthrough, schema.ModeTLS, schema.ModeMTLS}[i%3]
+		ingress = append(ingress, ports(1000+10*i, 1000+10*i+i%2*5, mode))
+	}
+	return rules(t, ingress...)
+}
+
+func newHost(t *testing.T) *lab.Host {
+	t.Helper()
+	return newPlace(t).pod
+}
+
+// run runs a program on the host.
+func run(t *testing.T, host *lab.Host, name string, args ...string) string {
+	t.Helper()
+	out, err := host.Run(name, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// load puts text into the kernel with the real nft.
+func load(t *testing.T, host *lab.Host, text string) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "rules.nft")
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	run(t, host, "nft", "-f", file)
+}
+
+// loadRules loads a ruleset's text. In a user namespace nft has the smaller one of two socket buffers, into which some
+// 1,000 elements fit: what is more is added bit by bit.
+func loadRules(t *testing.T, host *lab.Host, r render.Ruleset) {
+	t.Helper()
+	const most = 400
+	head := render.Ruleset{Chains: r.Chains}
+	var rest []string
+	for _, m := range r.Maps {
+		n := min(len(m.Elements), most)
+		head.Maps = append(head.Maps, render.Map{Name: m.Name, Elements: m.Elements[:n]})
+		for chunk := range slices.Chunk(m.Elements[n:], most) {
+			var elements []string
+			for _, e := range chunk {
+				elements = append(elements, fmt.Sprintf("%s : goto %s", e.Ports, e.Goto))
+			}
+			rest = append(rest, fmt.Sprintf("add element inet mantlet %s { %s }", m.Name, strings.Join(elements, ", ")))
+		}
+	}
+	load(t, host, head.Text())
+	for _, text := range rest {
+		load(t, host, text)
+	}
+}
+
+// listing returns the table as nft prints it, without what it says of an owner.
+func listing(t *testing.T, host *lab.Host) string {
+	t.Helper()
+	text := run(t, host, "nft", "-s", "list", "table", "inet", render.Table)
+	return owner.ReplaceAllString(text, "{\n")
+}
+
+var owner = regexp.MustCompile(`\{( # progname \S+)?\n\tflags (owner)?\n\n`)
+
+// objects returns all of a host's rules as nft prints them in JSON, without what is not for comparison: nft's version,
+// handles and the table's owner.
+func objects(t *testing.T, host *lab.Host) any {
+	t.Helper()
+	var all struct {
+		Nftables []map[string]any `json:"nftables"`
+	}
+	if err := json.Unmarshal([]byte(run(t, host, "nft", "-j", "-s", "list", "ruleset")), &all); err != nil {
+		t.Fatal(err)
+	}
+	for _, object := range all.Nftables[1:] {
+		for kind, fields := range object {
+			delete(fields.(map[string]any), "handle")
+			if kind == "table" {
+				delete(fields.(map[string]any), "flags")
+			}
+		}
+	}
+	return all.Nftables[1:]
+}
+
+func TestTextAndCompiledAgree(t *testing.T) {
+	t.Parallel()
+	for name, r := range states(t) {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			text := newHost(t)
+			loadRules(t, text, r)
+			if diff := cmp.Diff(r.Text(), listing(t, text)); diff != "" {
+				t.Errorf("nft prints the text otherwise (-text +nft):\n%s", diff)
+			}
+			compiled := newPlace(t)
+			compiled.replace(r)
+			if diff := cmp.Diff(objects(t, text), objects(t, compiled.pod)); diff != "" {
+				t.Errorf("compiled differs from text (-text +compiled):\n%s", diff)
+			}
+			if diff := cmp.Diff(r.Text(), listing(t, compiled.pod)); diff != "" {
+				t.Errorf("nft prints what was compiled otherwise (-text +compiled):\n%s", diff)
+			}
+		})
+	}
+}
+
+// modes are the two ways to keep a table.
+func modes(t *testing.T, test func(t *testing.T, p *place)) {
+	t.Helper()
+	for name, owned := range map[string]bool{"owned": true, "not owned": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newPlace(t)
+			if owned {
+				p.own()
+			}
+			test(t, p)
+		})
+	}
+}
+
+// own makes the place's table owned. It takes Linux 6.9.
+func (p *place) own() {
+	p.t.Helper()
+	if owned, err := p.table.Own(); err != nil || !owned {
+		p.t.Fatalf("Own returned %v, %v", owned, err)
+	}
+}
+
+func (p *place) check() {
+	p.t.Helper()
+	if err := p.table.Check(); err != nil {
+		p.t.Error(err)
+	}
+}
+
+func TestReplaceFromAnyStateToAnyOther(t *testing.T) {
+	t.Parallel()
+	all := states(t)
+	modes(t, func(t *testing.T, p *place) {
+		for from, first := range all {
+			for to, second := range all { // itself among them
+				p.replace(first)
+				p.replace(second)
+				if diff := cmp.Diff(second.Text(), listing(t, p.pod)); diff != "" {
+					t.Fatalf("from %q to %q (-want +got):\n%s", from, to, diff)
+				}
+				p.check()
+			}
+		}
+	})
+}
+
+func TestReplaceLeavesForeignTablesAlone(t *testing.T) {
+	t.Parallel()
+	modes(t, func(t *testing.T, p *place) {
+		load(t, p.pod, `
+			table inet mantlet2 { chain ingress { type filter hook prerouting priority mangle; policy accept; ct mark 1 drop; }; }
+			table ip mantlet { set modes { type inet_service; elements = { 80 }; }; chain ingress { tcp dport @modes accept; }; }
+		`)
+		foreign := func() string {
+			return run(t, p.pod, "nft", "-a", "list", "table", "inet", "mantlet2") + run(t, p.pod, "nft", "-a", "list", "table", "ip", "mantlet")
+		}
+		want := foreign()
+		for _, r := range states(t) {
+			p.replace(r)
+		}
+		if diff := cmp.Diff(want, foreign()); diff != "" {
+			t.Errorf("foreign tables changed (-before +after):\n%s", diff)
+		}
+	})
+}
+
+func TestReplaceThatFailsChangesNothing(t *testing.T) {
+	t.Parallel()
+	bad := func(chain string, rule ...render.Statement) render.Ruleset {
+		r := rules(t)
+		for i := range r.Chains {
+			if r.Chains[i].Name == chain {
+				r.Chains[i].Rules = append(slices.Clip(r.Chains[i].Rules), rule)
+			}
+		}
+		return r
+	}
+	modes(t, func(t *testing.T, p *place) {
+		p.replace(rules(t, port1(8080, schema.ModeTLS)))
+		want := run(t, p.pod, "nft", "-a", "-s", "list", "ruleset")
+		for name, r := range map[string]render.Ruleset{
+			"refused as it is added": bad("ingress", render.Verdict{Kind: render.Goto, Goto: "nowhere"}),
+			"refused by the commit":  bad("ports", render.Verdict{Kind: render.Goto, Goto: "ports"}),
+			"refused for its hook":   bad("egress", render.TProxy{To: netip.MustParseAddrPort("127.0.0.1:1")}),
+			"not to be compiled":     bad("ingress", render.LookUp{Map: "none"}),
+		} {
+			if err := p.table.Replace(r); err == nil {
+				t.Errorf("%s: it went well", name)
+			}
+			if diff := cmp.Diff(want, run(t, p.pod, "nft", "-a", "-s", "list", "ruleset")); diff != "" {
+				t.Errorf("%s: rules changed (-before +after):\n%s", name, diff)
+			}
+			p.check()
+		}
+		p.replace(render.DenyAll(true))
+		if diff := cmp.Diff(render.DenyAll(true).Text(), listing(t, p.pod)); diff != "" {
+			t.Errorf("after failures (-want +got):\n%s", diff)
+		}
+	})
+}
+
+// A transaction is one message, which must fit into the socket's buffer.
+func TestReplaceWithManyEntries(t *testing.T) {
+	t.Parallel()
+	p := newPlace(t)
+	small := rules(t)
+	p.replace(small)
+	big := many(t, 3000)
+	if err := p.table.raw.SetWriteBuffer(128 << 10); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.table.Replace(big); !errors.Is(err, unix.EMSGSIZE) || !strings.Contains(err.Error(), "net.core.wmem_max") {
+		t.Errorf("Replace returned %v, want EMSGSIZE and what to do", err)
+	}
+	if diff := cmp.Diff(small.Text(), listing(t, p.pod)); diff != "" {
+		t.Errorf("rules changed (-before +after):\n%s", diff)
+	}
+	p.check()
+
+	p.table = open(t, p.pod)
+	if err := p.table.Replace(big); errors.Is(err, unix.EMSGSIZE) {
+		t.Log("net.core.wmem_max is too small here for the rest of the test")
+		return
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(big.Text(), listing(t, p.pod)); diff != "" {
+		t.Errorf("3,000 entries (-want +got):\n%s", diff)
+	}
+	p.check()
+}
+
+// What Check compares with must never be somebody else's work.
+func TestReplaceWhileOthersFlush(t *testing.T) {
+	t.Parallel()
+	p := newPlace(t)
+	want := rules(t)
+	for range 30 {
+		flushed := make(chan error, 1)
+		go func() {
+			_, err := p.pod.Run("nft", "flush ruleset")
+			flushed <- err
+		}()
+		for done := false; !done; {
+			p.replace(want)
+			select {
+			case err := <-flushed:
+				if err != nil {
+					t.Fatal(err)
+				}
+				done = true
+			default:
+			}
+		}
+		intact := strings.Contains(run(t, p.pod, "nft", "-s", "list", "ruleset"), want.Text())
+		if err := p.table.Check(); (err == nil) != intact {
+			t.Fatalf("Check returned %v; that the table is intact is %v", err, intact)
+		}
+	}
+}
+
+func TestReplaceLeavesNoGap(t *testing.T) {
+	t.Parallel()
+	modes(t, func(t *testing.T, p *place) {
+		workload := p.serve(lab.Service{Address: ":9000", Banner: "hello"})
+		all := []render.Ruleset{render.DenyAll(true), rules(t), render.DenyAll(false), rules(t, port1(80, schema.ModePassthrough))}
+		p.replace(all[0])
+		prober := p.outside.Probe(p.addr(0, 9000), p.addr(1, 9000))
+		for range 150 {
+			for _, r := range all {
+				p.replace(r)
+			}
+		}
+		if total := prober.Stop().Total(); total.Attempts == 0 || total.Accepted > 0 {
+			t.Errorf("the prober saw %+v", total)
+		}
+		if got := workload.Connections(); len(got) > 0 {
+			t.Errorf("the workload saw %+v", got)
+		}
+	})
+}
+
+func TestOwnedTableIsNobodyElses(t *testing.T) {
+	t.Parallel()
+	p := newPlace(t)
+	p.own()
+	want := rules(t, port1(8080, schema.ModeTLS))
+	p.replace(want)
+	for _, command := range []string{
+		"add rule inet mantlet ingress accept",
+		"insert rule inet mantlet mtls_in accept",
+		"delete element inet mantlet modes { 8080 }",
+		"add table inet mantlet { flags dormant; }",
+		"flush table inet mantlet",
+		"delete table inet mantlet",
+	} {
+		if _, err := p.pod.Run("nft", command); err == nil {
+			t.Errorf("nft %s went well", command)
+		}
+	}
+	run(t, p.pod, "nft", "flush ruleset") // passes it by
+	if diff := cmp.Diff(want.Text(), listing(t, p.pod)); diff != "" {
+		t.Errorf("the table changed (-want +got):\n%s", diff)
+	}
+	p.check()
+}
+
+func TestOwnedTableOutlivesItsOwner(t *testing.T) {
+	t.Parallel()
+	p := newPlace(t)
+	p.own()
+	want := rules(t, port1(8080, schema.ModeTLS))
+	p.replace(want)
+
+	second := open(t, p.pod)
+	if owned, err := second.Own(); owned || !errors.Is(err, ErrOwned) {
+		t.Errorf("a second Own returned %v, %v", owned, err)
+	}
+	for what, err := range map[string]error{
+		"Replace": second.Replace(rules(t)), "DenyAll": second.DenyAll(), "Missing": second.Missing(),
+	} {
+		if !errors.Is(err, ErrOwned) {
+			t.Errorf("%s of another process returned %v", what, err)
+		}
+	}
+	p.check()
+
+	if err := p.table.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want.Text(), listing(t, p.pod)); diff != "" {
+		t.Errorf("without its owner, the table is (-want +got):\n%s", diff)
+	}
+	if owned, err := second.Own(); !owned || err != nil {
+		t.Errorf("Own of the next one returned %v, %v", owned, err)
+	}
+	if diff := cmp.Diff(want.Text(), listing(t, p.pod)); diff != "" {
+		t.Errorf("adopted, the table is (-want +got):\n%s", diff)
+	}
+	p.table = second
+	p.replace(rules(t))
+	p.check()
+	run(t, p.pod, "nft", "flush ruleset")
+	p.check()
+}
+
+func TestTableThatWasThereBefore(t *testing.T) {
+	t.Parallel()
+	p := newPlace(t)
+	load(t, p.pod, `table inet mantlet {
+		set s { type ipv4_addr . inet_service; elements = { 192.0.2.1 . 80 }; }
+		counter c { }
+		chain ingress { type filter hook input priority filter; policy accept; ip saddr . tcp dport @s counter name c jump other; }
+		chain other { accept; }
+	}`)
+	if owned, err := p.table.Own(); owned || err != nil {
+		t.Errorf("Own returned %v, %v", owned, err)
+	}
+	want := rules(t)
+	p.replace(want)
+	if diff := cmp.Diff(want.Text(), listing(t, p.pod)); diff != "" {
+		t.Errorf("the table is (-want +got):\n%s", diff)
+	}
+	p.check()
+}
+
+func TestMissingCapabilityIsNamed(t *testing.T) {
+	t.Parallel()
+	p := newPlace(t)
+	p.replace(render.DenyAll(true))
+	tried := map[string]error{}
+	if err := p.pod.Do(func() error {
+		// Capabilities are a thread's, and this one ends with the function.
+		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var sets [2]unix.CapUserData
+		if err := unix.Capget(&header, &sets[0]); err != nil {
+			return err
+		}
+		sets[0].Effective &^= 1 << unix.CAP_NET_ADMIN
+		if err := unix.Capset(&header, &sets[0]); err != nil {
+			return err
+		}
+		table, err := Open()
+		if err != nil {
+			return err
+		}
+		_, tried["Own"] = table.Own()
+		tried["DenyAll"], tried["Replace"], tried["Missing"] = table.DenyAll(), table.Replace(rules(t)), table.Missing()
+		return table.Close()
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for what, err := range tried {
+		if !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "CAP_NET_ADMIN") {
+			t.Errorf("%s returned %v", what, err)
+		}
+	}
+	p.check()
+}
+
+func TestCheckNamesWhatDiffers(t *testing.T) {
+	t.Parallel()
+	p := newPlace(t)
+	want := rules(t, port1(7890, schema.ModePassthrough), port1(8080, schema.ModeTLS))
+	// tproxy returns a command that gives another port to the first tproxy rule of a chain.
+	tproxy := func(chain string) string {
+		for line := range strings.Lines(run(t, p.pod, "nft", "-a", "-s", "list", "chain", "inet", "mantlet", chain)) {
+			rule, handle, _ := strings.Cut(strings.TrimSpace(line), " # handle ")
+			if other := strings.Replace(rule, ":15006", ":15007", 1); other != rule {
+				return fmt.Sprintf("replace rule inet mantlet %s handle %s %s", chain, handle, other)
+			}
+		}
+		t.Fatalf("no tproxy rule in chain %s", chain)
+		return ""
+	}
+	for _, test := range []struct {
+		change func() string
+		names  string
+	}{
+		{func() string { return "delete element inet mantlet modes { 7890 }" }, "elements of modes"},
+		{func() string { return "add element inet mantlet answers { 1 : goto passthrough_out }" }, "elements of answers"},
+		{func() string { return tproxy("mtls_in") }, "rules of chain mtls_in"},
+		{func() string { return "insert rule inet mantlet ingress accept" }, "rules of chain ingress"},
+		{func() string { return "flush chain inet mantlet egress" }, "rules of chain egress"},
+		{func() string { return "chain inet mantlet ingress { policy accept; }" }, "chain ingress"},
+		{func() string { return "add chain inet mantlet own { type filter hook input priority 0; }" }, "chain own"},
+		{func() string { return "add set inet mantlet own { type inet_service; }" }, "elements of own"},
+		{func() string { return "add table inet mantlet { flags dormant; }" }, "the table's flags"},
+		{func() string { return "delete table inet mantlet" }, "the table is not there"},
+	} {
+		p.replace(want)
+		p.check()
+		change := test.change()
+		run(t, p.pod, "nft", change)
+		err := p.table.Check()
+		if err == nil || !strings.HasSuffix(err.Error(), ": "+test.names) {
+			t.Errorf("after %q, Check returned %v, want that it names %q alone", change, err, test.names)
+		}
+	}
+	p.replace(want)
+	if diff := cmp.Diff(want.Text(), listing(t, p.pod)); diff != "" {
+		t.Errorf("mended, the table is (-want +got):\n%s", diff)
+	}
+}
+
+func TestCheckDisregardsTraffic(t *testing.T) {
+	t.Parallel()
+	p := newPlace(t)
+	p.replace(rules(t))
+	before := run(t, p.pod, "nft", "list", "ruleset")
+	prober := p.outside.Probe(p.addr(0, 9000), p.addr(1, 9000))
+	until(t, "counters move", func() bool { return run(t, p.pod, "nft", "list", "ruleset") != before })
+	p.check()
+	load(t, p.pod, "table inet other { chain c { type filter hook input priority 0; counter; }; }")
+	p.check()
+	prober.Stop()
+}
+
+func TestMissing(t *testing.T) {
+	t.Parallel()
+	modes(t, func(t *testing.T, p *place) {
+		if err := p.table.DenyAll(); err != nil {
+			t.Fatal(err)
+		}
+		if err := p.table.Missing(); err != nil {
+			t.Errorf("the tests' kernel: %v", err)
+		}
+		err := p.table.missing(append(needs(),
+			need{"CONFIG_REFUSED", render.Rule{render.Verdict{Kind: render.Goto, Goto: "nowhere"}}},
+			need{"CONFIG_UNKNOWN", render.Rule{render.LookUp{Map: "none"}}},
+		))
+		if err == nil || !strings.Contains(err.Error(), "CONFIG_REFUSED") || !strings.Contains(err.Error(), "CONFIG_UNKNOWN") ||
+			strings.Contains(err.Error(), "NFT_") {
+			t.Errorf("missing returned %v, want that it names what is refused and nothing else", err)
+		}
+		if diff := cmp.Diff(render.DenyAll(true).Text(), listing(t, p.pod)); diff != "" {
+			t.Errorf("a trial left something behind (-want +got):\n%s", diff)
+		}
+		p.check()
+		p.replace(rules(t))
+	})
+}
