@@ -15,7 +15,6 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
-	"mantlet/reconcile/envoy"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -29,20 +28,46 @@ type Kernel interface {
 	Check() error
 }
 
+// Secrets are the certificates that Envoy has.
+type Secrets interface {
+	// Update gives Envoy the generation that is in the TLS directory. Where that is not good the error says why, and Envoy
+	// keeps what it has. It is idempotent.
+	Update() error
+	// Renew gives Envoy what it has once more, which ends all TLS session tickets. Where it has nothing, it does nothing.
+	Renew() error
+	// Expires returns when what Envoy has expires; the zero time where it has nothing.
+	Expires() time.Time
+}
+
+// Process is an Envoy that is live, or was.
+type Process interface {
+	// Check returns nil if it is live with the state that it was started with.
+	Check(context.Context) error
+	// Connections returns how many connections would be cut if it were stopped now.
+	Connections(context.Context) (int, error)
+	// Exited is closed once it has ended. From then on Err says how.
+	Exited() <-chan struct{}
+	Err() error
+	// Stop ends it and returns when it is gone.
+	Stop()
+}
+
 // Daemon is one run of mantlet. Its exported fields are set before Run.
 type Daemon struct {
 	Environment *schema.Environment
 	Place       render.Place
 	Kernel      Kernel
-	Envoy       *envoy.Runner
-	Log         *slog.Logger
+	Secrets     Secrets
+	// Start executes Envoy for a state and returns it once it is live with that.
+	Start func(context.Context, render.State, schema.Envoy) (Process, error)
+	Log   *slog.Logger
 
-	mu           sync.Mutex
-	desired      *desired // nil until an override file that is named could be read
-	certificates *envoy.Certificates
-	process      *envoy.Process
-	inForce      bool // the desired rules are in the kernel
-	stopping     bool
+	mu       sync.Mutex
+	desired  *desired  // nil until an override file that is named could be read
+	expires  time.Time // what Envoy has of certificates; zero where it has none
+	process  Process   // nil where none runs
+	inForce  bool      // the desired rules are in the kernel
+	stopping bool
 
 	// Why the daemon is not further, each nil where it is not the reason.
 	badConfig, badCertificates, down error
@@ -68,9 +93,8 @@ func (d *Daemon) Run(ctx context.Context, abort <-chan struct{}) error {
 	tickets := time.NewTicker(ticketLife)
 	defer tickets.Stop()
 	var (
-		exited <-chan struct{} // of the running Envoy
-		retry  <-chan time.Time
-		pause  backoff
+		retry <-chan time.Time
+		pause backoff
 	)
 	for {
 		select {
@@ -81,41 +105,36 @@ func (d *Daemon) Run(ctx context.Context, abort <-chan struct{}) error {
 		case <-certificates:
 			d.readCertificates()
 		case <-tickets.C:
-			if d.certificates != nil {
-				d.publish(d.certificates)
+			if err := d.Secrets.Renew(); err != nil {
+				d.Log.Error("session tickets live on", "error", err)
 			}
-		case <-exited:
-			delay := pause.next(time.Now())
-			d.Log.Error("Envoy ended; new connections wait until it is back", "error", d.process.Err(), "restart_in", delay.String())
-			d.locked(func() { d.down = d.process.Err() })
-			exited, retry = nil, time.After(delay)
-			continue
+		case <-d.exited():
+			err, delay := d.process.Err(), pause.next(time.Now())
+			d.Log.Error("Envoy ended; new connections wait until it is back", "error", err, "restart_in", delay.String())
+			d.locked(func() { d.process, d.down = nil, fmt.Errorf("Envoy is down: %w", err) })
+			retry = time.After(delay)
 		case <-retry:
 			retry = nil
 		}
-		if d.desired == nil || d.certificates == nil || exited != nil || retry != nil {
+		if d.desired == nil || d.expires.IsZero() || d.process != nil && d.inForce || retry != nil {
 			continue
 		}
-		if err := d.bringUp(ctx); err != nil {
-			if ctx.Err() != nil {
-				continue
-			}
+		if err := d.bringUp(ctx); err != nil && ctx.Err() == nil {
 			delay := pause.next(time.Now())
 			d.Log.Error("the desired state is not in force", "error", err, "retry_in", delay.String())
 			d.locked(func() { d.down = err })
 			retry = time.After(delay)
 		}
-		exited = d.exited()
 	}
 }
 
 // bringUp makes what is missing: first Envoy, then the rules that send connections to it.
 func (d *Daemon) bringUp(ctx context.Context) error {
-	if d.process == nil || isClosed(d.process.Exited()) {
+	if d.process == nil {
 		state := d.desired.state
 		state.Bootstrap = proto.CloneOf(state.Bootstrap)
 		render.WaitFor(state.Bootstrap, resolve(ctx, d.desired.mesh.Egress))
-		process, err := d.Envoy.Start(ctx, state, d.desired.mesh.Envoy)
+		process, err := d.Start(ctx, state, d.desired.mesh.Envoy)
 		if err != nil {
 			return err
 		}
@@ -158,47 +177,35 @@ func (d *Daemon) readConfig() {
 	d.wait(&d.badConfig, "waiting for a good override file", err)
 }
 
-// readCertificates publishes a new generation of certificates. A bad one is reported, and the last good one stays.
+// readCertificates passes on a new generation of certificates. A bad one is reported, and the last good one stays.
 func (d *Daemon) readCertificates() {
-	read, err := envoy.LoadCertificates(d.Environment.Process.TLSDirectory, time.Now())
-	switch {
-	case err != nil && d.certificates == nil:
+	err, before := d.Secrets.Update(), d.badCertificates
+	expires := d.Secrets.Expires()
+	if err != nil && expires.IsZero() {
 		d.wait(&d.badCertificates, "waiting for certificates", err)
 		return
-	case err != nil:
+	}
+	if err != nil && !same(err, before) {
 		d.Log.Warn("certificates can't be used; the last good ones stay", "error", err)
-		return
-	case read.Equal(d.certificates):
-		return
 	}
-	if d.publish(read) {
-		d.locked(func() { d.certificates, d.badCertificates = read, nil })
-		d.Log.Info("certificates published", "subject", read.Leaf().Subject.String(), "sans", read.Leaf().DNSNames, "expires", read.Expires())
-	}
-}
-
-// publish gives certificates to Envoy, and reports whether that worked.
-func (d *Daemon) publish(c *envoy.Certificates) bool {
-	err := envoy.Publish(c, d.Environment.Process.RuntimeDirectory, time.Now())
-	if err != nil {
-		d.Log.Error("certificates could not be published", "error", err)
-	}
-	return err == nil
+	d.locked(func() { d.expires, d.badCertificates = expires, err })
 }
 
 // wait notes a reason why the daemon can't go on, and logs it when that is new.
 func (d *Daemon) wait(reason *error, what string, err error) {
 	err = fmt.Errorf("%s: %w", what, err)
-	if *reason == nil || (*reason).Error() != err.Error() {
+	if !same(err, *reason) {
 		d.Log.Warn("nothing comes in yet", "reason", err)
 	}
 	d.locked(func() { *reason = err })
 }
 
+func same(err, other error) bool { return err != nil && other != nil && err.Error() == other.Error() }
+
 // stop lets the workload's connections end, then ends Envoy.
 func (d *Daemon) stop(abort <-chan struct{}) error {
 	d.locked(func() { d.stopping = true })
-	if p := d.process; p != nil && !isClosed(p.Exited()) {
+	if p := d.process; p != nil {
 		d.drain(p, abort)
 		p.Stop()
 	}
@@ -209,14 +216,27 @@ func (d *Daemon) stop(abort <-chan struct{}) error {
 // drainPoll is how often the open connections are counted while they end.
 const drainPoll = 100 * time.Millisecond
 
-func (d *Daemon) drain(p *envoy.Process, abort <-chan struct{}) {
+func (d *Daemon) drain(p Process, abort <-chan struct{}) {
 	limit := d.desired.mesh.Envoy.DrainTime
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	defer cancel()
+	ctx, cut := context.WithCancelCause(context.Background())
+	defer cut(nil)
+	go func() { // an Envoy that does not answer holds up neither
+		select {
+		case <-time.After(limit):
+			cut(errors.New("the drain time is over"))
+		case <-abort:
+			cut(errors.New("second signal"))
+		case <-ctx.Done():
+		}
+	}()
 	tick := time.NewTicker(drainPoll)
 	defer tick.Stop()
 	for logged := false; ; {
 		open, err := p.Connections(ctx)
+		if ctx.Err() != nil {
+			d.Log.Warn("cutting connections that did not end", "reason", context.Cause(ctx))
+			return
+		}
 		if err != nil || open == 0 {
 			return
 		}
@@ -227,30 +247,33 @@ func (d *Daemon) drain(p *envoy.Process, abort <-chan struct{}) {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			d.Log.Warn("cutting connections that did not end", "open", open)
-			return
-		case <-abort:
-			d.Log.Warn("second signal: cutting connections", "open", open)
-			return
 		case <-p.Exited():
 			return
 		}
 	}
 }
 
+// checkLimit is when an Envoy that does not answer becomes the reason: less than a probe waits.
+const checkLimit = 2 * time.Second
+
 // Unready returns the reasons why the sidecar is not ready; none if it is. Everything is tried, nothing remembered.
 func (d *Daemon) Unready(ctx context.Context) []error {
 	d.mu.Lock()
-	certificates, process, inForce, down := d.certificates, d.process, d.inForce, d.down
-	reasons := []error{d.badConfig, d.badCertificates, d.down}
+	expires, process, inForce := d.expires, d.process, d.inForce
+	reasons := []error{d.badConfig, d.down}
+	if expires.IsZero() {
+		reasons = append(reasons, d.badCertificates)
+	}
 	if d.stopping {
 		reasons = append(reasons, errors.New("mantlet is stopping"))
 	}
 	d.mu.Unlock()
-	if certificates != nil && time.Now().After(certificates.Expires()) {
-		reasons = append(reasons, fmt.Errorf("the certificates expired at %s", certificates.Expires().Format(time.RFC3339)))
+	if !expires.IsZero() && time.Now().After(expires) {
+		reasons = append(reasons, fmt.Errorf("the certificates expired at %s", expires.Format(time.RFC3339)))
 	}
-	if process != nil && down == nil {
+	if process != nil {
+		ctx, cancel := context.WithTimeout(ctx, checkLimit)
+		defer cancel()
 		reasons = append(reasons, process.Check(ctx))
 	}
 	if inForce {
@@ -271,19 +294,10 @@ func (d *Daemon) locked(change func()) {
 
 // exited returns the channel that tells the end of the running Envoy, or nil where none runs.
 func (d *Daemon) exited() <-chan struct{} {
-	if d.process == nil || isClosed(d.process.Exited()) {
+	if d.process == nil {
 		return nil
 	}
 	return d.process.Exited()
-}
-
-func isClosed(c <-chan struct{}) bool {
-	select {
-	case <-c:
-		return true
-	default:
-		return false
-	}
 }
 
 // resolveLimit bounds what a dead resolver can hold up.
@@ -293,20 +307,23 @@ const resolveLimit = time.Second
 func resolve(ctx context.Context, entries []schema.Egress) map[string]bool {
 	ctx, cancel := context.WithTimeout(ctx, resolveLimit)
 	defer cancel()
+	hosts := map[string]bool{}
+	for _, e := range entries {
+		if _, isAddress := e.Upstream.Addr(); !isAddress {
+			hosts[e.Upstream.Host] = true
+		}
+	}
 	var (
 		resolved = map[string]bool{}
 		mu       sync.Mutex
 		wait     sync.WaitGroup
 	)
-	for _, e := range entries {
-		if _, isAddress := e.Upstream.Addr(); isAddress {
-			continue
-		}
+	for host := range hosts {
 		wait.Go(func() {
-			if _, err := net.DefaultResolver.LookupHost(ctx, e.Upstream.Host); err == nil {
+			if _, err := net.DefaultResolver.LookupHost(ctx, host); err == nil {
 				mu.Lock()
 				defer mu.Unlock()
-				resolved[e.Upstream.Host] = true
+				resolved[host] = true
 			}
 		})
 	}

@@ -15,5 +15,8 @@ func TestMain(m *testing.M) {
 		main()
 	}
 	lab.Enter()
+	if err := lab.Resolver(); err != nil { // names are those of /etc/hosts
+		panic(err)
+	}
 	os.Exit(m.Run())
 }

@@ -66,13 +66,22 @@ func run(ctx context.Context, level *slog.LevelVar) error {
 	if err := private(directory); err != nil {
 		return err
 	}
-	return serve(ctx, &reconcile.Daemon{
+	runner := &envoy.Runner{Path: env.Process.EnvoyPath, RuntimeDirectory: directory, Log: log}
+	err = serve(ctx, &reconcile.Daemon{
 		Environment: env,
 		Place:       render.Place{RuntimeDirectory: directory, NoIPv6: !hasIPv6()},
 		Kernel:      table,
-		Envoy:       &envoy.Runner{Path: env.Process.EnvoyPath, RuntimeDirectory: directory, Log: log},
-		Log:         log,
+		Secrets:     &envoy.Secrets{TLSDirectory: env.Process.TLSDirectory, RuntimeDirectory: directory, Log: log},
+		Start: func(ctx context.Context, state render.State, settings schema.Envoy) (reconcile.Process, error) {
+			process, err := runner.Start(ctx, state, settings)
+			if err != nil {
+				return nil, err
+			}
+			return process, nil
+		},
+		Log: log,
 	})
+	return errors.Join(err, runner.Close())
 }
 
 // closePod puts the deny-all rules in place.
@@ -141,5 +150,5 @@ func serve(ctx context.Context, daemon *reconcile.Daemon) error {
 	var group errgroup.Group
 	group.Go(func() error { defer stop(); return daemon.Serve(status) })
 	group.Go(func() error { defer stopStatus(); return daemon.Run(ctx, abort) })
-	return errors.Join(group.Wait(), daemon.Envoy.Close())
+	return group.Wait()
 }

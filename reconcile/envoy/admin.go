@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"strings"
 
 	"mantlet/render"
 )
@@ -90,22 +89,20 @@ func (a admin) listeners(ctx context.Context) (map[string]bool, error) {
 	return names, nil
 }
 
-// connections returns how many connections are open at the listeners.
+// connections returns how many connections are open to the workload and to upstreams. Those of peers whose handshake is
+// not done are not among them: strangers must not hold up the end.
 func (a admin) connections(ctx context.Context) (int, error) {
 	var answer struct {
 		Stats []struct {
-			Name  string `json:"name"`
-			Value int    `json:"value"`
+			Value int `json:"value"`
 		} `json:"stats"`
 	}
-	if err := a.get(ctx, `/stats?format=json&filter=%5Elistener%5C..*%5C.downstream_cx_active$`, &answer); err != nil {
+	if err := a.get(ctx, `/stats?format=json&filter=%5Ecluster%5C..*%5C.upstream_cx_active$`, &answer); err != nil {
 		return 0, err
 	}
 	sum := 0
 	for _, s := range answer.Stats {
-		if !strings.HasPrefix(s.Name, "listener.admin.") && !strings.Contains(s.Name, ".worker_") {
-			sum += s.Value
-		}
+		sum += s.Value
 	}
 	return sum, nil
 }

@@ -1,8 +1,9 @@
 package envoy
 
 import (
+	"bytes"
 	"crypto/ecdsa"
-	"crypto/ed25519"
+	"crypto/elliptic"
 	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
@@ -10,6 +11,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -31,12 +33,52 @@ const (
 	meshCAFile = "mesh-ca.pem"
 )
 
+// Secrets keeps Envoy supplied with the certificates of the TLS directory.
+type Secrets struct {
+	TLSDirectory     string
+	RuntimeDirectory string
+	Log              *slog.Logger
+
+	published *Certificates
+}
+
+// Update publishes the generation that is in the TLS directory, if it is good and not published yet. Where it is not good
+// the error says why, and Envoy keeps what it has.
+func (s *Secrets) Update() error {
+	read, err := LoadCertificates(s.TLSDirectory, time.Now())
+	if err != nil || read.Equal(s.published) {
+		return err
+	}
+	if err := Publish(read, s.RuntimeDirectory, time.Now()); err != nil {
+		return err
+	}
+	s.published = read
+	s.Log.Info("certificates published", "subject", read.leaf.Subject.String(), "sans", read.leaf.DNSNames, "expires", read.expires)
+	return nil
+}
+
+// Renew publishes the last generation once more. That ends all TLS session tickets, see Publish.
+func (s *Secrets) Renew() error {
+	if s.published == nil {
+		return nil
+	}
+	return Publish(s.published, s.RuntimeDirectory, time.Now())
+}
+
+// Expires returns when the first certificate of what Envoy has does; the zero time where it has nothing.
+func (s *Secrets) Expires() time.Time {
+	if s.published == nil {
+		return time.Time{}
+	}
+	return s.published.expires
+}
+
 // Certificates is one matched generation of the TLS directory: what LoadCertificates returned without an error, and so
-// what peers will accept until Expires.
+// what peers will accept until it expires.
 type Certificates struct {
 	chain, key, meshCA []byte
 	leaf               *x509.Certificate
-	expires            time.Time
+	expires            time.Time // the first certificate of the chain that does
 }
 
 // Equal reports whether both hold the same bytes.
@@ -44,12 +86,6 @@ func (c *Certificates) Equal(other *Certificates) bool {
 	return c != nil && other != nil &&
 		string(c.chain) == string(other.chain) && string(c.key) == string(other.key) && string(c.meshCA) == string(other.meshCA)
 }
-
-// Leaf returns the workload's own certificate.
-func (c *Certificates) Leaf() *x509.Certificate { return c.leaf }
-
-// Expires returns when the first certificate of the chain does.
-func (c *Certificates) Expires() time.Time { return c.expires }
 
 // LoadCertificates reads a generation and checks what Envoy would not: that all three files are there, the key is the
 // leaf's, the chain verifies up to the mesh CA, and nothing is expired or not valid yet at now. The error names the file.
@@ -89,16 +125,23 @@ func LoadCertificates(directory string, now time.Time) (*Certificates, error) {
 	return c, nil
 }
 
-// usable refuses keys that Envoy can't use.
+// usable refuses keys with which Envoy would be live and no handshake of the mesh succeed: it refuses small ones itself,
+// and P-521 and Ed25519 where peers show them.
 func usable(key any) error {
-	switch key.(type) {
-	case *ecdsa.PrivateKey, *rsa.PrivateKey:
-		return nil
-	case ed25519.PrivateKey:
-		return errors.New("Envoy does not support Ed25519 keys; use ECDSA")
+	const right = "Envoy wants ECDSA with P-256 or P-384, or RSA with 2048 bits at least"
+	switch key := key.(type) {
+	case *ecdsa.PrivateKey:
+		if key.Curve != elliptic.P256() && key.Curve != elliptic.P384() {
+			return fmt.Errorf("has an ECDSA key with %s; %s", key.Curve.Params().Name, right)
+		}
+	case *rsa.PrivateKey:
+		if bits := key.N.BitLen(); bits < 2048 {
+			return fmt.Errorf("has an RSA key with %d bits; %s", bits, right)
+		}
 	default:
-		return fmt.Errorf("keys of type %T are not supported; use ECDSA", key)
+		return fmt.Errorf("has a key of type %T; %s", key, right)
 	}
+	return nil
 }
 
 func (c *Certificates) verify(chain, anchors []*x509.Certificate, now time.Time) error {
@@ -133,7 +176,8 @@ func (c *Certificates) verify(chain, anchors []*x509.Certificate, now time.Time)
 // parse returns the certificates of a PEM text, at least one.
 func parse(text []byte) ([]*x509.Certificate, error) {
 	var certs []*x509.Certificate
-	for block, rest := pem.Decode(text); block != nil; block, rest = pem.Decode(rest) {
+	block, rest := pem.Decode(text)
+	for ; block != nil; block, rest = pem.Decode(rest) {
 		if block.Type != "CERTIFICATE" {
 			return nil, fmt.Errorf("holds a PEM block %q; only CERTIFICATE belongs here", block.Type)
 		}
@@ -142,6 +186,10 @@ func parse(text []byte) ([]*x509.Certificate, error) {
 			return nil, fmt.Errorf("certificate %d: %w", len(certs)+1, err)
 		}
 		certs = append(certs, cert)
+	}
+	// pem.Decode passes over a block that is cut off; Envoy would refuse the whole.
+	if bytes.Contains(rest, []byte("-----BEGIN")) {
+		return nil, errors.New("ends within a PEM block; is it still being written?")
 	}
 	if len(certs) == 0 {
 		return nil, errors.New("holds no certificate in PEM")

@@ -4,8 +4,10 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"log/slog"
+	"strconv"
 	"strings"
 	"sync"
 )
@@ -42,13 +44,22 @@ func (l *logs) messages(from io.Reader) {
 		if len(fields) < 3 {
 			fields = []string{"info", "", line}
 		}
+		text := unescape(fields[2])
 		if level(fields[0]) >= slog.LevelError {
 			l.mu.Lock()
-			l.last = fields[2]
+			l.last = text
 			l.mu.Unlock()
 		}
-		l.to.LogAttrs(context.Background(), level(fields[0]), "Envoy: "+fields[2], slog.String("component", fields[1]))
+		l.to.LogAttrs(context.Background(), level(fields[0]), "Envoy says", slog.String("text", text), slog.String("component", fields[1]))
 	}
+}
+
+// unescape undoes --log-format-escaped, which is C's way, and leaves single spaces for line breaks.
+func unescape(text string) string {
+	if plain, err := strconv.Unquote(`"` + strings.ReplaceAll(text, `\'`, `'`) + `"`); err == nil {
+		text = plain
+	}
+	return strings.Join(strings.Fields(text), " ")
 }
 
 // lastError returns the last message of level error or above.
@@ -63,7 +74,7 @@ func (l *logs) access(from io.Reader) {
 	for line := range lines(from) {
 		var fields map[string]any
 		if json.Unmarshal([]byte(line), &fields) != nil {
-			l.to.Info("Envoy: " + line)
+			l.to.Info("Envoy says", "text", line)
 			continue
 		}
 		l.to.Info("connection", "fields", fields)
@@ -79,7 +90,7 @@ func lines(from io.Reader) func(yield func(string) bool) {
 			if text := strings.TrimRight(string(line), "\n"); text != "" && !yield(text) {
 				return
 			}
-			if err != nil && err != bufio.ErrBufferFull {
+			if err != nil && !errors.Is(err, bufio.ErrBufferFull) {
 				return
 			}
 		}

@@ -79,6 +79,11 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, epoch int) (
 	if err := renameio.WriteFile(config, text, 0o600); err != nil {
 		return nil, fmt.Errorf("writing the bootstrap: %w", err)
 	}
+	// An Envoy that has not ended yet could answer there for the new one.
+	socket := render.AdminSocket(r.RuntimeDirectory, epoch)
+	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("removing the admin socket of an Envoy before this one: %w", err)
+	}
 	base, err := baseID()
 	if err != nil {
 		return nil, err
@@ -87,7 +92,7 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, epoch int) (
 		Epoch:     epoch,
 		Bootstrap: bootstrap,
 		Digest:    state.Digest,
-		admin:     newAdmin(render.AdminSocket(r.RuntimeDirectory, epoch)),
+		admin:     newAdmin(socket),
 		logs:      &logs{to: r.Log.With("epoch", epoch)},
 		exited:    make(chan struct{}),
 	}
@@ -161,18 +166,23 @@ func baseID() (uint32, error) {
 const pollInterval = 3 * time.Millisecond
 
 func (p *Process) waitLive(ctx context.Context) error {
+	began := time.Now()
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
 	var last error
 	for {
-		if last = p.Check(ctx); last == nil {
+		err := p.Check(ctx)
+		if err == nil {
 			return nil
+		}
+		if ctx.Err() == nil || last == nil { // what it said last tells more than that it was asked once too often
+			last = err
 		}
 		select {
 		case <-p.exited:
 			return p.Err()
 		case <-ctx.Done():
-			return fmt.Errorf("it is not live after %s: %w", liveLimit, last)
+			return fmt.Errorf("it is not live after %s: %w", time.Since(began).Round(time.Second), last)
 		case <-tick.C:
 		}
 	}
@@ -204,7 +214,7 @@ func (p *Process) Check(ctx context.Context) error {
 	return nil
 }
 
-// Connections returns how many connections are open at Envoy's listeners.
+// Connections returns how many connections are open to the workload and to upstreams.
 func (p *Process) Connections(ctx context.Context) (int, error) { return p.admin.connections(ctx) }
 
 // Exited is closed once the process has ended and is reaped.
@@ -226,14 +236,17 @@ func (p *Process) Err() error {
 func (p *Process) PID() int { return p.cmd.Process.Pid }
 
 // Kill ends the process at once. It does not wait.
-func (p *Process) Kill() { _ = p.cmd.Process.Kill() } // its only error: it has ended
+func (p *Process) Kill() { p.signal(syscall.SIGKILL) }
+
+// signal goes to the process group: Path may be a script whose child Envoy is. The only error is that it has ended.
+func (p *Process) signal(s syscall.Signal) { _ = syscall.Kill(-p.PID(), s) }
 
 // termLimit is what Envoy gets to end by itself after SIGTERM; it closes connections and leaves in some 10 ms.
 const termLimit = 3 * time.Second
 
 // Stop ends the process, if need be by force, and returns when it is gone.
 func (p *Process) Stop() {
-	_ = p.cmd.Process.Signal(syscall.SIGTERM)
+	p.signal(syscall.SIGTERM)
 	timer := time.AfterFunc(termLimit, p.Kill)
 	defer timer.Stop()
 	<-p.exited

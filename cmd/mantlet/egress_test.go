@@ -1,0 +1,315 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/net/dns/dnsmessage"
+
+	"mantlet/lab"
+)
+
+// zone is the DNS server that a pod asks, with what it knows. Names in /etc/hosts would be those of all tests, and c-ares
+// takes names that share an address there for one host.
+type zone struct {
+	mu     sync.Mutex
+	hosts  map[string][]netip.Addr
+	silent bool
+}
+
+// zone starts the pod's DNS server.
+func (p *pod) zone(z *zone) *zone {
+	p.t.Helper()
+	socket, err := p.ListenPacket("udp", "127.0.0.1:53")
+	p.must(err)
+	var done sync.WaitGroup
+	done.Go(func() {
+		query := make([]byte, 1500)
+		for {
+			n, from, err := socket.ReadFrom(query)
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			if answer, ok := z.answer(query[:n]); ok {
+				_, _ = socket.WriteTo(answer, from)
+			}
+		}
+	})
+	p.t.Cleanup(func() { _ = socket.Close(); done.Wait() })
+	return z
+}
+
+// set makes the server answer, from now on, that this is all there is.
+func (z *zone) set(hosts map[string][]netip.Addr) {
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	z.hosts, z.silent = hosts, false
+}
+
+func (z *zone) answer(query []byte) ([]byte, bool) {
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	var message dnsmessage.Message
+	if z.silent || message.Unpack(query) != nil || len(message.Questions) != 1 {
+		return nil, false
+	}
+	question := message.Questions[0]
+	addrs, known := z.hosts[strings.TrimSuffix(question.Name.String(), ".")]
+	message = dnsmessage.Message{
+		Header:    dnsmessage.Header{ID: message.ID, Response: true, RecursionAvailable: true},
+		Questions: message.Questions,
+	}
+	if !known {
+		message.RCode = dnsmessage.RCodeNameError
+	}
+	for _, addr := range addrs {
+		answer := dnsmessage.Resource{Header: dnsmessage.ResourceHeader{Name: question.Name, Class: question.Class, TTL: 1}}
+		switch {
+		case addr.Is4() && question.Type == dnsmessage.TypeA:
+			answer.Body = &dnsmessage.AResource{A: addr.As4()}
+		case addr.Is6() && question.Type == dnsmessage.TypeAAAA:
+			answer.Body = &dnsmessage.AAAAResource{AAAA: addr.As16()}
+		default:
+			continue
+		}
+		message.Answers = append(message.Answers, answer)
+	}
+	answer, err := message.Pack()
+	return answer, err == nil
+}
+
+// endpoint is another pod's end of the mesh: it demands a certificate that the mesh CA signed.
+func (p *pod) endpoint(on *lab.Host, identity *lab.Identity) *lab.Workload {
+	p.t.Helper()
+	return p.serve(on, lab.Service{Address: ":8080", TLS: identity.ServerConfig()})
+}
+
+func listen(addr string) netip.AddrPort { return netip.MustParseAddrPort(addr) }
+
+func TestEgress(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, "EDG_EGRESS_PROXY_CONFIG=billing#127.137.0.1:8081#billing-svc:8080##cart#127.137.0.2:8081#cart-svc:8080")
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	billingHost, cartHost := p.host("billing"), p.host("cart")
+	p.must(lab.Hosts(map[string][]netip.Addr{"billing-svc": {billingHost.IPv4}, "cart-svc": {cartHost.IPv6}}))
+	billing, cart := p.endpoint(billingHost, p.issue("billing-svc")), p.endpoint(cartHost, p.issue("cart-svc"))
+	p.besiege()
+	p.run()
+	p.protect(tlsPort)
+	p.protect(mtlsPort)
+	p.ready()
+
+	for _, c := range []struct {
+		listen   string
+		endpoint *lab.Workload
+		sni      string
+	}{
+		{"127.137.0.1:8081", billing, "billing-svc"},
+		{"127.137.0.2:8081", cart, "cart-svc"},
+	} {
+		conn := p.dial(p.Host, listen(c.listen))
+		if err := echo(conn); err != nil {
+			t.Fatalf("%s: %v", c.sni, err)
+		}
+		all := c.endpoint.Connections()
+		if len(all) != 1 {
+			t.Fatalf("%s: %d connections, want mine", c.sni, len(all))
+		}
+		state, want := all[0].TLS, p.identity.Certificate().Certificate
+		if state.ServerName != c.sni {
+			t.Errorf("%s: SNI is %q", c.sni, state.ServerName)
+		}
+		if got := state.PeerCertificates; len(got) != 2 || string(got[0].Raw) != string(want[0]) || string(got[1].Raw) != string(want[1]) {
+			t.Errorf("%s: it was shown %d certificates, want leaf and intermediate", c.sni, len(got))
+		}
+	}
+	// Egress is the pod's own: from outside its addresses are not there.
+	if _, err := p.dialBriefly(listen("127.137.0.1:8081")); err == nil {
+		t.Error("egress can be reached from outside")
+	}
+}
+
+// TestUpstreamAddresses tries where an upstream's addresses may be: in either family, in both, in the configuration
+// itself, and in a place that is dead.
+func TestUpstreamAddresses(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, `EDG_EGRESS_PROXY_CONFIG=
+		##v4#127.137.0.1:80#v4-svc:8080
+		##v6#127.137.0.2:80#v6-svc:8080
+		##both#127.137.0.3:80#both-svc:8080
+		##dead v6#127.137.0.4:80#dead-v6-svc:8080
+		##dead v4#127.137.0.5:80#dead-v4-svc:8080
+		##silent v6#127.137.0.6:80#silent-v6-svc:8080
+		##literal v4#127.137.0.7:80#198.51.100.3:8080
+		##literal v6#127.137.0.8:80#[2001:db8::3]:8080
+		##listens on v6#[::1]:80#v6-svc:8080`)
+	for i, variable := range p.sidecar.Env {
+		p.sidecar.Env[i] = strings.ReplaceAll(variable, "\n\t\t", "")
+	}
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	upstream, refuses := p.host("upstream"), p.host("refuses")
+	silent := netip.MustParseAddr("2001:db8::dead")
+	p.zone(&zone{hosts: map[string][]netip.Addr{
+		"v4-svc":        {upstream.IPv4},
+		"v6-svc":        {upstream.IPv6},
+		"both-svc":      upstream.Addrs(),
+		"dead-v6-svc":   {upstream.IPv4, refuses.IPv6},
+		"dead-v4-svc":   {refuses.IPv4, upstream.IPv6},
+		"silent-v6-svc": {upstream.IPv4, silent},
+	}})
+	p.endpoint(upstream, p.issue("*"))
+	p.besiege()
+	p.run()
+	p.protect(mtlsPort)
+	p.ready()
+	for _, address := range []string{
+		"127.137.0.1:80", "127.137.0.2:80", "127.137.0.3:80", "127.137.0.4:80", "127.137.0.5:80",
+		"127.137.0.6:80", "127.137.0.7:80", "127.137.0.8:80", "[::1]:80",
+	} {
+		t.Run(address, func(t *testing.T) {
+			for range 4 { // addresses take turns
+				began := time.Now()
+				conn := p.dial(p.Host, listen(address))
+				if err := echo(conn); err != nil {
+					t.Error(err)
+				}
+				if took := time.Since(began); took > 5*time.Second {
+					t.Errorf("it took %v", took)
+				}
+				_ = conn.Close()
+			}
+		})
+	}
+}
+
+// TestForeignEndpoint: whoever answers at an upstream's address gets nothing of the workload's data unless the mesh CA
+// vouches for it.
+func TestForeignEndpoint(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, "EDG_EGRESS_PROXY_CONFIG=foreign#127.137.0.1:80#foreign-svc:8080##expired#127.137.0.2:80#foreign-svc:8081##plain#127.137.0.3:80#foreign-svc:8082")
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	host := p.host("foreign")
+	p.zone(&zone{hosts: map[string][]netip.Addr{"foreign-svc": host.Addrs()}})
+	authority, err := lab.NewAuthority("mesh")
+	p.must(err)
+	foreign, err := authority.Issue(lab.Leaf{DNSNames: []string{"foreign-svc"}})
+	p.must(err)
+	expired, err := p.mesh.Issue(lab.Leaf{
+		DNSNames: []string{"foreign-svc"}, NotBefore: time.Now().AddDate(0, 0, -2), NotAfter: time.Now().Add(-time.Hour),
+	})
+	p.must(err)
+	var endpoints []*lab.Workload
+	for address, identity := range map[string]*lab.Identity{":8080": foreign, ":8081": expired} {
+		config := identity.ServerConfig()
+		config.ClientAuth = 0 // the greedier the better
+		endpoints = append(endpoints, p.serve(host, lab.Service{Address: address, TLS: config}))
+	}
+	plain := p.wiretap(host, ":8082")
+	p.besiege()
+	p.run()
+	p.protect(mtlsPort)
+	p.ready()
+	const secret = "attack at dawn"
+	for _, address := range []string{"127.137.0.1:80", "127.137.0.2:80", "127.137.0.3:80"} {
+		conn := p.dial(p.Host, listen(address))
+		_, _ = io.WriteString(conn, secret)
+		if err := cut(conn); err != nil {
+			t.Errorf("%s: %v", address, err)
+		}
+	}
+	for _, e := range endpoints {
+		if len(e.Connections()) == 0 {
+			t.Error("an endpoint was not tried")
+		}
+		for _, c := range e.Connections() {
+			if c.TLS != nil || c.Received > 0 {
+				t.Errorf("an endpoint got a connection: %+v", c)
+			}
+		}
+	}
+	p.await("the plaintext endpoint was tried", func() bool { return len(plain.String()) > 0 })
+	if strings.Contains(plain.String(), secret) {
+		t.Error("the workload's data went out in plaintext")
+	}
+}
+
+// wiretap is a server that keeps what it is sent, and says something that is not TLS.
+func (p *pod) wiretap(on *lab.Host, address string) *journal {
+	p.t.Helper()
+	listener, err := on.Listen("tcp", address)
+	p.must(err)
+	var done sync.WaitGroup
+	heard := &journal{}
+	done.Go(func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			done.Go(func() {
+				defer conn.Close()
+				_ = conn.SetDeadline(time.Now().Add(limit))
+				_, _ = io.CopyN(heard, conn, 64)
+				_, _ = io.WriteString(conn, "220 ready\r\n")
+				_, _ = io.Copy(heard, conn)
+			})
+		}
+	})
+	p.t.Cleanup(func() { _ = listener.Close(); done.Wait() })
+	return heard
+}
+
+// TestUnresolvedUpstream: a name that does not resolve holds nothing else up, however badly the resolver behaves, and
+// works once it does resolve.
+func TestUnresolvedUpstream(t *testing.T) {
+	t.Parallel()
+	for _, silent := range []bool{false, true} {
+		t.Run(fmt.Sprintf("resolver is silent: %t", silent), func(t *testing.T) {
+			t.Parallel()
+			p := newPod(t, "EDG_EGRESS_PROXY_CONFIG=late#127.137.0.1:80#late-svc:8080##literal#127.137.0.2:80#[2001:db8::3]:8080")
+			p.must(p.identity.Write(p.sidecar.TLSDirectory))
+			upstream := p.host("upstream")
+			p.endpoint(upstream, p.issue("*"))
+			zone := p.zone(&zone{silent: silent})
+			p.besiege()
+			began := time.Now()
+			p.run()
+			p.protect(mtlsPort)
+			p.ready()
+			if took := time.Since(began); took > 5*time.Second {
+				t.Errorf("it was ready after %v", took)
+			}
+			p.must(p.exchange(netip.AddrPortFrom(p.IPv4, mtlsPort), p.client.ClientConfig("pod")))
+			p.must(echo(p.dial(p.Host, listen("127.137.0.2:80"))))
+			if err := echo(p.dial(p.Host, listen("127.137.0.1:80"))); err == nil {
+				t.Error("the unknown name works")
+			}
+			p.ready()
+			zone.set(map[string][]netip.Addr{"late-svc": upstream.Addrs()})
+			began = time.Now()
+			p.await("the name works", func() bool {
+				conn, err := p.dialIn(listen("127.137.0.1:80"))
+				if err != nil {
+					return false
+				}
+				defer conn.Close()
+				return echo(conn) == nil
+			})
+			t.Logf("the name works after %v", time.Since(began))
+		})
+	}
+}
+
+// dialIn connects from the pod.
+func (p *pod) dialIn(to netip.AddrPort) (net.Conn, error) {
+	ctx, cancel := p.context()
+	defer cancel()
+	return p.Dial(ctx, "tcp", to.String())
+}

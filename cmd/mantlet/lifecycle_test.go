@@ -1,0 +1,385 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"mantlet/lab"
+)
+
+// callers are clients that go on connecting; none of their connections may be refused.
+type callers struct {
+	stop func()
+	done sync.WaitGroup
+	good atomic.Int64
+
+	mu    sync.Mutex
+	worst time.Duration
+	errs  []error
+}
+
+func (p *pod) call(port uint16) *callers {
+	ctx, cancel := context.WithCancel(context.Background())
+	c := &callers{stop: cancel}
+	for _, addr := range p.Addrs() {
+		c.done.Go(func() {
+			for ctx.Err() == nil {
+				began := time.Now()
+				conn, err := p.outside.Dial(ctx, "tcp", netip.AddrPortFrom(addr, port).String())
+				if ctx.Err() != nil {
+					return
+				}
+				c.mu.Lock()
+				c.worst = max(c.worst, time.Since(began))
+				switch {
+				case err == nil:
+					c.good.Add(1)
+					_ = conn.Close()
+				case errors.Is(err, syscall.ECONNRESET): // it was made, and ended with the Envoy that had it
+				default:
+					c.errs = append(c.errs, err)
+				}
+				c.mu.Unlock()
+			}
+		})
+	}
+	p.t.Cleanup(func() { c.stop(); c.done.Wait() })
+	return c
+}
+
+func TestEnvoyIsKilled(t *testing.T) {
+	t.Parallel()
+	p := start(t, web)
+	before := p.envoy()
+	server := p.host("server")
+	far := p.serve(server, lab.Service{Address: ":5432"})
+	outbound := p.dial(p.Host, netip.AddrPortFrom(server.IPv4, 5432))
+	outbound6 := p.dial(p.Host, netip.AddrPortFrom(server.IPv6, 5432))
+	p.must(errors.Join(echo(outbound), echo(outbound6)))
+	calls := p.call(mtlsPort)
+	p.await("calls come through", func() bool { return calls.good.Load() > 20 })
+
+	for kills := 1; kills <= 3; kills++ {
+		old := p.envoy()
+		p.must(syscall.Kill(old, syscall.SIGKILL))
+		during := p.dial(p.Host, netip.AddrPortFrom(server.IPv6, 5432))
+		p.await("Envoy is back", func() bool {
+			pids, _ := p.sidecar.Envoys()
+			return len(pids) == 1 && pids[0] != old
+		})
+		p.must(errors.Join(echo(outbound), echo(outbound6), echo(during)))
+		p.ready()
+		p.besieged()
+		for _, addr := range p.Addrs() {
+			p.must(p.exchange(netip.AddrPortFrom(addr, mtlsPort), p.client.ClientConfig("pod")))
+			p.must(p.exchange(netip.AddrPortFrom(addr, tlsPort), p.anonymous()))
+		}
+	}
+	calls.stop()
+	calls.done.Wait()
+	if len(calls.errs) > 0 {
+		t.Errorf("%d of %d calls were refused: %v", len(calls.errs), calls.good.Load(), calls.errs[0])
+	}
+	t.Logf("%d calls, the slowest took %v to connect", calls.good.Load(), calls.worst)
+	if syscall.Kill(before, 0) == nil {
+		t.Errorf("Envoy %d is still there, or was not reaped", before)
+	}
+	if got := len(far.Connections()); got != 5 {
+		t.Errorf("the far end saw %d connections, want 5", got)
+	}
+}
+
+// TestMantletIsKilled: nobody watches any more, so Envoy ends, and the rules that stay let nothing in. The next mantlet
+// takes over what is there.
+func TestMantletIsKilled(t *testing.T) {
+	t.Parallel()
+	p := start(t, web)
+	server := p.host("server")
+	p.serve(server, lab.Service{Address: ":5432"})
+	outbound := p.dial(p.Host, netip.AddrPortFrom(server.IPv6, 5432))
+	p.must(echo(outbound))
+	long, err := p.handshake(netip.AddrPortFrom(p.IPv4, mtlsPort), p.client.ClientConfig("pod"))
+	p.must(err)
+	p.must(echo(long))
+
+	envoy := p.envoy()
+	p.must(p.sidecar.Signal(syscall.SIGKILL))
+	_ = p.sidecar.Wait()
+	p.await("Envoy ends", func() bool { return syscall.Kill(envoy, 0) != nil })
+	if err := cut(long); err != nil {
+		t.Errorf("a connection through the Envoy that ended: %v", err)
+	}
+	if rules := p.rules(); !strings.Contains(rules, "tproxy") {
+		t.Errorf("the rules that stay are:\n%s", rules)
+	}
+	p.besieged()
+	for _, addr := range p.Addrs() {
+		for _, port := range []uint16{tlsPort, mtlsPort} {
+			if conn, err := p.dialBriefly(netip.AddrPortFrom(addr, port)); err == nil {
+				_ = conn.Close()
+				t.Errorf("%s:%d accepts connections", addr, port)
+			}
+		}
+	}
+	p.must(echo(outbound))
+
+	p.run()
+	p.ready()
+	p.besieged()
+	for _, addr := range p.Addrs() {
+		p.must(p.exchange(netip.AddrPortFrom(addr, mtlsPort), p.client.ClientConfig("pod")))
+	}
+	p.must(echo(outbound))
+	p.must(p.sidecar.Stop())
+	p.leavesNothing()
+	p.besieged()
+	p.must(echo(outbound))
+}
+
+// rules returns the live table.
+func (p *pod) rules() string {
+	p.t.Helper()
+	rules, err := p.Run("nft", "--stateless", "list", "table", "inet", "mantlet")
+	p.must(err)
+	return rules
+}
+
+// dialBriefly gives a dial less time than its first retransmission takes.
+func (p *pod) dialBriefly(to netip.AddrPort) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
+	defer cancel()
+	return p.outside.Dial(ctx, "tcp", to.String())
+}
+
+// leavesNothing checks that mantlet is gone, and with it all but the rules and what belongs to the user.
+func (p *pod) leavesNothing() {
+	p.t.Helper()
+	files, err := os.ReadDir(p.sidecar.RuntimeDirectory)
+	p.must(err)
+	for _, f := range files {
+		if !strings.HasPrefix(f.Name(), "sds-") {
+			p.t.Errorf("%s is left in the runtime directory", f.Name())
+		}
+	}
+	shared, err := filepath.Glob(fmt.Sprintf("/dev/shm/envoy_shared_memory_%d", p.baseID()*10))
+	p.must(err)
+	if len(shared) > 0 {
+		p.t.Errorf("left behind: %v", shared)
+	}
+	pids := p.processes()
+	if len(pids) > 0 {
+		p.t.Errorf("processes %v are left", pids)
+	}
+}
+
+// baseID is what tells this pod's shared memory apart.
+func (p *pod) baseID() (id uint64) {
+	p.t.Helper()
+	p.must(p.Do(func() error {
+		var stat syscall.Stat_t
+		err := syscall.Stat("/proc/thread-self/ns/net", &stat)
+		id = stat.Ino % (1 << 28)
+		return err
+	}))
+	return id
+}
+
+// processes returns those that run in the pod's network namespace.
+func (p *pod) processes() (pids []string) {
+	p.t.Helper()
+	var own string
+	p.must(p.Do(func() (err error) {
+		own, err = os.Readlink("/proc/thread-self/ns/net")
+		return err
+	}))
+	links, err := filepath.Glob("/proc/[0-9]*/ns/net")
+	p.must(err)
+	for _, link := range links {
+		if is, err := os.Readlink(link); err == nil && is == own {
+			pids = append(pids, strings.Split(link, "/")[2])
+		}
+	}
+	return pids
+}
+
+func TestSIGTERM(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		drain string
+		end   func(p *pod, long net.Conn)
+		least time.Duration
+		most  time.Duration
+	}{
+		"no connection": {"60s", func(_ *pod, long net.Conn) { _ = long.Close() }, 0, 5 * time.Second},
+		"connection ends": {"60s", func(p *pod, long net.Conn) {
+			p.logged("waiting for connections to end")
+			p.unready("mantlet is stopping")
+			p.must(echo(long))
+			p.besieged()
+			p.must(echo(long))
+			_ = long.Close()
+		}, 0, 10 * time.Second},
+		"drain time is over": {"2s", func(p *pod, long net.Conn) {
+			p.logged("waiting for connections to end")
+			p.must(echo(long))
+			p.check(cut(long))
+		}, 2 * time.Second, 10 * time.Second},
+		"second SIGTERM": {"60s", func(p *pod, long net.Conn) {
+			p.logged("waiting for connections to end")
+			p.must(echo(long))
+			p.must(p.sidecar.Signal(syscall.SIGTERM))
+			p.check(cut(long))
+		}, 0, 10 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newPod(t, web, "MANTLET_ENVOY_DRAIN_TIME="+c.drain)
+			p.must(p.identity.Write(p.sidecar.TLSDirectory))
+			p.run()
+			p.protect(mtlsPort)
+			p.ready()
+			long, err := p.handshake(netip.AddrPortFrom(p.IPv6, mtlsPort), p.client.ClientConfig("pod"))
+			p.must(err)
+			p.must(echo(long))
+			if name == "no connection" {
+				c.end(p, long)
+			} else {
+				p.besiege()
+				p.besieged()
+			}
+			began := time.Now()
+			p.must(p.sidecar.Signal(syscall.SIGTERM))
+			if name != "no connection" {
+				c.end(p, long)
+			}
+			if err := p.sidecar.Wait(); err != nil {
+				t.Errorf("mantlet ended: %v", err)
+			}
+			if took := time.Since(began); took < c.least || took > c.most {
+				t.Errorf("it took %v, want from %v to %v", took, c.least, c.most)
+			}
+			p.leavesNothing()
+			if p.prober == nil {
+				p.besiege()
+			}
+			p.besieged()
+		})
+	}
+}
+
+func TestSecondMantlet(t *testing.T) {
+	t.Parallel()
+	p := start(t, web)
+	envoy, rules := p.envoy(), p.rules()
+	long, err := p.handshake(netip.AddrPortFrom(p.IPv4, mtlsPort), p.client.ClientConfig("pod"))
+	p.must(err)
+	for _, runtime := range []string{p.sidecar.RuntimeDirectory, t.TempDir()} {
+		second, err := p.Sidecar(t.TempDir(), p.sidecar.Binary, p.sidecar.Env...)
+		p.must(err)
+		log := &journal{}
+		second.TLSDirectory, second.RuntimeDirectory, second.Log = p.sidecar.TLSDirectory, runtime, log
+		p.must(second.Start())
+		if err := second.Wait(); err == nil || !strings.Contains(log.String(), "another mantlet owns this network namespace") {
+			t.Errorf("the second mantlet ended with %v and said %s", err, log)
+		}
+	}
+	if got := p.envoy(); got != envoy {
+		t.Errorf("Envoy was %d and is %d", envoy, got)
+	}
+	if got := p.rules(); got != rules {
+		t.Errorf("the rules were\n%s\nand are\n%s", rules, got)
+	}
+	p.must(echo(long))
+	p.ready()
+	p.besieged()
+}
+
+func TestBadEnvironment(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, "EDG_INGRESS_PROXY_CONFIG=a#0#false##b#80#maybe", "EDG_EGRESS_PROXY_CONFIG=c#10.0.0.1:80#x:1",
+		"MANTLET_TLS_MIN_VERSION=1.4", "MANTLET_TLS_MINVERSION=1.3")
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.besiege()
+	p.run()
+	p.protect(tlsPort)
+	p.protect(mtlsPort)
+	err := p.sidecar.Wait()
+	if err == nil {
+		t.Error("mantlet ended as if all was well")
+	}
+	for _, problem := range []string{"entry 1", "entry 2", "10.0.0.1:80", `"1.4"`, "MANTLET_TLS_MINVERSION", "did you mean MANTLET_TLS_MIN_VERSION?"} {
+		if !strings.Contains(p.log.String(), problem) {
+			t.Errorf("the problem of %s is not reported", problem)
+		}
+	}
+	p.besieged()
+	if total := p.prober.Stats().Total(); total.Accepted > 0 {
+		t.Errorf("%+v, want nothing accepted", total)
+	}
+}
+
+// TestEnvoyDoesNotStart: whatever keeps Envoy from running, readiness says what, nothing comes in, and once it is mended
+// mantlet goes on by itself.
+func TestEnvoyDoesNotStart(t *testing.T) {
+	t.Parallel()
+	egress := "EDG_EGRESS_PROXY_CONFIG=billing#127.137.0.1:8081#192.0.2.1:8080"
+	envoy := os.Getenv("MANTLET_ENVOY_PATH")
+	for name, c := range map[string]struct {
+		says    string
+		prepare func(p *pod, path string) (mend func())
+	}{
+		"missing": {"no such file or directory", func(p *pod, path string) func() {
+			return func() { p.must(os.Symlink(envoy, path)) }
+		}},
+		"not executable": {"permission denied", func(p *pod, path string) func() {
+			p.must(os.WriteFile(path, []byte("#!/bin/sh\nexec "+envoy+` "$@"`), 0o644))
+			return func() { p.must(os.Chmod(path, 0o755)) }
+		}},
+		"ends at once": {"exit status 3", func(p *pod, path string) func() {
+			p.must(os.WriteFile(path, []byte("#!/bin/sh\nexit 3"), 0o755))
+			return func() {
+				p.must(os.Remove(path))
+				p.must(os.Symlink(envoy, path))
+			}
+		}},
+		"port is taken": {"127.137.0.1:8081", func(p *pod, path string) func() {
+			p.must(os.Symlink(envoy, path))
+			listener, err := p.Listen("tcp", "127.137.0.1:8081")
+			p.must(err)
+			return func() { p.must(listener.Close()) }
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			path := filepath.Join(t.TempDir(), "envoy")
+			p := newPod(t, egress, "MANTLET_ENVOY_PATH="+path)
+			mend := c.prepare(p, path)
+			p.must(p.identity.Write(p.sidecar.TLSDirectory))
+			p.besiege()
+			p.run()
+			p.protect(mtlsPort)
+			p.unready(c.says)
+			p.await("mantlet tried again", func() bool { return p.log.count("retry_in") > 2 })
+			p.besieged()
+			if total := p.prober.Stats().Total(); total.Accepted > 0 {
+				t.Errorf("%+v, want nothing accepted", total)
+			}
+			mend()
+			p.ready()
+			p.must(p.exchange(netip.AddrPortFrom(p.IPv4, mtlsPort), p.client.ClientConfig("pod")))
+			p.must(p.sidecar.Stop())
+			p.leavesNothing()
+		})
+	}
+}

@@ -1,0 +1,285 @@
+package envoy
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+
+	"mantlet/render"
+)
+
+func TestStart(t *testing.T) {
+	r, log := runner(t)
+	identity := identity(t, r)
+	p := started(t, r)
+	if err := p.Check(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if group, err := unix.Getpgid(p.PID()); err != nil || group != p.PID() {
+		t.Errorf("Envoy is in process group %d, want its own: %v", group, err)
+	}
+	sockets := 0
+	for _, pattern := range []string{"admin-*.sock", "hot-restart_*"} {
+		files, err := filepath.Glob(filepath.Join(r.RuntimeDirectory, pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			info, err := os.Stat(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if info.Mode() != os.ModeSocket|0o600 {
+				t.Errorf("%s has mode %v", f, info.Mode())
+			}
+			sockets++
+		}
+	}
+	if sockets < 3 { // of parent and child, and of the admin interface
+		t.Errorf("%d sockets in the runtime directory", sockets)
+	}
+	if abstract, err := os.ReadFile("/proc/net/unix"); err != nil || strings.Contains(string(abstract), "@envoy") {
+		t.Errorf("Envoy has an abstract socket (%v):\n%s", err, abstract)
+	}
+
+	open, err := p.Connections(t.Context())
+	if err != nil || open != 0 {
+		t.Errorf("%d connections, %v", open, err)
+	}
+	conn, err := tls.Dial("tcp", "127.0.0.1:15007", identity.ClientConfig("pod"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if !conn.ConnectionState().PeerCertificates[0].Equal(identity.Leaf) {
+		t.Error("Envoy shows another certificate")
+	}
+
+	p.Kill()
+	<-p.Exited()
+	if err := p.Err(); err == nil || !strings.Contains(err.Error(), "signal: killed") {
+		t.Errorf("Envoy was killed, and the error is %v", err)
+	}
+	if err := syscall.Kill(p.PID(), 0); !errors.Is(err, syscall.ESRCH) {
+		t.Errorf("Envoy was not reaped: %v", err)
+	}
+	if err := p.Check(t.Context()); err == nil {
+		t.Error("an Envoy that ended is fine")
+	}
+	again := started(t, r)
+	if again.PID() == p.PID() {
+		t.Error("it is the same Envoy")
+	}
+	if !strings.Contains(log.String(), "Envoy is live") {
+		t.Errorf("the log:\n%s", log)
+	}
+}
+
+// script makes a program that takes the place of Envoy.
+func script(t *testing.T, r *Runner, text string) {
+	t.Helper()
+	envoy := r.Path
+	r.Path = filepath.Join(t.TempDir(), "envoy")
+	text = "#!/bin/sh\nENVOY=" + envoy + "\nDIRECTORY=" + r.RuntimeDirectory + "\n" + text
+	if err := os.WriteFile(r.Path, []byte(text), 0o755); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestStartFails: what is not live with the state that was asked for does not pass for it.
+func TestStartFails(t *testing.T) {
+	for name, c := range map[string]struct {
+		script, says string
+		environ      []string
+	}{
+		"ends":             {"exit 3", "exit status 3", nil},
+		"ends well":        {"exit 0", "exit status 0", nil},
+		"says why it ends": {"echo 'critical|main|no room' >&2; exit 1", "no room", nil},
+		"is not Envoy":     {"exec sleep 86399", "it is not live after 2s", nil},
+		"is deaf":          {"trap '' TERM INT; while :; do sleep 1; done", "it is not live after 2s", nil},
+		"runs another state": {
+			`sed s/mantlet.digest/other.digest/ "$2" >"$DIRECTORY/test-other.json"
+			shift 2
+			exec "$ENVOY" --config-path "$DIRECTORY/test-other.json" "$@"`,
+			`Envoy runs "", not "`, nil,
+		},
+		"can't bind": {
+			`exec "$ENVOY" "$@"`, "cannot bind '127.0.0.1:15099'",
+			[]string{"EDG_EGRESS_PROXY_CONFIG=x#127.0.0.1:15099#192.0.2.1:1"},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, _ := runner(t)
+			identity(t, r)
+			script(t, r, c.script)
+			taken, err := net.Listen("tcp", "127.0.0.1:15099")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer taken.Close()
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+			defer cancel()
+			state, settings := state(t, r, c.environ...)
+			if p, err := r.Start(ctx, state, settings); err == nil {
+				p.Stop()
+				t.Fatal("it started")
+			} else if !strings.Contains(err.Error(), c.says) {
+				t.Errorf("%v; want %q", err, c.says)
+			}
+			nothingRuns(t)
+		})
+	}
+}
+
+// nothingRuns waits until PID 1 and this process are all that is left in the lab.
+func nothingRuns(t *testing.T) {
+	t.Helper()
+	until(t, "no process is left", func() bool {
+		children, err := filepath.Glob("/proc/[0-9]*")
+		return err == nil && len(children) == 2
+	})
+}
+
+// TestAbortedStart: a start that is given up is killed. SIGTERM would make a later epoch end its parent.
+func TestAbortedStart(t *testing.T) {
+	r, _ := runner(t)
+	script(t, r, `trap 'touch "$DIRECTORY/test-terminated"; exit' TERM
+		touch "$DIRECTORY/test-started"
+		while :; do sleep 0.01; done`)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	state, settings := state(t, r)
+	ended := make(chan error)
+	go func() {
+		_, err := r.Start(ctx, state, settings)
+		ended <- err
+	}()
+	exists := func(name string) bool {
+		_, err := os.Stat(filepath.Join(r.RuntimeDirectory, name))
+		return err == nil
+	}
+	until(t, "it was started", func() bool { return exists("test-started") })
+	cancel()
+	if err := <-ended; err == nil {
+		t.Error("it started")
+	}
+	if exists("test-terminated") {
+		t.Error("it was sent SIGTERM")
+	}
+	nothingRuns(t)
+}
+
+// TestStopForces: what does not end by SIGTERM is killed.
+func TestStopForces(t *testing.T) {
+	r, _ := runner(t)
+	identity(t, r)
+	p := started(t, r)
+	if err := syscall.Kill(p.PID(), syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	p.Stop()
+	if err := p.Err(); err == nil || !strings.Contains(err.Error(), "signal: killed") {
+		t.Errorf("it ended with %v", err)
+	}
+}
+
+// TestFormerAdmin: an Envoy of before, about to end, must not answer for one that is not live.
+func TestFormerAdmin(t *testing.T) {
+	r, _ := runner(t)
+	state, settings := state(t, r)
+	listener, err := net.Listen("unix", render.AdminSocket(r.RuntimeDirectory, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		if q.URL.Path == "/listeners" {
+			_, _ = io.WriteString(w, `{"listener_statuses": [{"name": "ingress-mtls"}, {"name": "ingress-tls"}]}`)
+			return
+		}
+		_, _ = fmt.Fprintf(w, `{"state": "LIVE", "node": {"metadata": {%q: %q}}}`, render.DigestKey, state.Digest)
+	})}
+	var done sync.WaitGroup
+	done.Go(func() { _ = server.Serve(listener) })
+	t.Cleanup(func() { _ = server.Close(); done.Wait() })
+	former := &Process{
+		Digest: state.Digest, Bootstrap: proto.CloneOf(state.Bootstrap), admin: newAdmin(render.AdminSocket(r.RuntimeDirectory, 0)),
+	}
+	if err := former.Check(t.Context()); err != nil {
+		t.Fatalf("the impostor is not good enough: %v", err)
+	}
+	script(t, r, "exec sleep 86399")
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if p, err := r.Start(ctx, state, settings); err == nil {
+		p.Stop()
+		t.Error("what answered at the former socket passed for the new Envoy")
+	}
+}
+
+// TestThreadsEnd: Envoy asks for SIGTERM when its parent dies, and the kernel takes the thread that forked it for that.
+func TestThreadsEnd(t *testing.T) {
+	r, _ := runner(t)
+	identity(t, r)
+	var p *Process
+	onThread(func() { p = started(t, r) })
+	exited := make(chan struct{})
+	go func() {
+		defer close(exited)
+		<-p.Exited()
+	}()
+	for range 20 {
+		var wait sync.WaitGroup
+		for range 50 {
+			wait.Go(func() { onThread(runtime.Gosched) })
+		}
+		wait.Wait()
+		runtime.GC()
+		if err := p.Check(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	select {
+	case <-exited:
+		t.Errorf("Envoy ended: %v", p.Err())
+	default:
+	}
+
+	// What it would be otherwise.
+	cmd := exec.Command("sleep", "86399")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
+	onThread(func() {
+		if err := cmd.Start(); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := cmd.Wait(); err == nil || err.Error() != "signal: terminated" {
+		t.Errorf("a process whose thread ended: %v", err)
+	}
+}
+
+// onThread calls fn on a thread that ends then.
+func onThread(fn func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread()
+		fn()
+	}()
+	<-done
+}
