@@ -55,18 +55,22 @@ func Compare(from, to schema.Mesh) []Step {
 	return steps
 }
 
+// tightens reports whether connections that were let in under one mesh could be refused under the other.
+func tightens(from, to schema.Mesh) bool {
+	for _, part := range schema.Parts(from.Ingress, to.Ingress) {
+		if !schema.PolicyOf(from.Ingress, part.First).Within(schema.PolicyOf(to.Ingress, part.First)) {
+			return true
+		}
+	}
+	return to.TLS.MinVersion > from.TLS.MinVersion
+}
+
 type adder func(need Need, format string, args ...any)
 
 // comparePorts tells changes by ranges of ports that have the same policy before and the same after.
 func comparePorts(from, to []schema.Ingress, add adder) {
-	boundaries := schema.Boundaries(from, to)
-	for i, first := range boundaries {
-		last := uint16(65535)
-		if i+1 < len(boundaries) {
-			last = boundaries[i+1] - 1
-		}
-		was, is := schema.PolicyOf(from, first), schema.PolicyOf(to, first)
-		at := schema.Ports{First: first, Last: last}
+	for _, at := range schema.Parts(from, to) {
+		was, is := schema.PolicyOf(from, at.First), schema.PolicyOf(to, at.First)
 		switch {
 		case was.Mode != is.Mode && slices.Equal(was.Allow, is.Allow):
 			add(NoRestart, "%s: %s -> %s", at, was.Mode, is.Mode)

@@ -54,7 +54,7 @@ func bootstrap(mesh schema.Mesh, place Place) (*bootstrapv3.Bootstrap, error) {
 		Node:  &corev3.Node{Id: node, Cluster: node},
 		Admin: Admin(place.RuntimeDirectory, 0),
 		StaticResources: &bootstrapv3.Bootstrap_StaticResources{
-			Listeners: []*listenerv3.Listener{r.ingress(mtls), r.ingress(tls)},
+			Listeners: []*listenerv3.Listener{r.ingress(schema.ModeMTLS), r.ingress(schema.ModeTLS)},
 			Clusters:  []*clusterv3.Cluster{originalDestination()},
 		},
 		OverloadManager: &overloadv3.OverloadManager{

@@ -35,12 +35,12 @@ func egressName(e schema.Egress) string { return "egress-" + e.Listen.String() }
 
 // ingress is the listener that the kernel hands all connections of a mode to. Both always exist, so that a port can
 // change its mode without a new Envoy. They bind to loopback: nobody outside can reach them as such.
-func (r *renderer) ingress(w wrapped) *listenerv3.Listener {
-	name := ingressName(w.mode)
+func (r *renderer) ingress(mode schema.Mode) *listenerv3.Listener {
+	name := ingressName(mode)
 	l := &listenerv3.Listener{
 		Name:                          name,
 		StatPrefix:                    name,
-		Address:                       address("127.0.0.1", w.listener),
+		Address:                       address("127.0.0.1", listenerPort(mode)),
 		Transparent:                   wrapperspb.Bool(true),
 		PerConnectionBufferLimitBytes: wrapperspb.UInt32(bufferLimit),
 		TcpKeepalive:                  keepalive(),
@@ -48,13 +48,13 @@ func (r *renderer) ingress(w wrapped) *listenerv3.Listener {
 			Name:       "envoy.filters.listener.original_dst",
 			ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: r.pack(&originaldstv3.OriginalDst{})},
 		}},
-		FilterChains: []*listenerv3.FilterChain{r.ingressChain(name, w.mode, nil)},
+		FilterChains: []*listenerv3.FilterChain{r.ingressChain(name, mode, nil)},
 	}
-	if w.mode == schema.ModeMTLS {
+	if mode == schema.ModeMTLS {
 		l.FilterChains = append(l.FilterChains, r.allowChains()...)
 	}
 	if !r.place.NoIPv6 {
-		l.AdditionalAddresses = []*listenerv3.AdditionalAddress{{Address: address("::1", w.listener)}}
+		l.AdditionalAddresses = []*listenerv3.AdditionalAddress{{Address: address("::1", listenerPort(mode))}}
 	}
 	return l
 }

@@ -1,8 +1,11 @@
 package render
 
 import (
+	"cmp"
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"mantlet/schema"
@@ -32,7 +35,37 @@ const (
 	MarkPassthrough Mark = 3 << 20
 	MarkOutbound    Mark = 4 << 20
 	MarkMask        Mark = 0xff << 20
+
+	generationShift = 23
 )
+
+// Generation numbers the policies of a mode that the mode alone does not tell apart: who is let in, by which CA, with
+// which TLS. A connection lives on only while its port keeps the generation that it was let in under.
+type Generation uint8
+
+// MaxGeneration is the last generation that fits the mark.
+const MaxGeneration Generation = 31
+
+// Generations says which generation is in force at which port.
+type Generations struct {
+	Default Generation // at ports that none of Ports contains
+	Ports   []PortsGeneration
+}
+
+// PortsGeneration is the generation of a range of ports. Ranges are sorted and do not overlap.
+type PortsGeneration struct {
+	Ports      schema.Ports
+	Generation Generation
+}
+
+// At returns the generation of a port.
+func (g Generations) At(port uint16) Generation {
+	i, _ := slices.BinarySearchFunc(g.Ports, port, func(p PortsGeneration, port uint16) int { return cmp.Compare(p.Ports.Last, port) })
+	if i < len(g.Ports) && g.Ports[i].Ports.Contains(port) {
+		return g.Ports[i].Generation
+	}
+	return g.Default
+}
 
 // Ruleset is the whole of the table inet mantlet.
 type Ruleset struct {
@@ -90,20 +123,42 @@ var (
 
 func goTo(chain string) Verdict { return Verdict{Kind: Goto, Goto: chain} }
 
-// wrapped is a mode in which Envoy stands between the peer and the workload.
+// wrapped is a mode in which Envoy stands between the peer and the workload, in one generation.
 type wrapped struct {
-	mode     schema.Mode
-	mark     Mark
-	listener uint16
+	mode       schema.Mode
+	generation Generation
 }
 
-func (w wrapped) in() string  { return string(w.mode) + "_in" }
-func (w wrapped) out() string { return string(w.mode) + "_out" }
+// in and out name the chains: mtls_in and, in generation 3, mtls_in_3.
+func (w wrapped) in() string  { return w.chain("_in") }
+func (w wrapped) out() string { return w.chain("_out") }
 
-var (
-	mtls = wrapped{schema.ModeMTLS, MarkMTLS, schema.IngressMTLSPort}
-	tls  = wrapped{schema.ModeTLS, MarkTLS, schema.IngressTLSPort}
-)
+func (w wrapped) chain(direction string) string {
+	if w.generation == 0 {
+		return string(w.mode) + direction
+	}
+	return fmt.Sprintf("%s%s_%d", w.mode, direction, w.generation)
+}
+
+func (w wrapped) mark() Mark {
+	mark := MarkMTLS
+	if w.mode == schema.ModeTLS {
+		mark = MarkTLS
+	}
+	return mark | Mark(w.generation)<<generationShift
+}
+
+func (w wrapped) compare(other wrapped) int {
+	return cmp.Or(strings.Compare(string(w.mode), string(other.mode)), cmp.Compare(w.generation, other.generation))
+}
+
+// listenerPort is where Envoy listens for the connections of a mode.
+func listenerPort(mode schema.Mode) uint16 {
+	if mode == schema.ModeTLS {
+		return schema.IngressTLSPort
+	}
+	return schema.IngressMTLSPort
+}
 
 const (
 	passthroughIn  = "passthrough_in"
@@ -152,32 +207,62 @@ func answersToThePod(syn Verdict) []Rule {
 	}
 }
 
-// ruleset returns the rules of a mesh.
-func ruleset(mesh schema.Mesh) Ruleset {
-	modes := Map{Name: modesMap}
-	answers := Map{Name: answersMap}
-	for _, in := range mesh.Ingress {
-		modes.Elements = append(modes.Elements, Element{in.Ports, string(in.Mode) + "_in"})
-		answers.Elements = append(answers.Elements, Element{in.Ports, string(in.Mode) + "_out"})
+// Rules returns the rules of a valid mesh in the generations that are in force. There is a pair of chains for each mode and
+// generation in use.
+func Rules(mesh schema.Mesh, generations Generations) Ruleset {
+	standard := wrapped{schema.ModeMTLS, generations.Default}
+	used := map[wrapped]bool{standard: true}
+	modes, answers := Map{Name: modesMap}, Map{Name: answersMap}
+	for _, part := range parts(mesh, generations) {
+		in, out := passthroughIn, passthroughOut
+		if part.mode != schema.ModePassthrough {
+			used[part.wrapped] = true
+			in, out = part.in(), part.out()
+		}
+		modes.Elements = append(modes.Elements, Element{part.ports, in})
+		answers.Elements = append(answers.Elements, Element{part.ports, out})
 	}
-	return Ruleset{
+	r := Ruleset{
 		Maps: []Map{modes, answers},
 		Chains: []Chain{
 			ingress(mesh.OtherProtocols),
 			{Name: portsChain, Rules: []Rule{
 				{LookUp{Map: modesMap}},
-				{onlyTCP, goTo(mtls.in())},
+				{onlyTCP, goTo(standard.in())},
 				{Count{}, drop}, // UDP, SCTP, …
 			}},
+			egress(standard),
 			{Name: passthroughIn, Rules: []Rule{over(MarkPassthrough), {SetMark{MarkPassthrough}, accept}}},
-			mtls.ingress(),
-			tls.ingress(),
-			egress(),
 			{Name: passthroughOut, Rules: answered(MarkPassthrough)},
-			{Name: mtls.out(), Rules: answered(MarkMTLS)},
-			{Name: tls.out(), Rules: answered(MarkTLS)},
 		},
 	}
+	for _, w := range slices.SortedFunc(maps.Keys(used), wrapped.compare) {
+		r.Chains = append(r.Chains, w.ingress(), Chain{Name: w.out(), Rules: answered(w.mark())})
+	}
+	return r
+}
+
+// part is a range of ports that are handled alike.
+type part struct {
+	ports schema.Ports
+	wrapped
+}
+
+// parts cuts the ports that have an entry or a generation of their own where one of these starts or ends.
+func parts(mesh schema.Mesh, generations Generations) []part {
+	var ranges []schema.Ports
+	for _, in := range mesh.Ingress {
+		ranges = append(ranges, in.Ports)
+	}
+	for _, g := range generations.Ports {
+		ranges = append(ranges, g.Ports)
+	}
+	var all []part
+	for _, ports := range schema.Cut(ranges) {
+		mode := schema.PolicyOf(mesh.Ingress, ports.First).Mode
+		all = append(all, part{ports, wrapped{mode, generations.At(ports.First)}})
+	}
+	return all
 }
 
 // ingress sees every packet that arrives in the pod's network namespace.
@@ -205,34 +290,34 @@ func over(mark Mark) Rule {
 // ingress hands TCP connections to Envoy's listener of the mode. They are marked once it took their SYN, and without the
 // mark no other packet passes: it would be of a connection that is older than the rules.
 func (w wrapped) ingress() Chain {
-	to4 := TProxy{netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), w.listener)}
-	to6 := TProxy{netip.AddrPortFrom(netip.IPv6Loopback(), w.listener)}
+	to4 := TProxy{netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), listenerPort(w.mode))}
+	to6 := TProxy{netip.AddrPortFrom(netip.IPv6Loopback(), listenerPort(w.mode))}
 	return Chain{Name: w.in(), Rules: []Rule{
 		// Before any reset: one segment out of the window must not end a healthy connection.
 		{Invalid{}, Count{}, drop},
-		over(w.mark),
+		over(w.mark()),
 		// TIME_WAIT is no BoundSocket. While Envoy does not listen, TProxy gives a SYN to what its former connection left
 		// there, and that would hand it on to the workload's listener.
-		{firstSYN, to4, BoundSocket{}, SetMark{w.mark}, accept},
-		{firstSYN, to6, BoundSocket{}, SetMark{w.mark}, accept},
+		{firstSYN, to4, BoundSocket{}, SetMark{w.mark()}, accept},
+		{firstSYN, to6, BoundSocket{}, SetMark{w.mark()}, accept},
 		// Dropped and not refused: the client's own retransmission bridges the time in which Envoy does not listen.
 		{firstSYN, Count{}, drop},
 		// TProxy again, for what has no socket yet: with SYN cookies the handshake's last packet would go to the workload.
-		{Marked{Mark: w.mark}, to4, accept},
-		{Marked{Mark: w.mark}, to6, accept},
+		{Marked{Mark: w.mark()}, to4, accept},
+		{Marked{Mark: w.mark()}, to6, accept},
 		{onlyTCP, Count{}, Reset{}},
 	}}
 }
 
 // egress is the second line: it ends connections that are older than the rules, and whatever answers on a protected port
 // without having come through Envoy.
-func egress() Chain {
+func egress(standard wrapped) Chain {
 	return Chain{Name: egressChain, Hook: Hook{"output", Accept}, Rules: append(
 		append([]Rule{{Loopback{Output: true}, accept}}, madeByThePod()...),
 		Rule{TCPFlags{Value: RST, Mask: RST}, accept},
 		Rule{Invalid{}, Count{}, drop},
 		Rule{LookUp{Source: true, Map: answersMap}},
-		Rule{goTo(mtls.out())},
+		Rule{goTo(standard.out())},
 	)}
 }
 

@@ -47,7 +47,7 @@ func Render(mesh schema.Mesh, place Place) (State, error) {
 	sum := sha256.Sum256(wire)
 	digest := hex.EncodeToString(sum[:])
 	b.Node.Metadata = &structpb.Struct{Fields: map[string]*structpb.Value{DigestKey: structpb.NewStringValue(digest)}}
-	return State{Ruleset: ruleset(mesh), Bootstrap: b, Digest: digest}, nil
+	return State{Ruleset: Rules(mesh, Generations{}), Bootstrap: b, Digest: digest}, nil
 }
 
 // JSON returns a bootstrap as Envoy reads it: indented, and the same bytes every time, which protojson alone does not

@@ -3,6 +3,7 @@ package schema
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"slices"
 )
 
@@ -46,8 +47,8 @@ type Policy struct {
 // looseness orders the modes.
 var looseness = map[Mode]int{ModeMTLS: 0, ModeTLS: 1, ModePassthrough: 2}
 
-// within reports whether p lets in nobody whom other refuses.
-func (p Policy) within(other Policy) bool {
+// Within reports whether p lets in nobody whom other refuses.
+func (p Policy) Within(other Policy) bool {
 	if p.Mode != ModeMTLS || other.Mode != ModeMTLS {
 		return looseness[p.Mode] <= looseness[other.Mode]
 	}
@@ -82,10 +83,11 @@ func PolicyOf(list []Ingress, port uint16) Policy {
 // tightenIngress compares the policies at each port where one of the two could change.
 func tightenIngress(base, config Config, r *report) {
 	reported := map[Ports]bool{}
-	for _, port := range Boundaries(base.Mesh.Ingress, config.Mesh.Ingress) {
+	for _, part := range Parts(base.Mesh.Ingress, config.Mesh.Ingress) {
+		port := part.First
 		was, is := PolicyOf(base.Mesh.Ingress, port), PolicyOf(config.Mesh.Ingress, port)
 		at := cmp.Or(is.entry.Ports, was.entry.Ports)
-		if is.within(was) || reported[at] {
+		if is.Within(was) || reported[at] {
 			continue
 		}
 		reported[at] = true
@@ -102,21 +104,34 @@ func (p Policy) String() string {
 	return string(p.Mode)
 }
 
-// Boundaries returns the ports, ascending, at which the policy of any of the lists can change: where an entry starts, and
-// after one ends.
-func Boundaries(lists ...[]Ingress) []uint16 {
-	const last = 65535
-	var all []uint16
-	for _, list := range lists {
-		for _, in := range list {
-			all = append(all, in.Ports.First)
-			if in.Ports.Last < last {
-				all = append(all, in.Ports.Last+1)
-			}
+// Cut returns the given ranges, sorted and cut where one starts or ends, so that none of the parts overlap.
+func Cut(ranges []Ports) []Ports {
+	starts := map[int]bool{}
+	for _, p := range ranges {
+		starts[int(p.First)], starts[int(p.Last)+1] = true, true
+	}
+	boundaries := slices.Sorted(maps.Keys(starts))
+	ranges = slices.SortedFunc(slices.Values(ranges), func(a, b Ports) int { return cmp.Compare(a.First, b.First) })
+	var parts []Ports
+	covered := 0 // the port after the last one that a range so far contains
+	for i, first := range boundaries {
+		for ; len(ranges) > 0 && int(ranges[0].First) <= first; ranges = ranges[1:] {
+			covered = max(covered, int(ranges[0].Last)+1)
+		}
+		if first < covered {
+			parts = append(parts, Ports{uint16(first), uint16(boundaries[i+1] - 1)})
 		}
 	}
-	slices.Sort(all)
-	return slices.Compact(all)
+	return parts
+}
+
+// Parts returns the ranges of ports in which two lists of entries have one policy each.
+func Parts(a, b []Ingress) []Ports {
+	var ranges []Ports
+	for _, in := range slices.Concat(a, b) {
+		ranges = append(ranges, in.Ports)
+	}
+	return Cut(ranges)
 }
 
 func tightenEgress(base, config Config, r *report) {
