@@ -24,15 +24,18 @@ type Kernel interface {
 	// Replace makes the table hold the ruleset and nothing else, in one transaction. Where it fails, the rules are as they
 	// were. It is idempotent.
 	Replace(render.Ruleset) error
-	// Check returns nil if the table holds what Replace put there last.
+	// Check returns nil if the table holds what Replace put there last, and otherwise an error that says what differs.
 	Check() error
+	// Watch sends the name of whoever changed rules in the kernel, this program among them, until ctx ends. It may miss
+	// changes.
+	Watch(ctx context.Context) <-chan string
 }
 
 // Secrets are the certificates that Envoy has.
 type Secrets interface {
-	// Update gives Envoy the generation that is in the TLS directory. Where that is not good the error says why, and Envoy
-	// keeps what it has. It is idempotent.
-	Update() error
+	// Update gives Envoy the generation that is in the TLS directory, and reports whether it lacks a mesh CA that the one
+	// before had. Where the generation is not good the error says why, and Envoy keeps what it has. It is idempotent.
+	Update(ctx context.Context) (revoked bool, err error)
 	// Renew gives Envoy what it has once more, which ends all TLS session tickets. Where it has nothing, it does nothing.
 	Renew() error
 	// Expires returns when what Envoy has expires; the zero time where it has nothing.
@@ -48,7 +51,14 @@ type Process interface {
 	// Exited is closed once it has ended. From then on Err says how.
 	Exited() <-chan struct{}
 	Err() error
-	// Stop ends it and returns when it is gone.
+}
+
+// Proxy runs Envoys.
+type Proxy interface {
+	// Start executes Envoy for a state and returns it once it is live with that. It takes over from the one that serves;
+	// where that fails, whatever served goes on, but may not answer any more.
+	Start(context.Context, render.State, schema.Envoy) (Process, error)
+	// Stop ends all that Start made, and returns when they are gone.
 	Stop()
 }
 
@@ -58,97 +68,204 @@ type Daemon struct {
 	Place       render.Place
 	Kernel      Kernel
 	Secrets     Secrets
-	// Start executes Envoy for a state and returns it once it is live with that.
-	Start func(context.Context, render.State, schema.Envoy) (Process, error)
-	Log   *slog.Logger
+	Proxy       Proxy
+	Log         *slog.Logger
 
 	mu       sync.Mutex
-	desired  *desired  // nil until an override file that is named could be read
+	want     *desired  // the last good configuration; nil until an override file that is named could be read
+	have     *desired  // what is in force, with the rules as they are in the kernel; nil at first
 	expires  time.Time // what Envoy has of certificates; zero where it has none
-	process  Process   // nil where none runs
-	inForce  bool      // the desired rules are in the kernel
+	process  Process   // the one that serves; nil where none does
+	serves   string    // the digest of the state that it was started with
 	stopping bool
 
-	// Why the daemon is not further, each nil where it is not the reason.
+	revoked   bool      // a mesh CA was taken away, and the rules do not end its connections yet
+	pause     backoff   // of starts that fail, and of Envoys that die
+	notBefore time.Time // the next start
+	drained   time.Time // until then the connections of the epoch before have their drain time
+
+	// Why the daemon is not where it should be, each nil where it is not the reason.
 	badConfig, badCertificates, down error
 }
 
-// desired is the desired state and what it was rendered from.
+// desired is a desired state and what it was rendered from.
 type desired struct {
-	mesh  schema.Mesh
-	state render.State
+	mesh        schema.Mesh
+	state       render.State
+	generations render.Generations
 }
 
-// ticketLife bounds how long a client can resume a TLS session after its certificate expired: publishing anew ends all
-// tickets. An hour costs each client one full handshake an hour.
-const ticketLife = time.Hour
+const (
+	// ticketLife bounds how long a client can resume a TLS session after its certificate expired: publishing anew ends all
+	// tickets. An hour costs each client one full handshake an hour.
+	ticketLife = time.Hour
+	// resync is how often the rules are looked at although no event came.
+	resync = 30 * time.Second
+)
 
 // Run brings the desired state about and keeps it until ctx ends; then it lets connections end, for at most the drain
-// time or until abort is closed, and stops Envoy. The rules stay whatever happens. The error is nil after an orderly end.
-func (d *Daemon) Run(ctx context.Context, abort <-chan struct{}) error {
+// time or until abort is closed, and stops Envoy. The rules stay whatever happens. A note on reload makes it read its inputs.
+func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 	watching, stopWatching := context.WithCancel(context.Background())
 	defer stopWatching()
 	certificates := watch(watching, d.Environment.Process.TLSDirectory, d.Log)
 	config := d.watchConfig(watching)
-	tickets := time.NewTicker(ticketLife)
+	rules := d.Kernel.Watch(watching)
+	tickets, look := time.NewTicker(ticketLife), time.NewTicker(resync)
 	defer tickets.Stop()
-	var (
-		retry <-chan time.Time
-		pause backoff
-	)
+	defer look.Stop()
+	var again <-chan time.Time
 	for {
 		select {
 		case <-ctx.Done():
-			return d.stop(abort)
+			d.stop(abort)
+			return
 		case <-config:
 			d.readConfig()
 		case <-certificates:
-			d.readCertificates()
+			d.readCertificates(ctx)
+		case <-reload:
+			d.readConfig()
+			d.readCertificates(ctx)
 		case <-tickets.C:
 			if err := d.Secrets.Renew(); err != nil {
 				d.Log.Error("session tickets live on", "error", err)
 			}
+		case who := <-rules:
+			d.repair(who)
+		case <-look.C:
+			d.repair("")
 		case <-d.exited():
-			err, delay := d.process.Err(), pause.next(time.Now())
-			d.Log.Error("Envoy ended; new connections wait until it is back", "error", err, "restart_in", delay.String())
-			d.locked(func() { d.process, d.down = nil, fmt.Errorf("Envoy is down: %w", err) })
-			retry = time.After(delay)
-		case <-retry:
-			retry = nil
+			d.ended()
+		case <-again:
 		}
-		if d.desired == nil || d.expires.IsZero() || d.process != nil && d.inForce || retry != nil {
-			continue
-		}
-		if err := d.bringUp(ctx); err != nil && ctx.Err() == nil {
-			delay := pause.next(time.Now())
-			d.Log.Error("the desired state is not in force", "error", err, "retry_in", delay.String())
-			d.locked(func() { d.down = err })
-			retry = time.After(delay)
+		again = nil
+		if wait := d.converge(ctx); wait > 0 {
+			again = time.After(wait)
 		}
 	}
 }
 
-// bringUp makes what is missing: first Envoy, then the rules that send connections to it.
-func (d *Daemon) bringUp(ctx context.Context) error {
-	if d.process == nil {
-		state := d.desired.state
-		state.Bootstrap = proto.CloneOf(state.Bootstrap)
-		render.WaitFor(state.Bootstrap, resolve(ctx, d.desired.mesh.Egress))
-		process, err := d.Start(ctx, state, d.desired.mesh.Envoy)
-		if err != nil {
+// converge takes what steps it takes from what is in force to what is wanted, and returns how long to wait until it is to
+// be called again, if at all.
+func (d *Daemon) converge(ctx context.Context) time.Duration {
+	if d.want == nil || d.expires.IsZero() {
+		return 0
+	}
+	if wait := d.hold(time.Now()); wait > 0 {
+		return wait
+	}
+	err := d.apply(ctx, d.want)
+	if err == nil {
+		d.locked(func() { d.down = nil })
+		return 0
+	}
+	if ctx.Err() != nil {
+		return 0
+	}
+	if d.have != nil {
+		err = errors.Join(err, d.fallBack(ctx))
+	}
+	d.locked(func() { d.down = err })
+	d.notBefore = time.Now().Add(d.pause.next(time.Now()))
+	wait := max(time.Until(d.notBefore), time.Millisecond)
+	d.Log.Error("the desired state is not in force", "error", err, "retry_in", wait.String(), "last_good_goes_on", d.have != nil)
+	return wait
+}
+
+// hold returns how long a start of Envoy has to wait: for the back-off, or because a hot restart would cut the connections
+// of the epoch before the one that serves. What tightens does not wait for those.
+func (d *Daemon) hold(now time.Time) time.Duration {
+	if d.isServing(d.want) {
+		return 0
+	}
+	wait := d.notBefore.Sub(now)
+	if d.process != nil && d.have != nil && !tightens(d.have.mesh, d.want.mesh) {
+		wait = max(wait, d.drained.Sub(now))
+	}
+	return wait
+}
+
+// apply puts a state in force: Envoy first, then the rules that send connections to it. So a port is never more open than
+// the looser of the old and the new state.
+func (d *Daemon) apply(ctx context.Context, want *desired) error {
+	if !d.isServing(want) {
+		if err := d.start(ctx, want); err != nil {
 			return err
 		}
-		d.locked(func() { d.process = process })
 	}
-	if !d.inForce {
-		if err := d.Kernel.Replace(d.desired.state.Ruleset); err != nil {
+	next := *want
+	if d.have != nil {
+		next.generations = advance(d.have.generations, d.have.mesh, want.mesh, d.revoked)
+	}
+	next.state.Ruleset = render.Rules(want.mesh, next.generations)
+	if d.have == nil || next.state.Ruleset.Text() != d.have.state.Ruleset.Text() {
+		if err := d.Kernel.Replace(next.state.Ruleset); err != nil {
 			return err
 		}
-		mesh := d.desired.mesh
-		d.Log.Info("rules are in force", "ingress_entries", len(mesh.Ingress), "egress_entries", len(mesh.Egress))
+		d.Log.Info("rules are in force", "ingress_entries", len(want.mesh.Ingress), "egress_entries", len(want.mesh.Egress))
 	}
-	d.locked(func() { d.inForce, d.down = true, nil })
+	d.locked(func() { d.have, d.revoked = &next, false })
 	return nil
+}
+
+// fallBack makes the last good state serve where an attempt at another one left nothing that does, or that answers.
+func (d *Daemon) fallBack(ctx context.Context) error {
+	if d.process != nil && d.isServing(d.have) {
+		ctx, cancel := context.WithTimeout(ctx, checkLimit)
+		defer cancel()
+		if d.process.Check(ctx) == nil {
+			return nil
+		}
+	}
+	if err := d.start(ctx, d.have); err != nil {
+		return fmt.Errorf("going back to the last good state: %w", err)
+	}
+	return nil
+}
+
+// isServing reports whether an Envoy runs with the state.
+func (d *Daemon) isServing(state *desired) bool {
+	return d.process != nil && d.serves == state.state.Digest
+}
+
+func (d *Daemon) start(ctx context.Context, want *desired) error {
+	state := want.state
+	state.Bootstrap = proto.CloneOf(state.Bootstrap)
+	render.WaitFor(state.Bootstrap, resolve(ctx, want.mesh.Egress))
+	process, err := d.Proxy.Start(ctx, state, want.mesh.Envoy)
+	if err != nil {
+		return err
+	}
+	if d.process != nil {
+		d.drained = time.Now().Add(want.mesh.Envoy.DrainTime)
+	}
+	d.locked(func() { d.process, d.serves = process, state.Digest })
+	return nil
+}
+
+// ended takes note that the Envoy which served has ended.
+func (d *Daemon) ended() {
+	err, delay := d.process.Err(), d.pause.next(time.Now())
+	d.Log.Error("Envoy ended; new connections wait until it is back", "error", err, "restart_in", delay.String())
+	d.notBefore = time.Now().Add(delay)
+	d.locked(func() { d.process, d.down = nil, fmt.Errorf("Envoy is down: %w", err) })
+}
+
+// repair puts the rules back where somebody changed them.
+func (d *Daemon) repair(who string) {
+	if d.have == nil {
+		return
+	}
+	found := d.Kernel.Check()
+	if found == nil {
+		return
+	}
+	if err := d.Kernel.Replace(d.have.state.Ruleset); err != nil {
+		d.Log.Error("rules were changed from outside and could not be put back", "by", who, "found", found, "error", err)
+		return
+	}
+	d.Log.Warn("rules were changed from outside and are put back", "by", who, "found", found)
 }
 
 // watchConfig watches the directory of the override file. Without a file, one note starts everything.
@@ -161,41 +278,58 @@ func (d *Daemon) watchConfig(ctx context.Context) <-chan struct{} {
 	return once
 }
 
-// readConfig takes the first override file that is good, or none where none is named. Until then it says what is wrong.
+// readConfig takes a configuration that is good. Of a bad one it says what is wrong, and the last good one stays.
 func (d *Daemon) readConfig() {
-	if d.desired != nil {
+	config, err := d.Environment.Load()
+	var state render.State
+	if err == nil {
+		state, err = render.Render(config.Mesh, d.Place)
+	}
+	if err != nil {
+		what := "the override file is not good; the last good state goes on"
+		if d.want == nil {
+			what = "waiting for a good override file; nothing comes in until then"
+		}
+		d.complain(&d.badConfig, what, err)
 		return
 	}
-	config, err := d.Environment.Load()
-	if err == nil {
-		var state render.State
-		if state, err = render.Render(config.Mesh, d.Place); err == nil {
-			d.locked(func() { d.desired, d.badConfig = &desired{config.Mesh, state}, nil })
-			return
+	d.locked(func() { d.badConfig = nil })
+	if d.want != nil && d.want.state.Digest == state.Digest && d.want.state.Ruleset.Text() == state.Ruleset.Text() {
+		return
+	}
+	if d.want != nil {
+		for _, step := range Compare(d.want.mesh, config.Mesh) {
+			d.Log.Info("configuration changed", "step", step.What, "needs", step.Need)
 		}
 	}
-	d.wait(&d.badConfig, "waiting for a good override file", err)
+	d.pause, d.notBefore = backoff{}, time.Time{} // what failed was another state
+	d.locked(func() { d.want = &desired{mesh: config.Mesh, state: state} })
 }
 
 // readCertificates passes on a new generation of certificates. A bad one is reported, and the last good one stays.
-func (d *Daemon) readCertificates() {
-	err, before := d.Secrets.Update(), d.badCertificates
+func (d *Daemon) readCertificates(ctx context.Context) {
+	revoked, err := d.Secrets.Update(ctx)
 	expires := d.Secrets.Expires()
-	if err != nil && expires.IsZero() {
-		d.wait(&d.badCertificates, "waiting for certificates", err)
-		return
+	if err != nil {
+		what := "the certificates are not good; the last good ones stay"
+		if expires.IsZero() {
+			what = "waiting for certificates; nothing comes in until then"
+		}
+		d.complain(&d.badCertificates, what, err)
 	}
-	if err != nil && !same(err, before) {
-		d.Log.Warn("certificates can't be used; the last good ones stay", "error", err)
-	}
-	d.locked(func() { d.expires, d.badCertificates = expires, err })
+	d.locked(func() {
+		d.expires, d.revoked = expires, d.revoked || revoked
+		if err == nil {
+			d.badCertificates = nil
+		}
+	})
 }
 
-// wait notes a reason why the daemon can't go on, and logs it when that is new.
-func (d *Daemon) wait(reason *error, what string, err error) {
+// complain notes a reason why the daemon is not where it should be, and logs it when it is new.
+func (d *Daemon) complain(reason *error, what string, err error) {
 	err = fmt.Errorf("%s: %w", what, err)
 	if !same(err, *reason) {
-		d.Log.Warn("nothing comes in yet", "reason", err)
+		d.Log.Warn("an input is not good", "reason", err)
 	}
 	d.locked(func() { *reason = err })
 }
@@ -203,21 +337,20 @@ func (d *Daemon) wait(reason *error, what string, err error) {
 func same(err, other error) bool { return err != nil && other != nil && err.Error() == other.Error() }
 
 // stop lets the workload's connections end, then ends Envoy.
-func (d *Daemon) stop(abort <-chan struct{}) error {
+func (d *Daemon) stop(abort <-chan struct{}) {
 	d.locked(func() { d.stopping = true })
-	if p := d.process; p != nil {
-		d.drain(p, abort)
-		p.Stop()
+	if d.process != nil {
+		d.drain(d.process, abort)
 	}
+	d.Proxy.Stop()
 	d.Log.Info("mantlet ends; the rules stay and nothing comes in")
-	return nil
 }
 
 // drainPoll is how often the open connections are counted while they end.
 const drainPoll = 100 * time.Millisecond
 
 func (d *Daemon) drain(p Process, abort <-chan struct{}) {
-	limit := d.desired.mesh.Envoy.DrainTime
+	limit := d.want.mesh.Envoy.DrainTime
 	ctx, cut := context.WithCancelCause(context.Background())
 	defer cut(nil)
 	go func() { // an Envoy that does not answer holds up neither
@@ -256,13 +389,17 @@ func (d *Daemon) drain(p Process, abort <-chan struct{}) {
 // checkLimit is when an Envoy that does not answer becomes the reason: less than a probe waits.
 const checkLimit = 2 * time.Second
 
-// Unready returns the reasons why the sidecar is not ready; none if it is. Everything is tried, nothing remembered.
+// Unready returns the reasons why the sidecar is not ready; none if it is. Everything is tried, nothing remembered. An input
+// that is not good does not count while a good one is in force.
 func (d *Daemon) Unready(ctx context.Context) []error {
 	d.mu.Lock()
-	expires, process, inForce := d.expires, d.process, d.inForce
-	reasons := []error{d.badConfig, d.down}
-	if expires.IsZero() {
-		reasons = append(reasons, d.badCertificates)
+	expires, process, have := d.expires, d.process, d.have
+	var reasons []error
+	if have == nil {
+		reasons = append(reasons, d.badConfig, d.badCertificates)
+	}
+	if process == nil || have == nil {
+		reasons = append(reasons, d.down)
 	}
 	if d.stopping {
 		reasons = append(reasons, errors.New("mantlet is stopping"))
@@ -276,11 +413,11 @@ func (d *Daemon) Unready(ctx context.Context) []error {
 		defer cancel()
 		reasons = append(reasons, process.Check(ctx))
 	}
-	if inForce {
+	if have != nil {
 		reasons = append(reasons, d.Kernel.Check())
 	}
 	reasons = slices.DeleteFunc(reasons, func(err error) bool { return err == nil })
-	if len(reasons) == 0 && !inForce {
+	if len(reasons) == 0 && have == nil {
 		reasons = append(reasons, errors.New("mantlet is starting"))
 	}
 	return reasons

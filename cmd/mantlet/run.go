@@ -71,17 +71,23 @@ func run(ctx context.Context, level *slog.LevelVar) error {
 		Environment: env,
 		Place:       render.Place{RuntimeDirectory: directory, NoIPv6: !hasIPv6()},
 		Kernel:      table,
-		Secrets:     &envoy.Secrets{TLSDirectory: env.Process.TLSDirectory, RuntimeDirectory: directory, Log: log},
-		Start: func(ctx context.Context, state render.State, settings schema.Envoy) (reconcile.Process, error) {
-			process, err := runner.Start(ctx, state, settings)
-			if err != nil {
-				return nil, err
-			}
-			return process, nil
-		},
-		Log: log,
+		Secrets:     &envoy.Secrets{TLSDirectory: env.Process.TLSDirectory, RuntimeDirectory: directory, Runner: runner, Log: log},
+		Proxy:       proxy{runner},
+		Log:         log,
 	})
 	return errors.Join(err, runner.Close())
+}
+
+// proxy is a Runner as the daemon knows it.
+type proxy struct{ *envoy.Runner }
+
+// Start implements reconcile.Proxy.
+func (p proxy) Start(ctx context.Context, state render.State, settings schema.Envoy) (reconcile.Process, error) {
+	process, err := p.Runner.Start(ctx, state, settings)
+	if err != nil {
+		return nil, err
+	}
+	return process, nil
 }
 
 // closePod puts the deny-all rules in place.
@@ -132,23 +138,39 @@ func hasIPv6() bool {
 	return true
 }
 
-// serve runs the daemon and its status socket until SIGTERM or SIGINT; a second one cuts short what is left.
+// serve runs the daemon and its status socket until SIGTERM or SIGINT; a second one cuts short what is left. SIGHUP makes
+// it read its inputs anew.
 func serve(ctx context.Context, daemon *reconcile.Daemon) error {
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
-	defer signal.Stop(signals)
+	ends, hups := make(chan os.Signal, 2), make(chan os.Signal, 1)
+	signal.Notify(ends, syscall.SIGTERM, syscall.SIGINT)
+	signal.Notify(hups, syscall.SIGHUP)
+	defer signal.Stop(ends)
+	defer signal.Stop(hups)
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	abort := make(chan struct{})
-	go func() {
-		<-signals
-		stop()
-		<-signals
-		close(abort)
-	}()
 	status, stopStatus := context.WithCancel(context.WithoutCancel(ctx))
+	reload, abort := make(chan struct{}, 1), make(chan struct{})
 	var group errgroup.Group
 	group.Go(func() error { defer stop(); return daemon.Serve(status) })
-	group.Go(func() error { defer stopStatus(); return daemon.Run(ctx, abort) })
+	group.Go(func() error { defer stopStatus(); daemon.Run(ctx, reload, abort); return nil })
+	group.Go(func() error {
+		for {
+			select {
+			case <-hups:
+				select {
+				case reload <- struct{}{}:
+				default: // one that is still to come will see the same
+				}
+			case <-ends:
+				if ctx.Err() != nil {
+					close(abort)
+					return nil
+				}
+				stop()
+			case <-status.Done():
+				return nil
+			}
+		}
+	})
 	return group.Wait()
 }

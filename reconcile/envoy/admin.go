@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 
 	"mantlet/render"
 )
@@ -92,12 +93,22 @@ func (a admin) listeners(ctx context.Context) (map[string]bool, error) {
 // connections returns how many connections are open to the workload and to upstreams. Those of peers whose handshake is
 // not done are not among them: strangers must not hold up the end.
 func (a admin) connections(ctx context.Context) (int, error) {
+	return a.sum(ctx, `^cluster\..*\.upstream_cx_active$`)
+}
+
+// caReads returns how often Envoy has read the mesh CA's file.
+func (a admin) caReads(ctx context.Context) (int, error) {
+	return a.sum(ctx, `^sds\.`+render.MeshCASecret+`\.update_attempt$`)
+}
+
+// sum adds up the statistics whose names match a regular expression.
+func (a admin) sum(ctx context.Context, names string) (int, error) {
 	var answer struct {
 		Stats []struct {
 			Value int `json:"value"`
 		} `json:"stats"`
 	}
-	if err := a.get(ctx, `/stats?format=json&filter=%5Ecluster%5C..*%5C.upstream_cx_active$`, &answer); err != nil {
+	if err := a.get(ctx, "/stats?format=json&filter="+url.QueryEscape(names), &answer); err != nil {
 		return 0, err
 	}
 	sum := 0

@@ -2,6 +2,7 @@ package envoy
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rsa"
@@ -37,6 +38,7 @@ const (
 type Secrets struct {
 	TLSDirectory     string
 	RuntimeDirectory string
+	Runner           *Runner
 	Log              *slog.Logger
 
 	published *Certificates
@@ -44,17 +46,44 @@ type Secrets struct {
 
 // Update publishes the generation that is in the TLS directory, if it is good and not published yet. Where it is not good
 // the error says why, and Envoy keeps what it has.
-func (s *Secrets) Update() error {
+//
+// revoked tells that a mesh CA which the generation before had is gone. Update then returns once Envoy has read it, as far
+// as Envoy tells: a connection that it lets in from then on is not by the old CA.
+func (s *Secrets) Update(ctx context.Context) (revoked bool, err error) {
 	read, err := LoadCertificates(s.TLSDirectory, time.Now())
 	if err != nil || read.Equal(s.published) {
-		return err
+		return false, err
 	}
+	revoked = s.published != nil && !read.trustsAllOf(s.published)
+	seen := s.Runner.caReads(ctx)
 	if err := Publish(read, s.RuntimeDirectory, time.Now()); err != nil {
-		return err
+		return false, err
 	}
 	s.published = read
 	s.Log.Info("certificates published", "subject", read.leaf.Subject.String(), "sans", read.leaf.DNSNames, "expires", read.expires)
-	return nil
+	if revoked {
+		s.Log.Info("a mesh CA was taken away: connections that were let in before end")
+		s.awaitRead(ctx, seen)
+	}
+	return revoked, nil
+}
+
+// readLimit bounds how long Envoy may take to read what was published; 30 ms as a rule.
+const readLimit = 2 * time.Second
+
+func (s *Secrets) awaitRead(ctx context.Context, seen int) {
+	ctx, cancel := context.WithTimeout(ctx, readLimit)
+	defer cancel()
+	tick := time.NewTicker(pollInterval)
+	defer tick.Stop()
+	for s.Runner.caReads(ctx) <= seen {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			s.Log.Warn("Envoy has not said that it read the mesh CA")
+			return
+		}
+	}
 }
 
 // Renew publishes the last generation once more. That ends all TLS session tickets, see Publish.
@@ -78,6 +107,7 @@ func (s *Secrets) Expires() time.Time {
 type Certificates struct {
 	chain, key, meshCA []byte
 	leaf               *x509.Certificate
+	anchors            []*x509.Certificate
 	expires            time.Time // the first certificate of the chain that does
 }
 
@@ -85,6 +115,13 @@ type Certificates struct {
 func (c *Certificates) Equal(other *Certificates) bool {
 	return c != nil && other != nil &&
 		string(c.chain) == string(other.chain) && string(c.key) == string(other.key) && string(c.meshCA) == string(other.meshCA)
+}
+
+// trustsAllOf reports whether every mesh CA of the other generation is among those of c.
+func (c *Certificates) trustsAllOf(other *Certificates) bool {
+	return !slices.ContainsFunc(other.anchors, func(anchor *x509.Certificate) bool {
+		return !slices.ContainsFunc(c.anchors, anchor.Equal)
+	})
 }
 
 // LoadCertificates reads a generation and checks what Envoy would not: that all three files are there, the key is the
@@ -145,7 +182,7 @@ func usable(key any) error {
 }
 
 func (c *Certificates) verify(chain, anchors []*x509.Certificate, now time.Time) error {
-	c.leaf, c.expires = chain[0], chain[0].NotAfter
+	c.leaf, c.anchors, c.expires = chain[0], anchors, chain[0].NotAfter
 	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
 	for _, cert := range anchors {
 		roots.AddCert(cert)

@@ -143,7 +143,7 @@ func TestKeys(t *testing.T) {
 	identity(t, r)
 	started(t, r)
 	directory := t.TempDir()
-	secrets := &Secrets{TLSDirectory: directory, RuntimeDirectory: r.RuntimeDirectory, Log: r.Log}
+	secrets := &Secrets{TLSDirectory: directory, RuntimeDirectory: r.RuntimeDirectory, Runner: r, Log: r.Log}
 	ec := func(curve elliptic.Curve) crypto.Signer {
 		return must[crypto.Signer](t)(ecdsa.GenerateKey(curve, rand.Reader))
 	}
@@ -170,7 +170,7 @@ func TestKeys(t *testing.T) {
 			write(t, directory, chainFile, ca)
 			write(t, directory, meshCAFile, ca)
 			write(t, directory, keyFile, key)
-			err := secrets.Update()
+			_, err := secrets.Update(t.Context())
 			if accepted := err == nil; accepted != c.usable {
 				t.Errorf("accepted: %t, %v", accepted, err)
 			}
@@ -232,11 +232,11 @@ func selfSigned(t *testing.T, key crypto.Signer) (text []byte, certificate *x509
 func TestSecrets(t *testing.T) {
 	mesh := must[*lab.Authority](t)(lab.NewAuthority("mesh"))
 	first, second := must[*lab.Identity](t)(mesh.Issue(lab.Leaf{})), must[*lab.Identity](t)(mesh.Issue(lab.Leaf{}))
-	s := &Secrets{TLSDirectory: t.TempDir(), RuntimeDirectory: t.TempDir(), Log: slog.New(slog.NewTextHandler(io.Discard, nil))}
+	s := &Secrets{TLSDirectory: t.TempDir(), RuntimeDirectory: t.TempDir(), Runner: &Runner{}, Log: slog.New(slog.NewTextHandler(io.Discard, nil))}
 	path := filepath.Join(s.RuntimeDirectory, render.SecretFile(render.IdentitySecret))
 	read := func() string { return string(must[[]byte](t)(os.ReadFile(path))) }
 
-	if err := s.Update(); err == nil || !s.Expires().IsZero() {
+	if _, err := s.Update(t.Context()); err == nil || !s.Expires().IsZero() {
 		t.Errorf("nothing is there: %v, expires %v", err, s.Expires())
 	}
 	if err := s.Renew(); err != nil {
@@ -248,14 +248,14 @@ func TestSecrets(t *testing.T) {
 	if err := first.Write(s.TLSDirectory); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Update(); err != nil || !s.Expires().Equal(first.Leaf.NotAfter) {
+	if _, err := s.Update(t.Context()); err != nil || !s.Expires().Equal(first.Leaf.NotAfter) {
 		t.Errorf("%v, expires %v", err, s.Expires())
 	}
 	before := read()
 	if info := must[os.FileInfo](t)(os.Stat(path)); info.Mode() != 0o600 {
 		t.Errorf("the key's file has mode %v", info.Mode())
 	}
-	if err := s.Update(); err != nil || read() != before {
+	if _, err := s.Update(t.Context()); err != nil || read() != before {
 		t.Errorf("nothing changed, and the file did: %v", err)
 	}
 	if err := s.Renew(); err != nil || read() == before {
@@ -263,13 +263,13 @@ func TestSecrets(t *testing.T) {
 	}
 	before = read()
 	write(t, s.TLSDirectory, chainFile, second.ChainPEM())
-	if err := s.Update(); err == nil || read() != before || !s.Expires().Equal(first.Leaf.NotAfter) {
+	if _, err := s.Update(t.Context()); err == nil || read() != before || !s.Expires().Equal(first.Leaf.NotAfter) {
 		t.Errorf("the last good one does not stay: %v", err)
 	}
 	if err := second.Write(s.TLSDirectory); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Update(); err != nil || read() == before {
+	if _, err := s.Update(t.Context()); err != nil || read() == before {
 		t.Errorf("the next one was not published: %v", err)
 	}
 	if err := os.RemoveAll(s.RuntimeDirectory); err != nil {
@@ -278,7 +278,7 @@ func TestSecrets(t *testing.T) {
 	if err := first.Write(s.TLSDirectory); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Update(); err == nil || !s.Expires().Equal(second.Leaf.NotAfter) {
+	if _, err := s.Update(t.Context()); err == nil || !s.Expires().Equal(second.Leaf.NotAfter) {
 		t.Errorf("it can't be published, and passes for it: %v", err)
 	}
 }

@@ -127,8 +127,8 @@ func identity(t *testing.T, r *Runner) *lab.Identity {
 	if err := identity.Write(directory); err != nil {
 		t.Fatal(err)
 	}
-	secrets := &Secrets{TLSDirectory: directory, RuntimeDirectory: r.RuntimeDirectory, Log: r.Log}
-	if err := secrets.Update(); err != nil {
+	secrets := &Secrets{TLSDirectory: directory, RuntimeDirectory: r.RuntimeDirectory, Runner: r, Log: r.Log}
+	if _, err := secrets.Update(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	return identity
