@@ -15,11 +15,12 @@ import (
 const (
 	Table = "mantlet" // family inet
 
-	ingressChain = "ingress"
-	portsChain   = "ports"
-	egressChain  = "egress"
-	modesMap     = "modes"
-	answersMap   = "answers"
+	ingressChain   = "ingress"
+	forwardedChain = "forwarded"
+	portsChain     = "ports"
+	egressChain    = "egress"
+	modesMap       = "modes"
+	answersMap     = "answers"
 )
 
 // Mark is mantlet's part of the connection mark. It tells that these rules saw a connection begin, and how: from the pod,
@@ -185,8 +186,8 @@ func DenyAll(replies bool) Ruleset {
 var neighbours = Rule{Protocol{Numbers: []uint8{ICMP, ICMPv6}}, accept}
 
 // madeByThePod lets out connections that the pod makes, and marks them as they begin. That conntrack calls a direction
-// original is not enough: it is that of the first packet it saw, which of a connection older than conntrack may be the
-// workload's answer, and of a packet that the pod only forwards, a forgery of its source address.
+// original is not enough: it is that of the first packet it saw, which may be the workload's answer where the connection is
+// older.
 func madeByThePod() []Rule {
 	return []Rule{
 		{Reply(false), Marked{Mark: MarkOutbound}, accept},
@@ -226,6 +227,11 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 		Maps: []Map{modes, answers},
 		Chains: []Chain{
 			ingress(mesh.OtherProtocols),
+			{Name: forwardedChain, Rules: []Rule{
+				// What is forged to come from the pod must not become a connection that somebody answers.
+				{OwnSource{}, Count{}, drop},
+				{accept},
+			}},
 			{Name: portsChain, Rules: []Rule{
 				{LookUp{Map: modesMap}},
 				{onlyTCP, goTo(standard.in())},
@@ -272,7 +278,7 @@ func ingress(other schema.OtherProtocols) Chain {
 		// With net.ipv4.conf.*.route_localnet=1 peers could otherwise reach services on loopback, Envoy's among them.
 		{Destination{netip.MustParsePrefix("127.0.0.0/8")}, drop},
 		{Destination{netip.MustParsePrefix("::1/128")}, drop},
-		{Forwarded{}, accept},
+		{Forwarded{}, goTo(forwardedChain)}, // to nested containers, or from them: not for the pod
 	}
 	rules = append(rules, answersToThePod(goTo(portsChain))...)
 	rules = append(rules, neighbours)

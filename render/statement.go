@@ -60,6 +60,12 @@ type Forwarded struct{}
 // Text implements Statement.
 func (Forwarded) Text() string { return "fib daddr type unicast" }
 
+// OwnSource matches packets whose source is an address of the pod's.
+type OwnSource struct{}
+
+// Text implements Statement.
+func (OwnSource) Text() string { return "fib saddr type local" }
+
 // Protocol matches the transport protocol: any of Numbers (IANA's, ascending), or none of them.
 type Protocol struct {
 	Op      Op

@@ -58,6 +58,11 @@ func (b *batch) statement(s render.Statement) ([]expr.Any, error) {
 			&expr.Fib{Register: reg1, FlagDADDR: true, ResultADDRTYPE: true},
 			compare(render.Equal, native(unix.RTN_UNICAST)),
 		}, nil
+	case render.OwnSource:
+		return []expr.Any{
+			&expr.Fib{Register: reg1, FlagSADDR: true, ResultADDRTYPE: true},
+			compare(render.Equal, native(unix.RTN_LOCAL)),
+		}, nil
 	case render.Protocol:
 		return b.protocol(s.Op, s.Numbers...)
 	case render.Reply:

@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -11,6 +12,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -65,10 +67,10 @@ func newHost(t *testing.T) *lab.Host {
 	return newPlace(t).pod
 }
 
-// run runs a program on the host.
-func run(t *testing.T, host *lab.Host, name string, args ...string) string {
+// nft runs the real nft on the host.
+func nft(t *testing.T, host *lab.Host, args ...string) string {
 	t.Helper()
-	out, err := host.Run(name, args...)
+	out, err := host.Run("nft", args...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,7 +84,7 @@ func load(t *testing.T, host *lab.Host, text string) {
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	run(t, host, "nft", "-f", file)
+	nft(t, host, "-f", file)
 }
 
 // loadRules loads a ruleset's text. In a user namespace nft has the smaller one of two socket buffers, into which some
@@ -112,7 +114,7 @@ func loadRules(t *testing.T, host *lab.Host, r render.Ruleset) {
 // listing returns the table as nft prints it, without what it says of an owner.
 func listing(t *testing.T, host *lab.Host) string {
 	t.Helper()
-	text := run(t, host, "nft", "-s", "list", "table", "inet", render.Table)
+	text := nft(t, host, "-s", "list", "table", "inet", render.Table)
 	return owner.ReplaceAllString(text, "{\n")
 }
 
@@ -125,7 +127,7 @@ func objects(t *testing.T, host *lab.Host) any {
 	var all struct {
 		Nftables []map[string]any `json:"nftables"`
 	}
-	if err := json.Unmarshal([]byte(run(t, host, "nft", "-j", "-s", "list", "ruleset")), &all); err != nil {
+	if err := json.Unmarshal([]byte(nft(t, host, "-j", "-s", "list", "ruleset")), &all); err != nil {
 		t.Fatal(err)
 	}
 	for _, object := range all.Nftables[1:] {
@@ -216,7 +218,7 @@ func TestReplaceLeavesForeignTablesAlone(t *testing.T) {
 			table ip mantlet { set modes { type inet_service; elements = { 80 }; }; chain ingress { tcp dport @modes accept; }; }
 		`)
 		foreign := func() string {
-			return run(t, p.pod, "nft", "-a", "list", "table", "inet", "mantlet2") + run(t, p.pod, "nft", "-a", "list", "table", "ip", "mantlet")
+			return nft(t, p.pod, "-a", "list", "table", "inet", "mantlet2") + nft(t, p.pod, "-a", "list", "table", "ip", "mantlet")
 		}
 		want := foreign()
 		for _, r := range states(t) {
@@ -241,7 +243,7 @@ func TestReplaceThatFailsChangesNothing(t *testing.T) {
 	}
 	modes(t, func(t *testing.T, p *place) {
 		p.replace(rules(t, port1(8080, schema.ModeTLS)))
-		want := run(t, p.pod, "nft", "-a", "-s", "list", "ruleset")
+		want := nft(t, p.pod, "-a", "-s", "list", "ruleset")
 		for name, r := range map[string]render.Ruleset{
 			"refused as it is added": bad("ingress", render.Verdict{Kind: render.Goto, Goto: "nowhere"}),
 			"refused by the commit":  bad("ports", render.Verdict{Kind: render.Goto, Goto: "ports"}),
@@ -251,7 +253,7 @@ func TestReplaceThatFailsChangesNothing(t *testing.T) {
 			if err := p.table.Replace(r); err == nil {
 				t.Errorf("%s: it went well", name)
 			}
-			if diff := cmp.Diff(want, run(t, p.pod, "nft", "-a", "-s", "list", "ruleset")); diff != "" {
+			if diff := cmp.Diff(want, nft(t, p.pod, "-a", "-s", "list", "ruleset")); diff != "" {
 				t.Errorf("%s: rules changed (-before +after):\n%s", name, diff)
 			}
 			p.check()
@@ -316,13 +318,14 @@ func TestReplaceWhileOthersFlush(t *testing.T) {
 			default:
 			}
 		}
-		intact := strings.Contains(run(t, p.pod, "nft", "-s", "list", "ruleset"), want.Text())
+		intact := strings.Contains(nft(t, p.pod, "-s", "list", "ruleset"), want.Text())
 		if err := p.table.Check(); (err == nil) != intact {
 			t.Fatalf("Check returned %v; that the table is intact is %v", err, intact)
 		}
 	}
 }
 
+// Between any two rulesets that keep it out, plaintext stays out; and Check, called all the while, sees no half of a change.
 func TestReplaceLeavesNoGap(t *testing.T) {
 	t.Parallel()
 	modes(t, func(t *testing.T, p *place) {
@@ -330,11 +333,20 @@ func TestReplaceLeavesNoGap(t *testing.T) {
 		all := []render.Ruleset{render.DenyAll(true), rules(t), render.DenyAll(false), rules(t, port1(80, schema.ModePassthrough))}
 		p.replace(all[0])
 		prober := p.outside.Probe(p.addr(0, 9000), p.addr(1, 9000))
-		for range 150 {
+		ctx, cancel := context.WithCancel(t.Context())
+		var checking sync.WaitGroup
+		checking.Go(func() {
+			for ctx.Err() == nil {
+				p.check()
+			}
+		})
+		for range 100 {
 			for _, r := range all {
 				p.replace(r)
 			}
 		}
+		cancel()
+		checking.Wait()
 		if total := prober.Stop().Total(); total.Attempts == 0 || total.Accepted > 0 {
 			t.Errorf("the prober saw %+v", total)
 		}
@@ -362,7 +374,7 @@ func TestOwnedTableIsNobodyElses(t *testing.T) {
 			t.Errorf("nft %s went well", command)
 		}
 	}
-	run(t, p.pod, "nft", "flush ruleset") // passes it by
+	nft(t, p.pod, "flush ruleset") // passes it by
 	if diff := cmp.Diff(want.Text(), listing(t, p.pod)); diff != "" {
 		t.Errorf("the table changed (-want +got):\n%s", diff)
 	}
@@ -404,7 +416,7 @@ func TestOwnedTableOutlivesItsOwner(t *testing.T) {
 	p.table = second
 	p.replace(rules(t))
 	p.check()
-	run(t, p.pod, "nft", "flush ruleset")
+	nft(t, p.pod, "flush ruleset")
 	p.check()
 }
 
@@ -468,7 +480,7 @@ func TestCheckNamesWhatDiffers(t *testing.T) {
 	want := rules(t, port1(7890, schema.ModePassthrough), port1(8080, schema.ModeTLS))
 	// tproxy returns a command that gives another port to the first tproxy rule of a chain.
 	tproxy := func(chain string) string {
-		for line := range strings.Lines(run(t, p.pod, "nft", "-a", "-s", "list", "chain", "inet", "mantlet", chain)) {
+		for line := range strings.Lines(nft(t, p.pod, "-a", "-s", "list", "chain", "inet", "mantlet", chain)) {
 			rule, handle, _ := strings.Cut(strings.TrimSpace(line), " # handle ")
 			if other := strings.Replace(rule, ":15006", ":15007", 1); other != rule {
 				return fmt.Sprintf("replace rule inet mantlet %s handle %s %s", chain, handle, other)
@@ -495,7 +507,7 @@ func TestCheckNamesWhatDiffers(t *testing.T) {
 		p.replace(want)
 		p.check()
 		change := test.change()
-		run(t, p.pod, "nft", change)
+		nft(t, p.pod, change)
 		err := p.table.Check()
 		if err == nil || !strings.HasSuffix(err.Error(), ": "+test.names) {
 			t.Errorf("after %q, Check returned %v, want that it names %q alone", change, err, test.names)
@@ -511,9 +523,9 @@ func TestCheckDisregardsTraffic(t *testing.T) {
 	t.Parallel()
 	p := newPlace(t)
 	p.replace(rules(t))
-	before := run(t, p.pod, "nft", "list", "ruleset")
+	before := nft(t, p.pod, "list", "ruleset")
 	prober := p.outside.Probe(p.addr(0, 9000), p.addr(1, 9000))
-	until(t, "counters move", func() bool { return run(t, p.pod, "nft", "list", "ruleset") != before })
+	until(t, "counters move", func() bool { return nft(t, p.pod, "list", "ruleset") != before })
 	p.check()
 	load(t, p.pod, "table inet other { chain c { type filter hook input priority 0; counter; }; }")
 	p.check()
