@@ -51,7 +51,7 @@ func (c Config) Warnings() []Problem {
 		if e.ServerNames == nil {
 			key := e.Listen.String()
 			all = append(all, Problem{
-				Origin: c.merged.entries("egress")[key].origin(),
+				Origin: c.merged.entries("egress")[key].origin,
 				Path:   "egress[" + key + "].serverNames",
 				Reason: fmt.Sprintf("is not set: whoever answers as %s is accepted, any workload of the mesh", e.Upstream),
 			})

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 )
@@ -83,7 +84,7 @@ func absolute(text string) (string, string) {
 func digest(text string) (string, string) {
 	const bytes = 32 // FIPS 180-4: SHA-256
 	if sum, err := hex.DecodeString(text); err != nil || len(sum) != bytes {
-		return "", "must be a SHA-256 digest: 64 hexadecimal digits, as sha256sum prints"
+		return "", "must be a SHA-256 digest: 64 hexadecimal digits and nothing else"
 	}
 	return strings.ToLower(text), ""
 }
@@ -95,11 +96,12 @@ type Environment struct {
 
 	layers []layer // defaults, variables, inline; the later overrides
 	base   Config  // of the layers alone
+	bad    error   // what ParseEnvironment returned
 }
 
-// ParseEnvironment reads the environment, given as os.Environ gives it. A variable that is unset and one that is empty
-// are the same: the default. The error holds every problem, see Problems. Process is right as far as it was understood
-// even beside an error.
+// ParseEnvironment reads the environment, given as os.Environ gives it. Of a variable that is there twice, the last holds,
+// as in a Kubernetes manifest. One that is unset and one that is empty are the same: the default. The error holds every
+// problem, see Problems. Process is right as far as it was understood even beside an error; Load and Merge then return it.
 func ParseEnvironment(environ []string) (*Environment, error) {
 	p := &parser{values: map[string]string{}}
 	for _, e := range environ {
@@ -114,18 +116,14 @@ func ParseEnvironment(environ []string) (*Environment, error) {
 		Overrides:        OverridesAll,
 	}}
 	variables := env.Process.variables()
-	p.unknown(slices.Sorted(maps.Keys(variables)))
+	p.unknown(variables)
 	p.process(variables)
 	env.layers = []layer{defaultLayer(), p.variables()}
 	if inline := p.values[inlineVariable]; inline != "" {
 		env.layers = append(env.layers, fromYAML(inlineVariable, []byte(inline), &p.report))
 	}
-	if len(p.report.problems) > 0 {
-		return env, p.report.err()
-	}
-	var err error
-	env.base, err = build(&p.report, env.layers...)
-	return env, err
+	env.base, env.bad = build(&p.report, env.layers...)
+	return env, env.bad
 }
 
 // Base returns the configuration of the environment alone.
@@ -145,14 +143,28 @@ type parser struct {
 	report report
 }
 
+// serviceLink matches what Kubernetes sets in every pod of a namespace that has a Service named mantlet or mantlet-….
+var serviceLink = regexp.MustCompile(`_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$`)
+
 // unknown reports names that only mantlet could mean and that it does not know.
-func (p *parser) unknown(known []string) {
-	known = append(known, inlineVariable)
-	known = append(known, slices.Sorted(maps.Keys(scalarVariables))...)
-	for _, name := range slices.Sorted(maps.Keys(p.values)) {
-		if strings.HasPrefix(name, ownPrefix) && !slices.Contains(known, name) {
-			p.report.add(Origin{Source: name}, "", p.values[name], "mantlet has no such variable"+didYouMean(name, known))
+func (p *parser) unknown(variables map[string]processVariable) {
+	known := slices.Concat(slices.Collect(maps.Keys(variables)), slices.Collect(maps.Keys(scalarVariables)), []string{inlineVariable})
+	for i, name := range known {
+		known[i] = strings.TrimPrefix(name, ownPrefix)
+	}
+	slices.Sort(known)
+	for name, value := range p.values {
+		word, own := strings.CutPrefix(name, ownPrefix)
+		if !own || slices.Contains(known, word) || serviceLink.MatchString(name) {
+			continue
 		}
+		reason := "mantlet has no such variable"
+		if near := nearest(word, known); near != "" {
+			reason += "; did you mean " + ownPrefix + near + "?"
+		} else {
+			reason += "; known are " + ownPrefix + "…: " + strings.Join(known, ", ")
+		}
+		p.report.add(Origin{Source: name}, "", value, reason)
 	}
 }
 
@@ -254,21 +266,20 @@ func (p *parser) entries(list, value, source, form string, fields []field) entri
 		origin := Origin{Source: source, Entry: i + 1}
 		values := strings.Split(text, "#")
 		if len(values) != len(fields) {
-			p.report.add(origin, "", text, fmt.Sprintf("has %d fields between # and must have %d: %s", len(values), len(fields), form))
+			p.report.add(origin, "", text, fmt.Sprintf("must have the %d fields %s, and has %d", len(fields), form, len(values)))
 			continue
 		}
-		e := &entry{fields: map[string]*setting{originKey: {text: text, origin: origin}}}
-		good := true
+		e := &entry{origin: origin, fields: make(map[string]*setting, len(fields))}
 		for i, f := range fields {
 			canonical, reason := f.parse(values[i])
 			if reason != "" {
 				p.report.add(origin, fmt.Sprintf("%s of %s", f.words, quote(text)), values[i], reason)
-				good = false
+				e.wrong = true
+				continue
 			}
 			e.fields[f.name] = &setting{text: canonical, origin: origin}
 		}
-		if good {
-			e.key = e.text(listKeys[list])
+		if e.key = e.text(listKeys[list]); e.key != "" {
 			all.add(list, e, &p.report)
 		}
 	}

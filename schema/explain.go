@@ -1,9 +1,10 @@
 package schema
 
 import (
-	"cmp"
 	"maps"
+	"net/netip"
 	"slices"
+	"strings"
 )
 
 // Explained is one value of a Config, where it comes from, and what it overrode.
@@ -20,17 +21,13 @@ type Overruled struct {
 	Origin string `json:"origin"`
 }
 
-// Explain lists every value of the configuration: the entries in the order of their keys, then the scalars. Entries that
-// a source removed are listed with it.
+// Explain lists every value of the configuration: the entries in the order of their keys, then the scalars. Of an entry
+// that a source removed, it lists that, and what it took away.
 func (c Config) Explain() []Explained {
 	var all []Explained
 	for _, list := range []string{"ingress", "egress"} {
 		for _, e := range slices.SortedFunc(maps.Values(c.merged.entries(list)), compareKeys) {
-			for _, field := range []string{"name", "mode", "allow", "upstream", "serverNames", "remove"} {
-				if s := e.fields[field]; s != nil {
-					all = append(all, s.explain(list+"["+e.key+"]."+field))
-				}
-			}
+			all = append(all, e.explain(list+"["+e.key+"].")...)
 			if list == "ingress" && e.fields["mode"] == nil && !e.removed() {
 				all = append(all, Explained{Path: list + "[" + e.key + "].mode", Value: string(ModeMTLS), Origin: "default"})
 			}
@@ -42,12 +39,29 @@ func (c Config) Explain() []Explained {
 	return all
 }
 
-// compareKeys sorts ports by number, and addresses as text.
-func compareKeys(a, b *entry) int {
-	if a.fields["port"] != nil && b.fields["port"] != nil {
-		return cmp.Compare(ports(a.key).First, ports(b.key).First)
+func (e *entry) explain(path string) []Explained {
+	var all []Explained
+	for _, field := range []string{"name", "mode", "allow", "upstream", "serverNames"} {
+		if s := e.fields[field]; s != nil {
+			all = append(all, s.explain(path+field))
+		}
 	}
-	return cmp.Compare(a.key, b.key)
+	if !e.removed() {
+		return all
+	}
+	remove := e.fields["remove"].explain(path + "remove")
+	for _, was := range all {
+		remove.Overrides = append(remove.Overrides, Overruled{strings.TrimPrefix(was.Path, path) + ": " + was.Value, was.Origin})
+	}
+	return []Explained{remove}
+}
+
+// compareKeys sorts as the mesh is sorted. Entries that were removed may overlap others.
+func compareKeys(a, b *entry) int {
+	if a.fields["port"] != nil {
+		return ports(a.key).compare(ports(b.key))
+	}
+	return netip.MustParseAddrPort(a.key).Compare(netip.MustParseAddrPort(b.key))
 }
 
 func (s *setting) explain(path string) Explained {

@@ -58,7 +58,7 @@ var defaults = map[string]string{
 	"tls.minVersion":           string(TLS12),
 	"envoy.concurrency":        "2",
 	"envoy.drainTime":          "10s",
-	"envoy.parentShutdownTime": "10m0s",
+	"envoy.parentShutdownTime": "10m",
 	"envoy.logLevel":           "warning",
 	"otherProtocols":           string(OtherProtocolsDrop),
 	"accessLog":                string(AccessLogRefused),

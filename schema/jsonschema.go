@@ -19,3 +19,18 @@ func JSONSchema() ([]byte, error) {
 	}
 	return append(text, '\n'), nil
 }
+
+// JSONSchemaExtend says what depends on other fields.
+func (ingressForm) JSONSchemaExtend(s *jsonschema.Schema) {
+	mtls := jsonschema.NewProperties()
+	mtls.Set("mode", &jsonschema.Schema{Const: ModeMTLS})
+	s.DependentSchemas = map[string]*jsonschema.Schema{"allow": {Properties: mtls}, "remove": onlyKey()}
+}
+
+// JSONSchemaExtend says what depends on other fields.
+func (egressForm) JSONSchemaExtend(s *jsonschema.Schema) {
+	s.DependentSchemas = map[string]*jsonschema.Schema{"remove": onlyKey()}
+}
+
+// onlyKey allows an entry its key, and remove.
+func onlyKey() *jsonschema.Schema { return &jsonschema.Schema{MaxProperties: new(uint64(2))} }

@@ -29,11 +29,10 @@ func (s *setting) value() string {
 // entry is what a source says, or all sources together, about one key of a list.
 type entry struct {
 	key    string // canonical
+	origin Origin // where the key stands, the last time that it was named
 	fields map[string]*setting
+	wrong  bool // more was said, and reported
 }
-
-// origin is where the entry's key stands, the last time that it was named.
-func (e *entry) origin() Origin { return e.fields[originKey].origin }
 
 func (e *entry) text(field string) string {
 	if s := e.fields[field]; s != nil {
@@ -118,17 +117,20 @@ var listKeys = map[string]string{"ingress": "port", "egress": "listen"}
 // fromYAML reads a layer from a YAML text.
 func fromYAML(source string, content []byte, report *report) layer {
 	l := layer{}
-	for name, v := range (&reader{source, report}).read(content, reflect.TypeFor[fileForm]()) {
+	r := &reader{source, report, map[reflect.Type][]formField{}}
+	file := r.read(content, reflect.TypeFor[fileForm]())
+	if file == nil {
+		return l
+	}
+	for name, v := range file.fields() {
 		switch v := v.(type) {
 		case *setting:
 			l.set(name, v)
-		case []any:
+		case []*object:
 			l[name] = hide(entriesOf(name, v, report))
-		case map[string]any:
-			for field, nested := range v {
-				if s, ok := nested.(*setting); ok {
-					l.set(name+"."+field, s)
-				}
+		case *object:
+			for field, nested := range v.fields() {
+				l.set(name+"."+field, nested.(*setting))
 			}
 		}
 	}
@@ -136,48 +138,26 @@ func fromYAML(source string, content []byte, report *report) layer {
 }
 
 // entriesOf gives a list's objects their keys.
-func entriesOf(list string, objects []any, report *report) entries {
-	all := entries{}
+func entriesOf(list string, objects []*object, report *report) entries {
+	all := make(entries, len(objects))
 	for _, o := range objects {
-		object := o.(map[string]any)
-		origin := object[originKey].(Origin)
-		key, ok := object[listKeys[list]].(*setting)
-		if !ok { // missing, or reported already
-			if _, present := object[listKeys[list]]; !present {
-				report.add(origin, list, "", fmt.Sprintf("an entry needs the key %q", listKeys[list]))
+		e := &entry{origin: o.origin, fields: make(map[string]*setting, len(o.values)), wrong: o.wrong}
+		for name, v := range o.fields() {
+			e.fields[name] = v.(*setting)
+		}
+		if e.key = e.text(listKeys[list]); e.key == "" {
+			if !o.wrong {
+				report.add(o.origin, list, "", fmt.Sprintf("an entry needs the key %q", listKeys[list]))
 			}
 			continue
 		}
-		e := &entry{key: key.text, fields: map[string]*setting{originKey: {text: key.text, origin: origin}}}
-		for name, v := range object {
-			switch v := v.(type) {
-			case *setting:
-				e.fields[name] = v
-			case []any:
-				e.fields[name] = listOf(v)
-			}
-		}
-		if e.removed() && len(e.fields) > 3 { // its origin, its key and remove
+		if e.removed() && len(e.fields) > 2 { // its key and remove
 			report.add(e.fields["remove"].origin, list+"["+e.key+"].remove", "true", "an entry that is removed has no other fields")
+			e.wrong = true
 		}
 		all.add(list, e, report)
 	}
 	return all
-}
-
-// listOf joins the items of allow and serverNames.
-func listOf(items []any) *setting {
-	s := &setting{list: []string{}}
-	for i, item := range items {
-		one := item.(*setting)
-		if i == 0 {
-			s.origin = one.origin
-		}
-		if !slices.Contains(s.list, one.text) {
-			s.list = append(s.list, one.text)
-		}
-	}
-	return s
 }
 
 // add takes an entry of the same source in: the same meaning twice is fine, another one is a problem.
@@ -187,8 +167,8 @@ func (all entries) add(list string, e *entry, report *report) {
 		all[e.key] = e
 		return
 	}
-	if !first.means(e) {
-		report.add(e.origin(), list+"["+e.key+"]", "", fmt.Sprintf("says something else than %s; leave one of them", first.origin()))
+	if !first.wrong && !e.wrong && !first.means(e) {
+		report.add(e.origin, list+"["+e.key+"]", "", fmt.Sprintf("says something else than %s; leave one of them", first.origin))
 	}
 }
 
@@ -250,14 +230,23 @@ func (s *setting) over(old *setting) *setting {
 	return &setting{text: s.text, list: s.list, origin: s.origin, overrode: old}
 }
 
-// over returns the entry with what it says over what an earlier source said. An entry that was removed says nothing.
+// over returns the entry with what it says over what an earlier source said. An entry that was removed says nothing any
+// more, but what it said is remembered.
 func (e *entry) over(old *entry) *entry {
-	if old == nil || old.removed() {
+	if old == nil {
 		return e
 	}
-	merged := &entry{key: e.key, fields: maps.Clone(old.fields)}
+	merged := &entry{key: e.key, origin: e.origin, fields: make(map[string]*setting, len(old.fields)+1), wrong: e.wrong || old.wrong}
+	anew := old.removed() && !e.removed()
+	if !anew {
+		maps.Copy(merged.fields, old.fields)
+	}
 	for name, s := range e.fields {
-		merged.fields[name] = s.over(merged.fields[name])
+		under := old.fields[name]
+		if anew {
+			under = &setting{text: "removed", origin: old.fields["remove"].origin, overrode: under}
+		}
+		merged.fields[name] = s.over(under)
 	}
 	return merged
 }

@@ -1,6 +1,7 @@
 package schema
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"regexp"
@@ -37,7 +38,7 @@ type yamlType struct {
 var (
 	yamlString = yamlType{"text", []string{"!!str"}}
 	yamlNumber = yamlType{"a number", []string{"!!int"}}
-	yamlBool   = yamlType{"true or false", []string{"!!bool"}}
+	yamlBool   = yamlType{"true", []string{"!!bool"}}
 	yamlPorts  = yamlType{"a port or a range", []string{"!!int", "!!str"}}
 )
 
@@ -49,15 +50,18 @@ const (
 	hostPattern  = labelPattern + `(\.` + labelPattern + `)*`
 )
 
-// decimal matches numbers that mean the same to every reader: YAML takes 010 for 8 and 0x50 for 80.
-var decimal = regexp.MustCompile(`^(0|[1-9][0-9]*)$`)
+// parseNumber reads a number, at least 1, that means the same to every reader: YAML takes 010 for 8 and 0x50 for 80.
+func parseNumber(text string) (uint16, bool) {
+	n, err := strconv.ParseUint(text, 10, 16)
+	return uint16(n), err == nil && text[0] != '0'
+}
 
 func parsePort(text string) (uint16, string) {
-	n, err := strconv.ParseUint(text, 10, 16)
-	if err != nil || n == 0 || !decimal.MatchString(text) {
+	port, ok := parseNumber(text)
+	if !ok {
 		return 0, "must be a port: a decimal number from 1 to 65535"
 	}
-	return uint16(n), ""
+	return port, ""
 }
 
 // portsText is a port or a range of ports.
@@ -82,20 +86,25 @@ func (portsText) parse(text string) (string, string) {
 		return "", "ends before it starts; " + right
 	}
 	if ports.Contains(IngressMTLSPort) || ports.Contains(IngressTLSPort) {
-		return "", reservedPorts
+		return "", reservedPorts()
 	}
 	return ports.String(), ""
 }
 
 func (portsText) JSONSchema() *jsonschema.Schema {
-	return &jsonschema.Schema{AnyOf: []*jsonschema.Schema{
-		{Type: "integer", Minimum: "1", Maximum: "65535"},
-		{Type: "string", Pattern: "^" + portPattern + "(-" + portPattern + ")?$"},
-	}}
+	return &jsonschema.Schema{
+		AnyOf: []*jsonschema.Schema{
+			{Type: "integer", Minimum: "1", Maximum: "65535"},
+			{Type: "string", Pattern: "^" + portPattern + "(-" + portPattern + ")?$"},
+		},
+		Not: &jsonschema.Schema{Enum: []any{IngressMTLSPort, IngressTLSPort, strconv.Itoa(IngressMTLSPort), strconv.Itoa(IngressTLSPort)}},
+	}
 }
 
 // reservedPorts is the reason against mantlet's own ports.
-var reservedPorts = fmt.Sprintf("ports %d and %d are mantlet's own listeners; choose another", IngressMTLSPort, IngressTLSPort)
+func reservedPorts() string {
+	return fmt.Sprintf("ports %d and %d are mantlet's own listeners; leave them out", IngressMTLSPort, IngressTLSPort)
+}
 
 // nameText is any text: informational, never rendered. A # would end it in the environment.
 type nameText string
@@ -130,14 +139,14 @@ func (listenText) parse(text string) (string, string) {
 	case !loopback4.Contains(addr) && addr != netip.IPv6Loopback():
 		return "", "lies outside of 127.0.0.0/8 and [::1], where others than the workload could use it; " + right
 	case addr == netip.AddrFrom4([4]byte{127, 255, 255, 255}):
-		return "", "is loopback's broadcast address, which nothing can listen on; " + right
+		return "", "is loopback's broadcast address, which nothing can connect to; " + right
 	}
 	p, reason := parsePort(port)
 	switch {
 	case reason != "":
 		return "", right
 	case p == IngressMTLSPort || p == IngressTLSPort:
-		return "", reservedPorts
+		return "", reservedPorts()
 	}
 	return netip.AddrPortFrom(addr, p).String(), ""
 }
@@ -145,7 +154,8 @@ func (listenText) parse(text string) (string, string) {
 func (listenText) JSONSchema() *jsonschema.Schema {
 	return &jsonschema.Schema{
 		Type:    "string",
-		Pattern: `^(127(\.` + octetPattern + `){3}|\[[0:]*:0{0,3}1\]):` + portPattern + "$",
+		Pattern: `^(127(\.` + octetPattern + `){3}|\[(0{0,4}:){2,7}0{0,3}1\]):` + portPattern + "$",
+		Not:     &jsonschema.Schema{Pattern: fmt.Sprintf(`^127\.255\.255\.255:|:(%d|%d)$`, IngressMTLSPort, IngressTLSPort)},
 	}
 }
 
@@ -175,7 +185,11 @@ func (upstreamText) parse(text string) (string, string) {
 }
 
 func (upstreamText) JSONSchema() *jsonschema.Schema {
-	return &jsonschema.Schema{Type: "string", Pattern: `^(\[[0-9A-Fa-f:.]+\]|` + hostPattern + `\.?):` + portPattern + "$"}
+	const ipPattern = octetPattern + `(\.` + octetPattern + `){3}|\[[0-9A-Fa-f:.]+\]`
+	return &jsonschema.Schema{Type: "string", AnyOf: []*jsonschema.Schema{
+		{Pattern: `^(` + ipPattern + `):` + portPattern + "$"},
+		{Pattern: `^` + hostPattern + `\.?:` + portPattern + "$", Not: &jsonschema.Schema{Pattern: `(^|\.)[0-9]+\.?:`}},
+	}}
 }
 
 // label is one part of a host name: RFC 1123, and the underscore that service names outside of Kubernetes have.
@@ -195,7 +209,7 @@ func hostReason(host string) string {
 			return fmt.Sprintf("%s is no host name: each part between dots has 1 to 63 letters, digits and inner hyphens", quote(host))
 		}
 	}
-	if decimal.MatchString(labels[len(labels)-1]) {
+	if strings.Trim(labels[len(labels)-1], "0123456789") == "" { // what resolvers take for an address, 10.0.0.300 and 10.007 too
 		return fmt.Sprintf("%s is neither an IP address nor a host name", quote(host))
 	}
 	return ""
@@ -224,6 +238,9 @@ var uri = regexp.MustCompile("^" + uriPattern + "$")
 
 const uriPattern = `[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]+`
 
+// address matches what looks like an IPv4 address rather than a DNS name.
+func address() *jsonschema.Schema { return &jsonschema.Schema{Pattern: `^([^/]*\.)?[0-9]+$`} }
+
 // IsURI tells a URI SAN from a DNS name.
 func IsURI(san string) bool { return strings.Contains(san, "://") }
 
@@ -247,7 +264,7 @@ func (sanText) parse(text string) (string, string) {
 }
 
 func (sanText) JSONSchema() *jsonschema.Schema {
-	return &jsonschema.Schema{Type: "string", Pattern: `^(\*|(\*\.)?` + hostPattern + "|" + uriPattern + ")$"}
+	return &jsonschema.Schema{Type: "string", Pattern: `^(\*|(\*\.)?` + hostPattern + "|" + uriPattern + ")$", Not: address()}
 }
 
 // serverNameText is a name that an endpoint's certificate must have. A wildcard would not name an endpoint.
@@ -263,7 +280,7 @@ func (serverNameText) parse(text string) (string, string) {
 }
 
 func (serverNameText) JSONSchema() *jsonschema.Schema {
-	return &jsonschema.Schema{Type: "string", Pattern: "^(" + hostPattern + "|" + uriPattern + ")$"}
+	return &jsonschema.Schema{Type: "string", Pattern: "^(" + hostPattern + "|" + uriPattern + ")$", Not: address()}
 }
 
 // threadsText is a number of worker threads.
@@ -275,32 +292,42 @@ const maxThreads = 256
 func (threadsText) scalar() yamlType { return yamlNumber }
 
 func (threadsText) parse(text string) (string, string) {
-	n, err := strconv.Atoi(text)
-	if err != nil || n < 1 || n > maxThreads || !decimal.MatchString(text) {
+	if n, ok := parseNumber(text); !ok || n > maxThreads {
 		return "", fmt.Sprintf("must be a number of worker threads from 1 to %d", maxThreads)
 	}
 	return text, ""
 }
 
 func (threadsText) JSONSchema() *jsonschema.Schema {
-	return &jsonschema.Schema{Type: "integer", Minimum: "1", Maximum: "256"}
+	return &jsonschema.Schema{Type: "integer", Minimum: "1", Maximum: json.Number(strconv.Itoa(maxThreads))}
 }
 
 // durationText is a duration that Envoy's command line can carry: whole seconds in 32 bits; a day bounds it long before.
 type durationText string
 
+const durationPattern = `^([0-9]+[hms])+$`
+
+var wholeSeconds = regexp.MustCompile(durationPattern)
+
 func (durationText) scalar() yamlType { return yamlString }
 
 func (durationText) parse(text string) (string, string) {
 	d, err := time.ParseDuration(text)
-	if err != nil || d < time.Second || d > 24*time.Hour || d%time.Second != 0 {
-		return "", "must be a duration in whole seconds from 1s to 24h, as 10s or 5m"
+	if err != nil || d < time.Second || d > 24*time.Hour || !wholeSeconds.MatchString(text) {
+		return "", "must be a duration from 1s to 24h in hours, minutes and seconds, as 10s or 1h30m"
 	}
-	return d.String(), ""
+	text = d.String() // with all of its units
+	if strings.HasSuffix(text, "m0s") {
+		text = strings.TrimSuffix(text, "0s")
+	}
+	if strings.HasSuffix(text, "h0m") {
+		text = strings.TrimSuffix(text, "0m")
+	}
+	return text, ""
 }
 
 func (durationText) JSONSchema() *jsonschema.Schema {
-	return &jsonschema.Schema{Type: "string", Pattern: `^([0-9]+(\.[0-9]+)?(ns|us|µs|ms|s|m|h))+$`}
+	return &jsonschema.Schema{Type: "string", Pattern: durationPattern}
 }
 
 // removeText is the word that takes an entry of an earlier source away.
@@ -341,9 +368,11 @@ func (TLSVersion) choices() []string { return []string{string(TLS12), string(TLS
 func (EnvoyLogLevel) choices() []string {
 	return []string{"trace", "debug", "info", "warning", "error", "critical", "off"}
 }
+
 func (OtherProtocols) choices() []string {
 	return []string{string(OtherProtocolsDrop), string(OtherProtocolsAccept)}
 }
+
 func (AccessLog) choices() []string {
 	return []string{string(AccessLogNone), string(AccessLogRefused), string(AccessLogAll)}
 }

@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/netip"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -22,10 +24,10 @@ type Config struct {
 }
 
 // Load reads the override file, where the environment names one and lets it say anything, and merges it over the
-// environment. The error holds every problem, see Problems; it is os.ErrNotExist where the file is not there.
+// environment. The error holds every problem, see Problems; see IsMissing for a file that is not there.
 func (e *Environment) Load() (Config, error) {
-	if e.Process.ConfigFile == "" || e.Process.Overrides == OverridesNone {
-		return e.base, nil
+	if e.Process.ConfigFile == "" || e.Process.Overrides == OverridesNone || e.bad != nil {
+		return e.base, e.bad
 	}
 	content, err := readFile(e.Process.ConfigFile)
 	if err != nil {
@@ -36,6 +38,9 @@ func (e *Environment) Load() (Config, error) {
 
 // Merge is Load for a content of the file that is there already.
 func (e *Environment) Merge(content []byte) (Config, error) {
+	if e.Process.Overrides == OverridesNone || e.bad != nil {
+		return e.base, e.bad
+	}
 	var r report
 	file := e.Process.ConfigFile
 	if sum := sha256.Sum256(content); e.Process.ConfigDigest != "" && hex.EncodeToString(sum[:]) != e.Process.ConfigDigest {
@@ -43,43 +48,63 @@ func (e *Environment) Merge(content []byte) (Config, error) {
 		return Config{}, r.err()
 	}
 	over := fromYAML(file, content, &r)
-	if len(r.problems) > 0 {
-		return Config{}, r.err()
-	}
 	config, err := build(&r, append(slices.Clone(e.layers), over)...)
 	if err != nil || e.Process.Overrides != OverridesTighten {
 		return config, err
 	}
 	tighten(e.base, config, &r)
-	return config, r.err()
+	if err := r.err(); err != nil {
+		return Config{}, err
+	}
+	return config, nil
 }
+
+// unread is a file that can't be read: a problem with its place, and a reason that IsMissing knows.
+type unread struct {
+	Problem
+
+	reason error
+}
+
+func (u unread) Unwrap() []error { return []error{u.Problem, u.reason} }
 
 // readFile reads no more than a file may hold, and no more than a file: a pipe would never end.
 func readFile(path string) ([]byte, error) {
-	info, err := os.Stat(path) // before it is opened: opening a pipe waits for its writer
-	if err != nil {
-		return nil, fmt.Errorf("reading the override file: %w", err)
+	content, err := readRegular(path)
+	if perr, ok := errors.AsType[*fs.PathError](err); ok {
+		err = perr.Err
 	}
-	if !info.Mode().IsRegular() {
-		return nil, Problem{Origin: Origin{Source: path}, Reason: "must be a file, and is " + kindOf(info.Mode())}
-	}
-	f, err := os.Open(path)
 	if err != nil {
-		return nil, fmt.Errorf("reading the override file: %w", err)
-	}
-	defer func() { _ = f.Close() }()
-	content, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err != nil {
-		return nil, fmt.Errorf("reading the override file: %w", err)
+		return nil, unread{Problem{Origin: Origin{Source: path}, Reason: "can't be read: " + err.Error()}, err}
 	}
 	return content, nil
 }
 
-func kindOf(mode os.FileMode) string {
-	if mode.IsDir() {
-		return "a directory"
+func readRegular(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // else opening a pipe waits for its writer
+	if err != nil {
+		return nil, err
 	}
-	return "something else: " + mode.Type().String()
+	defer func() { _ = f.Close() }()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, errors.New("it must be a file, and is " + kindOf(info.Mode()))
+	}
+	return io.ReadAll(io.LimitReader(f, maxFile+1))
+}
+
+func kindOf(mode os.FileMode) string {
+	switch mode.Type() {
+	case fs.ModeDir:
+		return "a directory"
+	case fs.ModeNamedPipe:
+		return "a pipe"
+	default:
+		return "something else"
+	}
 }
 
 // build merges layers into a mesh and reports what only shows once they are together.
@@ -103,19 +128,24 @@ func build(r *report, layers ...layer) (Config, error) {
 		OtherProtocols: OtherProtocols(text("otherProtocols")),
 		AccessLog:      AccessLog(text("accessLog")),
 	}
-	if longer, shorter := merged.scalar("envoy.parentShutdownTime"), merged.scalar("envoy.drainTime"); c.Mesh.Envoy.ParentShutdownTime <= c.Mesh.Envoy.DrainTime {
-		r.add(laterOf(longer, shorter), "envoy.parentShutdownTime", longer.text,
-			fmt.Sprintf("must be more than envoy.drainTime, which is %s (%s)", shorter.text, shorter.origin))
+	timings(merged, r)
+	if err := r.err(); err != nil {
+		return Config{}, err
 	}
-	return c, r.err()
+	return c, nil
 }
 
-// laterOf returns the place that a reader would mend: the one that is no default.
-func laterOf(a, b *setting) Origin {
-	if a.overrode == nil {
-		return b.origin
+// timings reports times that do not go together, at the one that is no default.
+func timings(merged layer, r *report) {
+	const longer, shorter = "envoy.parentShutdownTime", "envoy.drainTime"
+	long, short := merged.scalar(longer), merged.scalar(shorter)
+	switch {
+	case duration(long.text) > duration(short.text) || r.within("envoy"):
+	case long.overrode == nil:
+		r.add(short.origin, shorter, short.text, fmt.Sprintf("must be less than %s, which is %s (%s)", longer, long.text, long.origin))
+	default:
+		r.add(long.origin, longer, long.text, fmt.Sprintf("must be more than %s, which is %s (%s)", shorter, short.text, short.origin))
 	}
-	return a.origin
 }
 
 // number, duration and ports read canonical texts, which their parsers made.
@@ -150,51 +180,67 @@ func must[T any](v T, err error) T {
 const maxAllowRange = 256
 
 func (c Config) ingress(r *report) []Ingress {
-	all := c.entries("ingress")
-	var list []Ingress
+	all := c.merged.entries("ingress")
+	list := slices.Grow([]Ingress(nil), len(all))
 	for _, e := range all {
+		if e.removed() {
+			continue
+		}
 		in := Ingress{Name: e.text("name"), Ports: ports(e.key), Mode: Mode(e.text("mode")), Allow: sorted(e.list("allow"))}
 		if in.Mode == "" {
 			in.Mode = ModeMTLS
 		}
-		path := "ingress[" + e.key + "].allow"
-		if s := e.fields["allow"]; s != nil {
-			switch {
-			case in.Mode != ModeMTLS:
-				r.add(s.origin, path, s.value(), fmt.Sprintf("needs mode mtls, and the mode is %s (%s): without client certificates there is nobody to tell apart",
-					in.Mode, e.fields["mode"].origin))
-			case int(in.Ports.Last)-int(in.Ports.First) >= maxAllowRange:
-				r.add(s.origin, path, s.value(), fmt.Sprintf("a range with allow has at most %d ports", maxAllowRange))
-			}
+		if in.Allow != nil && !e.wrong {
+			in.checkAllow(e, r)
 		}
 		list = append(list, in)
 	}
-	slices.SortFunc(list, func(a, b Ingress) int { return int(a.Ports.First) - int(b.Ports.First) })
+	slices.SortFunc(list, func(a, b Ingress) int { return a.Ports.compare(b.Ports) })
+	widest := 0 // the entry before that ends last
 	for i := 1; i < len(list); i++ {
-		if a, b := list[i-1], list[i]; b.Ports.First <= a.Ports.Last {
-			first, second := all[a.Ports.String()].origin(), all[b.Ports.String()].origin()
-			path := "ingress[" + b.Ports.String() + "]"
-			if first.compare(second) > 0 {
-				first, second, path = second, first, "ingress["+a.Ports.String()+"]"
+		if list[i].Ports.First <= list[widest].Ports.Last {
+			a, b := all[list[widest].Ports.String()], all[list[i].Ports.String()]
+			if a.origin.compare(b.origin) > 0 {
 				a, b = b, a
 			}
-			r.add(second, path, "", fmt.Sprintf("overlaps %s (%s); ranges must be the same or apart", a.Ports, first))
+			r.add(b.origin, "ingress["+b.key+"]", "", fmt.Sprintf("overlaps %s (%s); ranges must be the same or apart", a.key, a.origin))
+		}
+		if list[i].Ports.Last > list[widest].Ports.Last {
+			widest = i
 		}
 	}
 	return list
 }
 
+func (in Ingress) checkAllow(e *entry, r *report) {
+	s := e.fields["allow"]
+	switch {
+	case in.Mode != ModeMTLS:
+		r.add(s.origin, "ingress["+e.key+"].allow", s.value(), fmt.Sprintf(
+			"needs mode mtls, and the mode is %s (%s): without client certificates there is nobody to tell apart",
+			in.Mode, e.fields["mode"].origin))
+	case int(in.Ports.Last)-int(in.Ports.First) >= maxAllowRange:
+		r.add(s.origin, "ingress["+e.key+"].allow", s.value(), fmt.Sprintf(
+			"a range with allow has at most %d ports; split it", maxAllowRange))
+	}
+}
+
 func (c Config) egress(r *report) []Egress {
-	var list []Egress
-	for _, e := range c.entries("egress") {
+	all := c.merged.entries("egress")
+	list := slices.Grow([]Egress(nil), len(all))
+	for _, e := range all {
+		if e.removed() {
+			continue
+		}
 		out := Egress{
 			Name:        e.text("name"),
 			Listen:      netip.MustParseAddrPort(e.key),
 			ServerNames: e.list("serverNames"),
 		}
 		switch text := e.text("upstream"); {
+		case e.wrong:
 		case text == "":
-			r.add(e.origin(), "egress["+e.key+"].upstream", "", "is missing: a new entry needs it")
+			r.add(e.origin, "egress["+e.key+"].upstream", "", "is missing: a new entry needs it")
 		case text == e.key:
 			r.add(e.fields["upstream"].origin, "egress["+e.key+"].upstream", text,
 				"is the entry's own listen address: connections would go round in a circle")
@@ -206,17 +252,6 @@ func (c Config) egress(r *report) []Egress {
 	}
 	slices.SortFunc(list, func(a, b Egress) int { return a.Listen.Compare(b.Listen) })
 	return list
-}
-
-// entries returns those of a list that no source removed.
-func (c Config) entries(list string) entries {
-	left := entries{}
-	for key, e := range c.merged.entries(list) {
-		if !e.removed() {
-			left[key] = e
-		}
-	}
-	return left
 }
 
 func sorted(list []string) []string {

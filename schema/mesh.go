@@ -5,6 +5,7 @@
 package schema
 
 import (
+	"cmp"
 	"net/netip"
 	"strconv"
 	"time"
@@ -48,6 +49,10 @@ func (p Ports) String() string {
 
 // Contains reports whether port lies within p.
 func (p Ports) Contains(port uint16) bool { return p.First <= port && port <= p.Last }
+
+func (p Ports) compare(other Ports) int {
+	return cmp.Or(cmp.Compare(p.First, other.First), cmp.Compare(p.Last, other.Last))
+}
 
 // Egress is a loopback address that the workload connects to, and the upstream that it stands for.
 type Egress struct {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -29,8 +30,16 @@ func (o Origin) String() string {
 	}
 }
 
+// compare sorts by place. The file comes after the variables, so of two entries the later overrides.
 func (o Origin) compare(other Origin) int {
+	rank := func(o Origin) int {
+		if filepath.IsAbs(o.Source) {
+			return 1
+		}
+		return 0
+	}
 	return cmp.Or(
+		cmp.Compare(rank(o), rank(other)),
 		strings.Compare(o.Source, other.Source),
 		cmp.Compare(o.Entry, other.Entry),
 		cmp.Compare(o.Line, other.Line),
@@ -47,14 +56,12 @@ type Problem struct {
 }
 
 func (p Problem) Error() string {
-	parts := []string{p.Origin.String()}
-	if p.Path != "" {
-		parts = append(parts, p.Path)
-	}
+	value := ""
 	if p.Value != "" {
-		parts = append(parts, quote(p.Value))
+		value = quote(p.Value)
 	}
-	return strings.Join(append(parts, p.Reason), ": ")
+	parts := []string{p.Origin.String(), p.Path, value, p.Reason}
+	return strings.Join(slices.DeleteFunc(parts, func(part string) bool { return part == "" }), ": ")
 }
 
 // quote makes any text fit for one line of a log: quoted as Go does, and cut where it is longer than a reader wants.
@@ -94,6 +101,11 @@ func (r *report) add(origin Origin, path, value, reason string) {
 	r.problems = append(r.problems, Problem{origin, path, value, reason})
 }
 
+// within reports whether anything was wrong with a section, so that part of it is not known.
+func (r *report) within(section string) bool {
+	return slices.ContainsFunc(r.problems, func(p Problem) bool { return strings.HasPrefix(p.Path, section) })
+}
+
 // err returns nil where nothing was added. Problems are sorted by place.
 func (r *report) err() error {
 	slices.SortStableFunc(r.problems, func(a, b Problem) int { return a.Origin.compare(b.Origin) })
@@ -105,11 +117,16 @@ func (r *report) err() error {
 }
 
 func format(errs []error) string {
+	const most = 100 // nobody reads more, and a log should not have to hold it; Problems has all
 	if len(errs) == 1 {
 		return errs[0].Error()
 	}
 	lines := []string{fmt.Sprintf("%d problems:", len(errs))}
-	for _, e := range errs {
+	for i, e := range errs {
+		if i == most {
+			lines = append(lines, fmt.Sprintf("  and %d more", len(errs)-most))
+			break
+		}
 		lines = append(lines, "  "+e.Error())
 	}
 	return strings.Join(lines, "\n")
@@ -117,16 +134,34 @@ func format(errs []error) string {
 
 // didYouMean ends a reason with the candidate that a misspelt word most likely stands for, if one is near.
 func didYouMean(word string, candidates []string) string {
-	best, least := "", max(2, len(word)/4)+1
+	if near := nearest(word, candidates); near != "" {
+		return "; did you mean " + near + "?"
+	}
+	return ""
+}
+
+// nearest returns the candidate that a misspelt word most likely stands for, or nothing.
+func nearest(word string, candidates []string) string {
+	const longest = 64 // longer words are no misspelling, and comparing them takes long
+	if len(word) > longest {
+		return ""
+	}
+	word = strings.ToLower(word)
+	best, least := "", min(max(2, len(word)/4), (len(word)+1)/3)+1
 	for _, c := range candidates {
-		if d := distance(strings.ToLower(word), strings.ToLower(c)); d < least {
+		lower := strings.ToLower(c)
+		d := distance(word, lower)
+		switch {
+		case len(word) > 2 && strings.HasPrefix(lower, word):
+			d = min(d, 1)
+		case len(lower) > 2 && strings.HasPrefix(word, lower):
+			d = min(d, 2)
+		}
+		if d < least {
 			best, least = c, d
 		}
 	}
-	if best == "" {
-		return ""
-	}
-	return "; did you mean " + best + "?"
+	return best
 }
 
 // distance is the Levenshtein distance of a and b, in bytes.

@@ -92,7 +92,7 @@ func tightenIngress(base, config Config, r *report) {
 		}
 		reported[at] = true
 		e := config.merged.entries("ingress")[at.String()]
-		r.add(e.origin(), "ingress["+at.String()+"]", "", fmt.Sprintf(
+		r.add(e.origin, "ingress["+at.String()+"]", "", fmt.Sprintf(
 			"%s=tighten does not let the file open port %d further: it is %s, and would be %s", overridesVariable, port, was, is))
 	}
 }
@@ -137,7 +137,7 @@ func Parts(a, b []Ingress) []Ports {
 func tightenEgress(base, config Config, r *report) {
 	refuse := func(key, reason string) {
 		e := config.merged.entries("egress")[key]
-		r.add(e.origin(), "egress["+key+"]", "", fmt.Sprintf("%s=tighten does not let the file %s", overridesVariable, reason))
+		r.add(e.origin, "egress["+key+"]", "", fmt.Sprintf("%s=tighten does not let the file %s", overridesVariable, reason))
 	}
 	is := map[string]Egress{}
 	for _, e := range config.Mesh.Egress {

@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
 	"unicode/utf8"
 
 	"go.yaml.in/yaml/v3"
@@ -18,56 +20,81 @@ import (
 // maxFile is four times what a ConfigMap can hold.
 const maxFile = 4 << 20
 
-// reader reads one YAML document strictly, beside the Go type of its form. What it reads becomes settings, lists of them
-// ([]any) and objects (map[string]any).
+// reader reads one YAML document strictly, beside the Go type of its form.
 type reader struct {
 	source string
 	report *report
+	forms  map[reflect.Type][]formField // what fields has found out
 }
 
-// read returns the object that the document holds, empty for an empty one, and nil if it is no such object. All problems
-// are reported, as far as the text can be understood.
-func (r *reader) read(content []byte, form reflect.Type) map[string]any {
-	if reason, line := unreadable(content); reason != "" {
-		r.report.add(Origin{Source: r.source, Line: line, Column: min(line, 1)}, "", "", reason)
-		return nil
+// object is what a mapping holds: for each field of its form a *setting, an *object, a list of these, or nil.
+type object struct {
+	origin Origin
+	form   []formField
+	values []any
+	wrong  bool // something in it was reported, and is missing here
+}
+
+// fields returns what the object has, by name.
+func (o *object) fields() iter.Seq2[string, any] {
+	return func(yield func(string, any) bool) {
+		for i, v := range o.values {
+			if v != nil && !yield(o.form[i].name, v) {
+				return
+			}
+		}
 	}
-	root, ok := r.parse(bytes.TrimPrefix(content, []byte("\xef\xbb\xbf")))
+}
+
+// read returns the object that the document holds, without fields for an empty document, and nil if it is no such object.
+// All problems are reported, as far as the text can be understood.
+func (r *reader) read(content []byte, form reflect.Type) *object {
+	root, ok := r.parse(content)
 	if !ok {
 		return nil
 	}
 	if root == nil {
-		return map[string]any{}
+		return &object{}
 	}
-	object, _ := r.value(root, form, "").(map[string]any)
-	return object
+	o, _ := r.value(root, formField{form: form}, "").(*object)
+	return o
 }
 
-// unreadable finds what is no text for YAML, before a parser makes something of it.
-func unreadable(content []byte) (reason string, line int) {
+// unreadable finds the first place that is no text for YAML, before a parser makes something of it.
+func unreadable(content []byte) (reason string, line, column int) {
 	if len(content) > maxFile {
-		return fmt.Sprintf("is %d bytes long; at most %d are read", len(content), maxFile), 0
+		return fmt.Sprintf("is longer than %d bytes; no more is read", maxFile), 0, 0
 	}
 	if bytes.HasPrefix(content, []byte("\xff\xfe")) || bytes.HasPrefix(content, []byte("\xfe\xff")) {
-		return "is UTF-16; write it in UTF-8", 0
+		return "is UTF-16; write it in UTF-8", 0, 0
 	}
-	if i := bytes.IndexByte(content, 0); i >= 0 {
-		return "holds a NUL byte; it must be text in UTF-8", 1 + bytes.Count(content[:i], []byte("\n"))
-	}
-	for i, line := range bytes.Split(content, []byte("\n")) {
-		if !utf8.Valid(line) {
-			return "holds bytes that are no UTF-8", i + 1
+	line, column = 1, 1
+	for len(content) > 0 {
+		char, size := utf8.DecodeRune(content)
+		switch {
+		case char == '\n':
+			line, column = line+1, 0
+		case char == utf8.RuneError && size == 1:
+			return fmt.Sprintf("holds the byte %#x, which is no UTF-8", content[0]), line, column
+		case char == 0:
+			return "holds a NUL byte; it must be text in UTF-8", line, column
+		case unicode.IsControl(char) && !strings.ContainsRune("\t\r\u0085", char):
+			return fmt.Sprintf("holds the control character %U, which YAML does not allow", char), line, column
 		}
+		content, column = content[size:], column+1
 	}
-	return "", 0
+	return "", 0, 0
 }
-
-// yamlLine finds the line in the parser's errors.
-var yamlLine = regexp.MustCompile(`^yaml: (?:line (\d+): )?(.*)`)
 
 // parse returns the one document's content, or nil for an empty one, and whether there was no problem.
 func (r *reader) parse(content []byte) (*yaml.Node, bool) {
-	decoder := yaml.NewDecoder(bytes.NewReader(content))
+	content = bytes.TrimPrefix(content, []byte("\xef\xbb\xbf"))
+	if reason, line, column := unreadable(content); reason != "" {
+		r.report.add(Origin{Source: r.source, Line: line, Column: column}, "", "", reason)
+		return nil, false
+	}
+	text := &lines{left: content}
+	decoder := yaml.NewDecoder(text)
 	var document, second yaml.Node
 	err := decoder.Decode(&document)
 	if errors.Is(err, io.EOF) {
@@ -81,22 +108,72 @@ func (r *reader) parse(content []byte) (*yaml.Node, bool) {
 		}
 	}
 	if !errors.Is(err, io.EOF) {
-		origin := Origin{Source: r.source}
-		parts := yamlLine.FindStringSubmatch(err.Error())
-		if parts == nil {
-			parts = []string{"", "", err.Error()}
-		}
-		if line, err := strconv.Atoi(parts[1]); err == nil {
-			origin.Line, origin.Column = line, 1
-		}
-		r.report.add(origin, "", "", "is no YAML: "+parts[2])
+		origin, line := text.last(r.source)
+		r.report.add(origin, "", strings.TrimSpace(line), noYAML(line, err))
 		return nil, false
 	}
 	root := document.Content[0]
-	if root.Tag == "!!null" && root.Value == "" {
+	if root.Tag == "!!null" {
 		return nil, true
 	}
 	return root, true
+}
+
+// lines hands out a text line by line, so that the parser stops in the line that it can't make sense of. Its errors name,
+// if any, a line before it, where something began.
+type lines struct {
+	left   []byte
+	read   []byte // of the current line, so far
+	number int
+}
+
+func (l *lines) Read(p []byte) (int, error) {
+	if len(l.left) == 0 {
+		return 0, io.EOF
+	}
+	if l.number == 0 || bytes.HasSuffix(l.read, []byte("\n")) {
+		l.number, l.read = l.number+1, l.read[:0]
+	}
+	n := copy(p, l.left)
+	if end := bytes.IndexByte(p[:n], '\n') + 1; end > 0 {
+		n = end
+	}
+	l.read = append(l.read, l.left[:n]...)
+	l.left = l.left[n:]
+	return n, nil
+}
+
+// last returns the line that was read last.
+func (l *lines) last(source string) (Origin, string) {
+	indent := len(l.read) - len(bytes.TrimLeft(l.read, " \t"))
+	return Origin{Source: source, Line: l.number, Column: indent + 1}, string(l.read)
+}
+
+var (
+	tabIndent = regexp.MustCompile(`^ *\t`)
+	bareIPv6  = regexp.MustCompile(`: *\[[0-9A-Fa-f:.]+\]:`)
+)
+
+// noYAML is the reason for an error of the YAML parser, in the words of those who made it where they are known.
+func noYAML(line string, err error) string {
+	text := regexp.MustCompile(`^yaml: (line \d+: )?`).ReplaceAllString(err.Error(), "")
+	switch {
+	case tabIndent.MatchString(line):
+		text = "indent with spaces, not tabs"
+	case bareIPv6.MatchString(line):
+		text = "an address in brackets must stand in quotes"
+	case strings.Contains(text, "unexpected end of stream"):
+		text = "a quote is not closed"
+	case strings.Contains(text, "incompatible YAML document"):
+		text = "leave the line out that starts with %YAML"
+	case strings.Contains(text, "mapping values are not allowed"):
+		text = `a ":" can't stand here: check the indentation, or quote the value`
+	case strings.Contains(text, "could not find expected ':'"):
+		text = `a key lacks its ":", here or in the line before`
+	case strings.Contains(text, "expected key"), strings.Contains(text, "expected '-' indicator"):
+		text += "; check the indentation"
+	}
+	return "is no YAML: " + text
 }
 
 func (r *reader) origin(node *yaml.Node) Origin {
@@ -111,122 +188,205 @@ func (r *reader) add(node *yaml.Node, path, reason string) {
 	r.report.add(r.origin(node), path, value, reason)
 }
 
-// value reads a node that must have the form. It returns nil where it has not, and all problems are reported.
-func (r *reader) value(node *yaml.Node, form reflect.Type, path string) any {
+// formField is a field of a form's struct, or what else a form is made of.
+type formField struct {
+	name string
+	form reflect.Type
+	kind leaf // nil for lists and objects
+}
+
+func fieldOf(name string, form reflect.Type) formField {
 	if form.Kind() == reflect.Pointer {
 		form = form.Elem()
 	}
-	kind, isLeaf := reflect.Zero(form).Interface().(leaf)
+	kind, _ := reflect.Zero(form).Interface().(leaf)
+	return formField{name, form, kind}
+}
+
+// fields returns those of a struct.
+func (r *reader) fields(form reflect.Type) []formField {
+	if known, ok := r.forms[form]; ok {
+		return known
+	}
+	var all []formField
+	for f := range form.Fields() {
+		name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+		all = append(all, fieldOf(name, f.Type))
+	}
+	r.forms[form] = all
+	return all
+}
+
+// value reads a node that must have the form: an *object, a list of them or a *setting. It returns nil where it has not,
+// and all problems are reported.
+func (r *reader) value(node *yaml.Node, f formField, path string) any {
+	kind := f.form.Kind()
 	switch {
-	case node.Kind == yaml.AliasNode || node.Anchor != "":
-		r.add(node, path, "anchors and aliases are not supported; write the value out")
-	case isLeaf:
-		return r.scalar(node, kind, path)
-	case form.Kind() == reflect.Slice && node.Kind == yaml.SequenceNode:
-		return r.list(node, form.Elem(), path)
-	case form.Kind() == reflect.Struct && node.Kind == yaml.MappingNode:
-		return r.object(node, form, path)
-	case form.Kind() == reflect.Slice:
-		r.add(node, path, "must be a list"+orLeftOut(node))
+	case !r.plain(node, path):
+	case f.kind != nil:
+		if s := r.scalar(node, f.kind, path); s != nil {
+			return s
+		}
+	case kind == reflect.Slice && node.Kind == yaml.SequenceNode:
+		return r.list(node, fieldOf("", f.form.Elem()), path)
+	case kind == reflect.Struct && node.Kind == yaml.MappingNode:
+		return r.object(node, f.form, path)
+	case node.Tag == "!!null":
+		r.add(node, path, "has no value; give it one, or leave the key out")
+	case kind == reflect.Slice:
+		r.add(node, path, "must be a list")
 	default:
-		r.add(node, path, "must be an object: keys and values"+orLeftOut(node))
+		r.add(node, path, "must be an object: keys and values")
 	}
 	return nil
 }
 
-// orLeftOut helps where a key has no value: an empty one could mean nothing or everything.
-func orLeftOut(node *yaml.Node) string {
-	if node.Tag == "!!null" {
-		return "; leave the key out if it holds none"
+// plain reports what would make of a node something else than what stands there.
+func (r *reader) plain(node *yaml.Node, path string) bool {
+	switch {
+	case node.Kind == yaml.AliasNode || node.Anchor != "":
+		r.add(node, path, "anchors and aliases are not supported; write the value out")
+	case node.Style&yaml.TaggedStyle != 0:
+		r.add(node, path, fmt.Sprintf("tags are not supported; leave %s out", quote(node.Tag)))
+	default:
+		return true
 	}
-	return ""
+	return false
 }
 
-func (r *reader) scalar(node *yaml.Node, kind leaf, path string) any {
-	allowed := kind.scalar()
-	if node.Kind != yaml.ScalarNode || !slices.Contains(allowed.tags, node.Tag) {
-		reason := "must be " + allowed.words + orLeftOut(node)
-		if node.Kind == yaml.ScalarNode && allowed.words == yamlString.words && node.Tag != "!!null" {
-			reason += fmt.Sprintf(": YAML takes it for something else; write it in quotes, %q", node.Value)
+// scalar returns nil where the node holds no such value.
+func (r *reader) scalar(node *yaml.Node, kind leaf, path string) *setting {
+	want := kind.scalar()
+	var text, reason string
+	switch {
+	case node.Kind != yaml.ScalarNode:
+		reason = "must be " + want.words
+	case node.Tag == "!!null":
+		reason = "has no value; it must be " + want.words
+	default:
+		if text, reason = kind.parse(node.Value); reason == "" && !slices.Contains(want.tags, node.Tag) {
+			reason = "is " + yamlWords(node.Tag) + " to YAML, and must be " + want.words
+			if node.Tag != "!!str" {
+				reason += fmt.Sprintf("; write it in quotes, as %q", node.Value)
+			}
 		}
-		r.add(node, path, reason)
-		return nil
 	}
-	canonical, reason := kind.parse(node.Value)
 	if reason != "" {
 		r.add(node, path, reason)
 		return nil
 	}
-	return &setting{text: canonical, origin: r.origin(node)}
+	return &setting{text: text, origin: r.origin(node)}
 }
 
-func (r *reader) list(node *yaml.Node, form reflect.Type, path string) any {
-	if len(node.Content) == 0 && form.Kind() != reflect.Struct {
+// yamlWords says in words what YAML takes a value for.
+func yamlWords(tag string) string {
+	switch tag {
+	case "!!str":
+		return "text"
+	case "!!int", "!!float":
+		return "a number"
+	case "!!bool":
+		return "true or false"
+	case "!!timestamp":
+		return "a date"
+	default:
+		return "something else"
+	}
+}
+
+func (r *reader) list(node *yaml.Node, item formField, path string) any {
+	if item.kind != nil {
+		if s := r.texts(node, item.kind, path); s != nil {
+			return s
+		}
+		return nil
+	}
+	objects := make([]*object, 0, len(node.Content))
+	for i, n := range node.Content {
+		if o, ok := r.value(n, item, path+"["+r.itemKey(n, item.form, i)+"]").(*object); ok {
+			objects = append(objects, o)
+		}
+	}
+	return objects
+}
+
+// texts reads allow and serverNames. It returns nil where one of them is wrong.
+func (r *reader) texts(node *yaml.Node, kind leaf, path string) *setting {
+	if len(node.Content) == 0 {
 		r.add(node, path, "is an empty list, which could mean nobody or anybody; name somebody or leave the key out")
 		return nil
 	}
-	list := make([]any, 0, len(node.Content))
-	for i, item := range node.Content {
-		itemPath := fmt.Sprintf("%s[%d]", path, i)
-		if form.Kind() == reflect.Struct {
-			itemPath = path + "[" + itemKey(item, form, i) + "]"
+	all, good := &setting{list: []string{}, origin: r.origin(node.Content[0])}, true
+	seen := make(map[string]bool, len(node.Content))
+	for i, n := range node.Content {
+		itemPath := path + "[" + strconv.Itoa(i) + "]"
+		var s *setting
+		if r.plain(n, itemPath) {
+			s = r.scalar(n, kind, itemPath)
 		}
-		if v := r.value(item, form, itemPath); v != nil {
-			list = append(list, v)
+		switch {
+		case s == nil:
+			good = false
+		case !seen[s.text]:
+			seen[s.text] = true
+			all.list = append(all.list, s.text)
 		}
 	}
-	return list
+	if !good {
+		return nil
+	}
+	return all
 }
 
 // itemKey is what an entry of a list is called in paths: the value of its first field, its key, or else its number.
-func itemKey(item *yaml.Node, form reflect.Type, i int) string {
+func (r *reader) itemKey(item *yaml.Node, form reflect.Type, i int) string {
+	key := r.fields(form)[0]
 	for k := 0; k+1 < len(item.Content); k += 2 {
-		if item.Content[k].Value == fieldName(form.Field(0)) && item.Content[k+1].Kind == yaml.ScalarNode {
-			return item.Content[k+1].Value
+		if item.Content[k].Value == key.name {
+			if canonical, reason := key.kind.parse(item.Content[k+1].Value); reason == "" {
+				return canonical
+			}
 		}
 	}
 	return "item " + strconv.Itoa(i+1)
 }
 
-func (r *reader) object(node *yaml.Node, form reflect.Type, path string) any {
-	fields := map[string]reflect.Type{}
-	var names []string
-	for f := range form.Fields() {
-		fields[fieldName(f)] = f.Type
-		names = append(names, fieldName(f))
-	}
-	object, lines := map[string]any{}, map[string]int{}
+func (r *reader) object(node *yaml.Node, form reflect.Type, path string) *object {
+	fields := r.fields(form)
+	before := len(r.report.problems)
+	o := &object{origin: r.origin(node), form: fields, values: make([]any, len(fields))}
+	seen := make([]int, len(fields)) // the line
 	for i := 0; i+1 < len(node.Content); i += 2 {
 		key, value := node.Content[i], node.Content[i+1]
-		at := strings.TrimPrefix(path+"."+key.Value, ".")
-		field, known := fields[key.Value]
+		k := slices.IndexFunc(fields, func(f formField) bool { return f.name == key.Value })
 		switch {
-		case key.Kind != yaml.ScalarNode || key.Tag != "!!str" || key.Anchor != "":
-			r.add(key, path, "is no key that is known here; known are "+strings.Join(names, ", "))
-		case !known:
-			r.add(key, path, "is no key that is known here"+didYouMeanKey(key.Value, names))
-		case lines[key.Value] != 0:
-			r.add(key, at, fmt.Sprintf("stands in line %d already; leave one of them", lines[key.Value]))
+		case !r.plain(key, path):
+		case key.Kind != yaml.ScalarNode || key.Tag != "!!str" || k < 0:
+			r.add(key, path, "is no key that is known here"+nearKey(key.Value, fields))
 		default:
-			lines[key.Value] = key.Line
-			object[key.Value] = r.value(value, field, at) // nil where it is wrong, and has been reported
+			at := key.Value
+			if path != "" {
+				at = path + "." + at
+			}
+			if line := seen[k]; line != 0 {
+				r.report.add(r.origin(key), at, "", fmt.Sprintf("stands in line %d already; leave one of them", line))
+				continue
+			}
+			seen[k] = key.Line
+			o.values[k] = r.value(value, fields[k], at)
 		}
 	}
-	object[originKey] = r.origin(node)
-	return object
+	o.wrong = len(r.report.problems) > before
+	return o
 }
 
-// originKey holds an object's own Origin among its fields; no field of a form has that name.
-const originKey = ""
-
-func didYouMeanKey(word string, names []string) string {
+func nearKey(word string, fields []formField) string {
+	var names []string
+	for _, f := range fields {
+		names = append(names, f.name)
+	}
 	if near := didYouMean(word, names); near != "" {
 		return near
 	}
 	return "; known are " + strings.Join(names, ", ")
-}
-
-func fieldName(f reflect.StructField) string {
-	name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
-	return name
 }

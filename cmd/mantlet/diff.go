@@ -12,35 +12,31 @@ import (
 )
 
 func diffCommand() *cobra.Command {
-	var against, output string
+	var against string
 	cmd := &cobra.Command{
 		Use:   "diff --against FILE",
 		Short: "Say what another override file would change; exit 0 nothing, 1 something, 2 it can't be told",
 		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if output != "text" && output != "json" {
-				return fmt.Errorf("--output %q: must be text or json", output)
-			}
-			steps, err := compare(against)
-			if err != nil {
-				return err
-			}
-			if output == "json" {
-				err = printData(cmd.OutOrStdout(), map[string]any{"steps": steps}, "json")
-			}
-			for _, s := range steps {
-				if output == "text" {
-					_, err = fmt.Fprintln(cmd.OutOrStdout(), s)
-				}
-			}
-			if err == nil && len(steps) > 0 {
-				return errNot
-			}
+	}
+	output := outputFlag(cmd, "how to say it:", "text", "json")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		steps, err := compare(against)
+		if err != nil {
 			return err
-		},
+		}
+		if *output == "json" {
+			err = printData(cmd.OutOrStdout(), map[string]any{"steps": steps}, "json")
+		} else {
+			for _, s := range steps {
+				_, err = fmt.Fprintln(cmd.OutOrStdout(), s)
+			}
+		}
+		if err == nil && len(steps) > 0 {
+			return errNot
+		}
+		return err
 	}
 	cmd.Flags().StringVar(&against, "against", "", "the override file to compare with, instead of the one that MANTLET_CONFIG names")
-	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
 	if err := cmd.MarkFlagRequired("against"); err != nil {
 		panic(err)
 	}
@@ -56,11 +52,19 @@ func compare(against string) ([]reconcile.Step, error) {
 	}
 	_, from, err := load(os.Environ())
 	if err != nil {
-		return nil, fmt.Errorf("the current configuration: %w", errors.Unwrap(err))
+		return nil, fmt.Errorf("the current configuration: %w", incomparable(err))
 	}
 	_, to, err := load(append(os.Environ(), "MANTLET_CONFIG="+path))
 	if err != nil {
-		return nil, fmt.Errorf("the configuration with %s: %w", against, errors.Unwrap(err))
+		return nil, fmt.Errorf("the configuration with %s: %w", against, incomparable(err))
 	}
 	return append([]reconcile.Step{}, reconcile.Compare(from.Mesh, to.Mesh)...), nil
+}
+
+// incomparable makes of what is validate's answer what it is to diff: an error.
+func incomparable(err error) error {
+	if bad, ok := errors.AsType[invalid](err); ok {
+		return bad.error
+	}
+	return err
 }

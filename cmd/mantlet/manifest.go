@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path"
+	"regexp"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
@@ -16,11 +17,14 @@ import (
 // right in all else is not the question here, and Kubernetes' own types would make the binary half as large again.
 
 type object struct {
-	Kind     string                `yaml:"kind"`
-	Metadata struct{ Name string } `yaml:"metadata"`
-	Data     map[string]string     `yaml:"data"`  // of a ConfigMap
-	Items    []object              `yaml:"items"` // of a List
-	Spec     struct {
+	Kind     string `yaml:"kind"`
+	Metadata struct {
+		Name      string `yaml:"name"`
+		Namespace string `yaml:"namespace"`
+	} `yaml:"metadata"`
+	Data  map[string]string `yaml:"data"`  // of a ConfigMap
+	Items []object          `yaml:"items"` // of a List
+	Spec  struct {
 		podSpec     `yaml:",inline"`
 		Template    template `yaml:"template"`
 		JobTemplate struct {
@@ -38,76 +42,140 @@ type template struct {
 type podSpec struct {
 	InitContainers []container `yaml:"initContainers"`
 	Containers     []container `yaml:"containers"`
-	Volumes        []struct {
-		Name      string `yaml:"name"`
-		ConfigMap struct {
-			Name  string `yaml:"name"`
-			Items []struct {
-				Key  string `yaml:"key"`
-				Path string `yaml:"path"`
-			} `yaml:"items"`
-		} `yaml:"configMap"`
-	} `yaml:"volumes"`
+	Volumes        []volume    `yaml:"volumes"`
+}
+
+type volume struct {
+	Name      string      `yaml:"name"`
+	ConfigMap volumeFiles `yaml:"configMap"`
+	Projected struct {
+		Sources []struct {
+			ConfigMap volumeFiles `yaml:"configMap"`
+		} `yaml:"sources"`
+	} `yaml:"projected"`
+}
+
+// volumeFiles are the files of a volume that a ConfigMap gives: all of its keys, or those that are listed.
+type volumeFiles struct {
+	Name  string `yaml:"name"`
+	Items []struct {
+		Key  string `yaml:"key"`
+		Path string `yaml:"path"`
+	} `yaml:"items"`
 }
 
 type container struct {
-	Name string `yaml:"name"`
-	Env  []struct {
-		Name      string `yaml:"name"`
-		Value     string `yaml:"value"`
-		ValueFrom *struct {
-			ConfigMapKeyRef *struct {
-				Name string `yaml:"name"`
-				Key  string `yaml:"key"`
-			} `yaml:"configMapKeyRef"`
-		} `yaml:"valueFrom"`
-	} `yaml:"env"`
-	EnvFrom []struct {
-		Prefix       string `yaml:"prefix"`
-		ConfigMapRef *struct {
-			Name string `yaml:"name"`
-		} `yaml:"configMapRef"`
-	} `yaml:"envFrom"`
-	VolumeMounts []struct {
-		Name      string `yaml:"name"`
-		MountPath string `yaml:"mountPath"`
-		SubPath   string `yaml:"subPath"`
-	} `yaml:"volumeMounts"`
+	Name         string        `yaml:"name"`
+	Env          []variable    `yaml:"env"`
+	EnvFrom      []variables   `yaml:"envFrom"`
+	VolumeMounts []volumeMount `yaml:"volumeMounts"`
+}
+
+type variable struct {
+	Name      string `yaml:"name"`
+	Value     string `yaml:"value"`
+	ValueFrom *struct {
+		ConfigMapKeyRef *reference `yaml:"configMapKeyRef"`
+	} `yaml:"valueFrom"`
+}
+
+type variables struct {
+	Prefix       string     `yaml:"prefix"`
+	ConfigMapRef *reference `yaml:"configMapRef"`
+	SecretRef    *reference `yaml:"secretRef"`
+}
+
+type volumeMount struct {
+	Name      string `yaml:"name"`
+	MountPath string `yaml:"mountPath"`
+	SubPath   string `yaml:"subPath"`
+}
+
+type reference struct {
+	Name     string `yaml:"name"`
+	Key      string `yaml:"key"`
+	Optional bool   `yaml:"optional"`
+}
+
+// pods returns the pods that the object describes, each under its own name.
+func (o object) pods() []podObject {
+	var all []podObject
+	for _, item := range o.Items {
+		all = append(all, item.pods()...)
+	}
+	for _, spec := range []podSpec{o.Spec.podSpec, o.Spec.Template.Spec, o.Spec.JobTemplate.Spec.Template.Spec} {
+		all = append(all, podObject{spec, strings.TrimSpace(o.Kind + " " + o.Metadata.Name), o.Metadata.Namespace})
+	}
+	return all
+}
+
+// podObject is a pod, and what it is part of.
+type podObject struct {
+	podSpec
+
+	name, namespace string
+}
+
+// containers returns the pod's containers of a name.
+func (p podObject) containers(name string) []container {
+	var all []container
+	for _, c := range append(p.InitContainers, p.Containers...) {
+		if c.Name == name {
+			all = append(all, c)
+		}
+	}
+	return all
 }
 
 // manifest is what a file holds.
 type manifest struct {
-	pods       []podSpec
-	configMaps map[string]map[string]string
+	pods       []podObject
+	configMaps map[string]map[string]string // by namespace/name
 }
 
-// readManifest returns the environment of the first container of that name, and the content of the override file that it
-// names, where a ConfigMap of the manifest holds it.
-func readManifest(file, name string) (environ []string, content []byte, err error) {
+// readManifest returns the configuration of each container of a name.
+func readManifest(file, name string) ([]subject, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
-		return nil, nil, fmt.Errorf("reading the manifest: %w", err)
+		return nil, fmt.Errorf("reading the manifest: %w", err)
 	}
 	m := manifest{configMaps: map[string]map[string]string{}}
 	decoder := yaml.NewDecoder(bytes.NewReader(text))
 	for {
 		var o object
-		if err := decoder.Decode(&o); errors.Is(err, io.EOF) {
+		err := decoder.Decode(&o)
+		if errors.Is(err, io.EOF) {
 			break
-		} else if err != nil {
-			return nil, nil, fmt.Errorf("reading the manifest %s: %w", file, err)
+		}
+		if err != nil && (!errors.As(err, new(*yaml.TypeError)) || o.concerns(name)) {
+			return nil, fmt.Errorf("reading the manifest %s: %w", file, err)
 		}
 		m.add(o)
 	}
-	for _, pod := range m.pods {
-		for _, c := range append(pod.InitContainers, pod.Containers...) {
-			if c.Name == name {
-				environ, err = m.environ(c)
-				return environ, m.overrideFile(pod, c, environ), err
+	var all []subject
+	for _, p := range m.pods {
+		for _, c := range p.containers(name) {
+			environ, err := m.environ(p, c)
+			if err != nil {
+				return nil, fmt.Errorf("reading the manifest %s: %s: %w", file, p.name, err)
 			}
+			all = append(all, subject{name: p.name, environ: environ, file: func(path string) ([]byte, bool) { return m.file(p, c, path) }})
 		}
 	}
-	return nil, nil, fmt.Errorf("reading the manifest %s: no container is named %q; --container names another", file, name)
+	if len(all) == 0 {
+		return nil, fmt.Errorf("reading the manifest %s: no container is named %q; --container names another", file, name)
+	}
+	return all, nil
+}
+
+// concerns tells whether it matters that an object has fields of other types than expected: those of other kinds may.
+func (o object) concerns(container string) bool {
+	for _, p := range o.pods() {
+		if len(p.containers(container)) > 0 {
+			return true
+		}
+	}
+	return o.Kind == "ConfigMap" || o.Kind == "List" || o.Kind == ""
 }
 
 func (m *manifest) add(o object) {
@@ -115,35 +183,55 @@ func (m *manifest) add(o object) {
 		m.add(item)
 	}
 	if o.Kind == "ConfigMap" {
-		m.configMaps[o.Metadata.Name] = o.Data
+		m.configMaps[o.Metadata.Namespace+"/"+o.Metadata.Name] = o.Data
 	}
-	m.pods = append(m.pods, o.Spec.podSpec, o.Spec.Template.Spec, o.Spec.JobTemplate.Spec.Template.Spec)
+	if len(o.Items) == 0 {
+		m.pods = append(m.pods, o.pods()...)
+	}
 }
 
-// environ returns the container's variables. Of those that come from elsewhere, it knows the manifest's ConfigMaps.
-func (m *manifest) environ(c container) ([]string, error) {
+// environ returns the container's variables. Those whose values stand elsewhere it knows of the manifest's ConfigMaps; one
+// of mantlet's that it does not know is an error.
+func (m *manifest) environ(p podObject, c container) ([]string, error) {
 	var environ []string
+	values := map[string]string{}
+	set := func(name, value string) {
+		environ = append(environ, name+"="+value)
+		values[name] = value
+	}
 	for _, from := range c.EnvFrom {
-		if from.ConfigMapRef == nil {
-			continue // a Secret: mantlet takes nothing from one
+		ref := from.ConfigMapRef
+		if ref == nil {
+			ref = from.SecretRef
 		}
-		for key, value := range m.configMaps[from.ConfigMapRef.Name] {
-			environ = append(environ, from.Prefix+key+"="+value)
+		if ref == nil {
+			continue
+		}
+		data, known := m.configMaps[p.namespace+"/"+ref.Name]
+		if from.ConfigMapRef == nil || !known && !ref.Optional {
+			return nil, fmt.Errorf("the variables of %q do not stand in the manifest; they can't be checked", ref.Name)
+		}
+		for key, value := range data {
+			set(from.Prefix+key, value)
 		}
 	}
 	for _, e := range c.Env {
-		value := e.Value
-		if e.ValueFrom != nil {
-			ref := e.ValueFrom.ConfigMapKeyRef
-			if ref == nil || m.configMaps[ref.Name] == nil {
-				if isMantlets(e.Name) {
-					return nil, fmt.Errorf("the value of %s does not stand in the manifest; it can't be checked", e.Name)
-				}
-				continue
-			}
-			value = m.configMaps[ref.Name][ref.Key]
+		if e.ValueFrom == nil {
+			set(e.Name, expand(e.Value, values))
+			continue
 		}
-		environ = append(environ, e.Name+"="+value)
+		var value string
+		var known, optional bool
+		if ref := e.ValueFrom.ConfigMapKeyRef; ref != nil {
+			value, known = m.configMaps[p.namespace+"/"+ref.Name][ref.Key]
+			optional = ref.Optional
+		}
+		switch {
+		case known:
+			set(e.Name, value)
+		case isMantlets(e.Name) && !optional:
+			return nil, fmt.Errorf("the value of %s does not stand in the manifest; it can't be checked", e.Name)
+		}
 	}
 	return environ, nil
 }
@@ -152,35 +240,58 @@ func isMantlets(name string) bool {
 	return strings.HasPrefix(name, "MANTLET_") || strings.HasSuffix(name, "GRESS_PROXY_CONFIG")
 }
 
-// overrideFile finds the file that MANTLET_CONFIG names in the volumes.
-func (m *manifest) overrideFile(pod podSpec, c container, environ []string) []byte {
-	var file string
-	for _, e := range environ {
-		if value, ok := strings.CutPrefix(e, "MANTLET_CONFIG="); ok {
-			file = path.Clean(value)
+// A variable's value may speak of those before it, as kubelet has it: $(NAME), and $$ for a dollar sign.
+var variableReference = regexp.MustCompile(`\$\$|\$\([^)]*\)`)
+
+func expand(text string, values map[string]string) string {
+	return variableReference.ReplaceAllStringFunc(text, func(reference string) string {
+		if reference == "$$" {
+			return "$"
+		}
+		if value, ok := values[reference[2:len(reference)-1]]; ok {
+			return value
+		}
+		return reference
+	})
+}
+
+// file returns the content of a file of the container, if a ConfigMap of the manifest holds it.
+func (m *manifest) file(p podObject, c container, name string) ([]byte, bool) {
+	name = path.Clean(name)
+	var volume, inside, mounted string
+	for _, mount := range c.VolumeMounts {
+		at := path.Clean(mount.MountPath)
+		below, ok := strings.CutPrefix(name+"/", strings.TrimSuffix(at, "/")+"/")
+		if ok && len(at) > len(mounted) { // the innermost
+			volume, inside, mounted = mount.Name, path.Join(mount.SubPath, below), at
 		}
 	}
-	for _, mount := range c.VolumeMounts {
-		inside, ok := strings.CutPrefix(file, path.Clean(mount.MountPath)+"/")
-		switch {
-		case file == path.Clean(mount.MountPath) && mount.SubPath != "":
-			inside = mount.SubPath
-		case !ok:
+	for _, v := range p.Volumes {
+		if v.Name != volume {
 			continue
 		}
-		for _, v := range pod.Volumes {
-			if v.Name != mount.Name {
-				continue
-			}
-			for _, item := range v.ConfigMap.Items {
-				if item.Path == inside {
-					inside = item.Key
-				}
-			}
-			if text, ok := m.configMaps[v.ConfigMap.Name][inside]; ok {
-				return []byte(text)
+		sources := []volumeFiles{v.ConfigMap}
+		for _, s := range v.Projected.Sources {
+			sources = append(sources, s.ConfigMap)
+		}
+		for _, s := range sources {
+			if text, ok := m.configMaps[p.namespace+"/"+s.Name][s.key(inside)]; ok {
+				return []byte(text), true
 			}
 		}
 	}
-	return nil
+	return nil, false
+}
+
+// key returns the key of the ConfigMap that a file of the volume has its content from, "" if there is no such file.
+func (f volumeFiles) key(file string) string {
+	for _, item := range f.Items {
+		if path.Clean(item.Path) == file {
+			return item.Key
+		}
+	}
+	if len(f.Items) > 0 {
+		return ""
+	}
+	return file
 }

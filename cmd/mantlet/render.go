@@ -1,12 +1,18 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"regexp"
+	"slices"
 	"strings"
+	"syscall"
 	"text/tabwriter"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 	"sigs.k8s.io/yaml"
@@ -15,21 +21,47 @@ import (
 	"mantlet/schema"
 )
 
-// load reads the environment and the override file that it names.
+// load reads the environment and the override file that it names. The error is an invalid, unless the file can't be read.
 func load(environ []string) (*schema.Environment, schema.Config, error) {
 	env, err := schema.ParseEnvironment(environ)
 	if err != nil {
 		return nil, schema.Config{}, invalid{err}
 	}
 	config, err := env.Load()
-	if err != nil {
+	switch {
+	case errors.As(err, new(syscall.Errno)):
+		return nil, schema.Config{}, err
+	case err != nil:
 		return nil, schema.Config{}, invalid{err}
 	}
 	return env, config, nil
 }
 
+// outputFlag adds the flag -o, whose value is one of the formats, by default the first.
+func outputFlag(cmd *cobra.Command, usage string, formats ...string) *string {
+	f := &format{formats[0], formats}
+	cmd.Flags().VarP(f, "output", "o", usage+" "+strings.Join(formats, ", "))
+	return &f.chosen
+}
+
+// format implements pflag.Value.
+type format struct {
+	chosen string
+	all    []string
+}
+
+func (f *format) String() string { return f.chosen }
+func (f *format) Type() string   { return "format" }
+
+func (f *format) Set(name string) error {
+	if !slices.Contains(f.all, name) {
+		return fmt.Errorf("must be one of %s", strings.Join(f.all, ", "))
+	}
+	f.chosen = name
+	return nil
+}
+
 func renderCommand() *cobra.Command {
-	var output string
 	var explain bool
 	cmd := &cobra.Command{
 		Use:   "render",
@@ -42,18 +74,21 @@ func renderCommand() *cobra.Command {
 			"  json   all of it: the merged mesh in the form of the override file, rules, bootstrap, its digest\n" +
 			"  yaml   the same as YAML",
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			env, config, err := load(os.Environ())
-			if err != nil {
-				return err
-			}
-			if explain {
-				return printExplained(cmd.OutOrStdout(), config.Explain(), output)
-			}
-			return printState(cmd.OutOrStdout(), env, config, output)
-		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", "text", "what to print: text, nft, envoy, json or yaml")
+	output := outputFlag(cmd, "what to print:", "text", "nft", "envoy", "json", "yaml")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if explain && (*output == "nft" || *output == "envoy") {
+			return fmt.Errorf("--explain has no --output %s; it has text, json and yaml", *output)
+		}
+		env, config, err := load(os.Environ())
+		if err != nil {
+			return err
+		}
+		if explain {
+			return printExplained(cmd.OutOrStdout(), config.Explain(), *output)
+		}
+		return printState(cmd.OutOrStdout(), env, config, *output)
+	}
 	cmd.Flags().BoolVar(&explain, "explain", false, "print each value, where it comes from and what it overrode (text, json, yaml)")
 	return cmd
 }
@@ -83,23 +118,30 @@ func printState(to io.Writer, env *schema.Environment, config schema.Config, out
 	return err
 }
 
-// printData prints what a machine may read, as JSON or YAML.
+// unprintable matches what JSON has as it is, and YAML does not. All JSON that is printed is YAML too, so that a mesh can be
+// given back as an override file.
+var unprintable = regexp.MustCompile(`[\x7f-\x9f\x{fffe}\x{ffff}]`)
+
+// printData prints what a machine may read, as YAML or else JSON.
 func printData(to io.Writer, data any, output string) error {
-	text, err := json.MarshalIndent(data, "", "  ")
-	if err != nil {
+	var text bytes.Buffer
+	encoder := json.NewEncoder(&text)
+	encoder.SetEscapeHTML(false)
+	encoder.SetIndent("", "  ")
+	if err := encoder.Encode(data); err != nil {
 		return err
 	}
-	text = append(text, '\n')
-	switch output {
-	case "json":
-	case "yaml":
-		if text, err = yaml.JSONToYAML(text); err != nil {
+	printed := unprintable.ReplaceAllFunc(text.Bytes(), func(char []byte) []byte {
+		r, _ := utf8.DecodeRune(char)
+		return fmt.Appendf(nil, `\u%04x`, r)
+	})
+	if output == "yaml" {
+		var err error
+		if printed, err = yaml.JSONToYAML(printed); err != nil {
 			return err
 		}
-	default:
-		return fmt.Errorf("--output %q is not known here; see --help", output)
 	}
-	_, err = to.Write(text)
+	_, err := to.Write(printed)
 	return err
 }
 

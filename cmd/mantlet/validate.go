@@ -13,54 +13,94 @@ import (
 	"mantlet/schema"
 )
 
-// checked is the configuration that validate looks at instead of the current one.
+// checked is what validate looks at instead of the current environment.
 type checked struct {
 	file, envFile, manifest, container string
 }
 
+// subject is one configuration to look at.
+type subject struct {
+	name    string // of the object in a manifest, "" for an environment
+	environ []string
+	file    func(path string) ([]byte, bool) // looks the override file up in a manifest; nil: it is where it is said to be
+}
+
 func validateCommand() *cobra.Command {
 	var from checked
-	var output string
 	cmd := &cobra.Command{
 		Use:   "validate",
 		Short: "Report all problems of the configuration; exit 0 if there are none, 1 if there are",
 		Long: "Report all problems of the configuration, each with its place, and warn of what is valid but may not be meant.\n" +
 			"Without flags it is the current environment's. Exit 0: valid; 1: not valid; 2: it could not be read.",
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if output != "text" && output != "json" {
-				return fmt.Errorf("--output %q: must be text or json", output)
-			}
-			config, err := from.load()
-			problems := schema.Problems(err)
-			if err != nil && !errors.As(err, new(invalid)) {
-				return err
-			}
-			if output == "json" {
-				return printVerdict(cmd, config, problems)
-			}
-			if err != nil {
-				return err
-			}
-			for _, w := range config.Warnings() {
-				_, _ = fmt.Fprintln(cmd.ErrOrStderr(), "warning:", w)
-			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "valid: %d ingress entries, %d egress entries\n",
-				len(config.Mesh.Ingress), len(config.Mesh.Egress))
+	}
+	output := outputFlag(cmd, "how to report:", "text", "json")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		subjects, err := from.subjects()
+		if err != nil {
 			return err
-		},
+		}
+		var verdicts []verdict
+		for _, s := range subjects {
+			v := verdict{subject: s}
+			if v.config, v.warnings, v.err = s.load(); v.err != nil && !errors.As(v.err, new(invalid)) {
+				return v.err
+			}
+			verdicts = append(verdicts, v)
+		}
+		if *output == "json" {
+			return printVerdicts(cmd, verdicts)
+		}
+		return sayVerdicts(cmd, verdicts)
 	}
 	cmd.Flags().StringVar(&from.file, "file", "", "an override file to check instead of the one that MANTLET_CONFIG names")
 	cmd.Flags().StringVar(&from.envFile, "env-file", "", "lines NAME=VALUE to check instead of the current environment")
-	cmd.Flags().StringVar(&from.manifest, "manifest", "", "a Kubernetes manifest to read the variables, and ConfigMaps, of a sidecar container from")
-	cmd.Flags().StringVar(&from.container, "container", "mantlet", "the name of that container")
+	cmd.Flags().StringVar(&from.manifest, "manifest", "", "a Kubernetes manifest to read the variables, and ConfigMaps, of sidecar containers from")
+	cmd.Flags().StringVar(&from.container, "container", "mantlet", "the name of those containers")
 	cmd.MarkFlagsMutuallyExclusive("env-file", "manifest")
-	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
 	return cmd
+}
+
+// verdict is what there is to say of a subject.
+type verdict struct {
+	subject
+
+	config   schema.Config
+	warnings []schema.Problem
+	err      error // an invalid; nil if all is well
+}
+
+func sayVerdicts(cmd *cobra.Command, verdicts []verdict) error {
+	var outcome error
+	for _, v := range verdicts {
+		if v.err != nil {
+			_, _ = fmt.Fprintln(cmd.ErrOrStderr(), invalid{fmt.Errorf("%s%w", v.of(), errors.Unwrap(v.err))})
+			outcome = errNot
+			continue
+		}
+		for _, w := range v.warnings {
+			_, _ = fmt.Fprintf(cmd.ErrOrStderr(), "%swarning: %v\n", v.of(), w)
+		}
+		_, err := fmt.Fprintf(cmd.OutOrStdout(), "%svalid: %d ingress entries, %d egress entries\n",
+			v.of(), len(v.config.Mesh.Ingress), len(v.config.Mesh.Egress))
+		if err != nil {
+			return err
+		}
+	}
+	return outcome
+}
+
+// of starts a line that is about one of several subjects.
+func (s subject) of() string {
+	if s.name == "" {
+		return ""
+	}
+	return s.name + ": "
 }
 
 // found is a problem or a warning, for machines.
 type found struct {
+	Object string `json:"object,omitempty"` // of a manifest
 	Place  string `json:"place"`
 	Line   int    `json:"line,omitempty"`
 	Column int    `json:"column,omitempty"`
@@ -69,16 +109,20 @@ type found struct {
 	Reason string `json:"reason"`
 }
 
-func printVerdict(cmd *cobra.Command, config schema.Config, problems []schema.Problem) error {
-	list := func(all []schema.Problem) []found {
-		some := []found{}
-		for _, p := range all {
-			some = append(some, found{p.Origin.String(), p.Origin.Line, p.Origin.Column, p.Path, p.Value, p.Reason})
+func printVerdicts(cmd *cobra.Command, verdicts []verdict) error {
+	problems, warnings := []found{}, []found{}
+	for _, v := range verdicts {
+		list := func(to []found, all []schema.Problem) []found {
+			for _, p := range all {
+				to = append(to, found{v.name, p.Origin.String(), p.Origin.Line, p.Origin.Column, p.Path, p.Value, p.Reason})
+			}
+			return to
 		}
-		return some
+		problems = list(problems, schema.Problems(v.err))
+		warnings = list(warnings, v.warnings)
 	}
 	err := printData(cmd.OutOrStdout(), map[string]any{
-		"valid": len(problems) == 0, "problems": list(problems), "warnings": list(config.Warnings()),
+		"valid": len(problems) == 0, "problems": problems, "warnings": warnings,
 	}, "json")
 	if err == nil && len(problems) > 0 {
 		return errNot
@@ -86,48 +130,53 @@ func printVerdict(cmd *cobra.Command, config schema.Config, problems []schema.Pr
 	return err
 }
 
-// load reads the configuration to check. An override file of a manifest need not be in reach: without it, what the
-// environment says is checked.
-func (c checked) load() (schema.Config, error) {
-	environ := os.Environ()
-	var content []byte
+// subjects returns the configurations to look at.
+func (c checked) subjects() ([]subject, error) {
+	all := []subject{{environ: os.Environ()}}
 	var err error
 	switch {
 	case c.envFile != "":
-		environ, err = readEnvFile(c.envFile)
+		all[0].environ, err = readEnvFile(c.envFile)
 	case c.manifest != "":
-		environ, content, err = readManifest(c.manifest, c.container)
+		all, err = readManifest(c.manifest, c.container)
 	}
-	if err != nil {
-		return schema.Config{}, err
+	if err != nil || c.file == "" {
+		return all, err
 	}
-	if c.file != "" {
-		path, err := filepath.Abs(c.file)
-		if err != nil {
-			return schema.Config{}, err
-		}
-		environ = append(environ, "MANTLET_CONFIG="+path)
-	} else if c.manifest != "" {
-		return loadContent(environ, content)
+	file, err := filepath.Abs(c.file)
+	for i := range all {
+		all[i].environ = append(all[i].environ, "MANTLET_CONFIG="+file)
+		all[i].file = nil
 	}
-	_, config, err := load(environ)
-	return config, err
+	return all, err
 }
 
-// loadContent is load with an override file's content at hand, or without one.
-func loadContent(environ []string, content []byte) (schema.Config, error) {
-	env, err := schema.ParseEnvironment(environ)
+// load reads the configuration. An override file that the manifest does not have need not be in reach: without it, what the
+// environment says is checked, and there is a warning.
+func (s subject) load() (schema.Config, []schema.Problem, error) {
+	if s.file == nil {
+		_, config, err := load(s.environ)
+		return config, config.Warnings(), err
+	}
+	env, err := schema.ParseEnvironment(s.environ)
 	if err != nil {
-		return schema.Config{}, invalid{err}
+		return schema.Config{}, nil, invalid{err}
 	}
-	config, err := env.Base(), error(nil)
-	if content != nil && env.Process.Overrides != schema.OverridesNone {
-		config, err = env.Merge(content)
+	config := env.Base()
+	content, known := s.file(env.Process.ConfigFile)
+	switch {
+	case env.Process.ConfigFile == "" || env.Process.Overrides == schema.OverridesNone:
+	case !known:
+		return config, append(config.Warnings(), schema.Problem{
+			Origin: schema.Origin{Source: env.Process.ConfigFile},
+			Reason: "does not stand in the manifest, and was not checked; --file names one to check instead",
+		}), nil
+	default:
+		if config, err = env.Merge(content); err != nil {
+			return schema.Config{}, nil, invalid{err}
+		}
 	}
-	if err != nil {
-		return schema.Config{}, invalid{err}
-	}
-	return config, nil
+	return config, config.Warnings(), nil
 }
 
 // readEnvFile reads lines NAME=VALUE, as `docker run --env-file` does: empty lines and those that start with # are left
@@ -147,7 +196,7 @@ func readEnvFile(path string) ([]string, error) {
 		if line == "" || strings.HasPrefix(line, "#") {
 			continue
 		}
-		if name, _, ok := strings.Cut(line, "="); !ok || name == "" {
+		if name, _, ok := strings.Cut(line, "="); !ok || name == "" || strings.ContainsAny(name, " \t") {
 			return nil, fmt.Errorf("reading the env file: %s:%d: %q is not NAME=VALUE", path, number, line)
 		}
 		environ = append(environ, line)
