@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"time"
 
+	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -50,6 +51,7 @@ func Admin(runtimeDirectory string, epoch int) *bootstrapv3.Admin {
 
 func bootstrap(mesh schema.Mesh, place Place) (*bootstrapv3.Bootstrap, error) {
 	r := renderer{mesh: mesh, place: place}
+	r.log = r.accessLog()
 	b := &bootstrapv3.Bootstrap{
 		Node:  &corev3.Node{Id: node, Cluster: node},
 		Admin: Admin(place.RuntimeDirectory, 0),
@@ -83,13 +85,14 @@ func bootstrap(mesh schema.Mesh, place Place) (*bootstrapv3.Bootstrap, error) {
 type renderer struct {
 	mesh  schema.Mesh
 	place Place
+	log   []*accesslogv3.AccessLog
 	err   error
 }
 
-// pack wraps an extension's configuration.
+// pack wraps an extension's configuration: the same bytes every time, which anypb.New does not promise of maps.
 func (r *renderer) pack(m proto.Message) *anypb.Any {
-	packed, err := anypb.New(m)
-	r.err = errors.Join(r.err, err)
+	packed := &anypb.Any{}
+	r.err = errors.Join(r.err, anypb.MarshalFrom(packed, m, proto.MarshalOptions{Deterministic: true}))
 	return packed
 }
 

@@ -72,7 +72,6 @@ func (r *renderer) ingressChain(name string, mode schema.Mode, allow []string) *
 			// connect to this very port started a storm of connections to itself.
 			UpstreamConnectMode: tcpproxyv3.UpstreamConnectMode_ON_DOWNSTREAM_TLS_HANDSHAKE,
 			MaxEarlyDataBytes:   wrapperspb.UInt32(earlyData),
-			AccessLog:           r.accessLog(),
 		})},
 	}
 }
@@ -107,7 +106,6 @@ func (r *renderer) egress(e schema.Egress) *listenerv3.Listener {
 				StatPrefix:         name,
 				ClusterSpecifier:   &tcpproxyv3.TcpProxy_Cluster{Cluster: name},
 				MaxConnectAttempts: wrapperspb.UInt32(connectAttempts),
-				AccessLog:          r.accessLog(),
 			})},
 		}},
 	}
@@ -116,6 +114,7 @@ func (r *renderer) egress(e schema.Egress) *listenerv3.Listener {
 // proxy completes a TCP proxy: Envoy's default would cut connections that idle for an hour, as pools to databases do.
 func (r *renderer) proxy(p *tcpproxyv3.TcpProxy) *listenerv3.Filter {
 	p.IdleTimeout = durationpb.New(0)
+	p.AccessLog = r.log
 	return &listenerv3.Filter{
 		Name:       "envoy.filters.network.tcp_proxy",
 		ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: r.pack(p)},

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"strings"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
@@ -42,7 +43,7 @@ func (r *renderer) downstreamTLS(mode schema.Mode, allow []string) *corev3.Trans
 func (r *renderer) upstreamTLS(e schema.Egress) *corev3.TransportSocket {
 	c := &tlsv3.UpstreamTlsContext{
 		CommonTlsContext: r.common(),
-		Sni:              e.SNI(),
+		Sni:              strings.TrimSuffix(e.SNI(), "."), // RFC 6066, section 3: without the dot of an absolute name
 		MaxSessionKeys:   wrapperspb.UInt32(sessionKeys),
 	}
 	r.trust(c.CommonTlsContext, r.sanMatchers(e.ServerNames, exact))

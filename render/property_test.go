@@ -1,0 +1,432 @@
+package render_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	"google.golang.org/protobuf/proto"
+	"pgregory.net/rapid"
+
+	"mantlet/render"
+	"mantlet/schema"
+)
+
+// drawMesh draws a valid mesh: one that the schema reads.
+func drawMesh(t *rapid.T) schema.Mesh {
+	name := rapid.StringMatching(`[^#\x00-\x1f\x7f-\x9f]*`)
+	san := rapid.OneOf(
+		rapid.StringMatching(`(\*\.)?[a-z]([a-z0-9-]{0,8}[a-z0-9])?(\.[a-z]{1,8}){0,2}`),
+		rapid.StringMatching(`[a-z]{1,6}://[A-Za-z0-9._~/?@!$&'()*+,;=%-]{1,12}`),
+	)
+	serverName := rapid.Custom(func(t *rapid.T) string { return strings.TrimPrefix(san.Draw(t, "SAN"), "*.") })
+	// A list or none at all; nothing is in between.
+	list := func(of *rapid.Generator[string]) []string {
+		return rapid.OneOf(rapid.Just[[]string](nil), rapid.SliceOfNDistinct(of, 1, 4, rapid.ID)).Draw(t, "names")
+	}
+
+	mesh, err := load(nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mesh.TLS.MinVersion = rapid.SampledFrom([]schema.TLSVersion{schema.TLS12, schema.TLS13}).Draw(t, "TLS")
+	mesh.OtherProtocols = rapid.SampledFrom([]schema.OtherProtocols{schema.OtherProtocolsDrop, schema.OtherProtocolsAccept}).Draw(t, "other protocols")
+	mesh.AccessLog = rapid.SampledFrom([]schema.AccessLog{schema.AccessLogNone, schema.AccessLogRefused, schema.AccessLogAll}).Draw(t, "access log")
+	edges := rapid.SliceOfNDistinct(rapid.Uint16Min(1), 0, 20, rapid.ID).Draw(t, "edges")
+	slices.Sort(edges)
+	for pair := range slices.Chunk(edges, 2) {
+		in := schema.Ingress{
+			Name:  name.Draw(t, "name"),
+			Ports: schema.Ports{First: pair[0], Last: pair[len(pair)-1]},
+			Mode:  rapid.SampledFrom([]schema.Mode{schema.ModeMTLS, schema.ModeTLS, schema.ModePassthrough}).Draw(t, "mode"),
+		}
+		if in.Mode == schema.ModeMTLS {
+			if in.Allow = list(san); in.Allow != nil {
+				in.Ports.Last = min(in.Ports.Last, max(in.Ports.First, in.Ports.First+2)) // a chain for each
+			}
+		}
+		if !in.Ports.Contains(schema.IngressMTLSPort) && !in.Ports.Contains(schema.IngressTLSPort) {
+			mesh.Ingress = append(mesh.Ingress, in)
+		}
+	}
+	for i := range rapid.IntRange(0, 5).Draw(t, "egress") {
+		mesh.Egress = append(mesh.Egress, schema.Egress{
+			Name:   name.Draw(t, "name"),
+			Listen: netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, byte(i), 1}), rapid.Uint16Range(1, 15005).Draw(t, "port")),
+			Upstream: schema.Upstream{
+				Host: rapid.SampledFrom([]string{"billing-svc", "billing.shop.svc.", "192.0.2.7", "2001:db8::7"}).Draw(t, "host"),
+				Port: rapid.Uint16Min(1).Draw(t, "port"),
+			},
+			ServerNames: list(serverName),
+		})
+	}
+	file, err := json.Marshal(mesh)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if mesh, err = load(nil, file); err != nil {
+		t.Fatalf("%v\n%s", err, file)
+	}
+	return mesh
+}
+
+// TestSameBytes reads and renders the same over and over, all at once.
+func TestSameBytes(t *testing.T) {
+	environ, file := manyEntries(12)
+	read := func() (schema.Mesh, render.State) {
+		mesh, err := load(environ, file)
+		if err != nil {
+			t.Error(err)
+		}
+		state, err := render.Render(mesh, place)
+		if err != nil {
+			t.Error(err)
+		}
+		return mesh, state
+	}
+	mesh, want := read()
+	rules, bootstrap := rendered(t, mesh)
+	var group sync.WaitGroup
+	for range 100 {
+		group.Go(func() {
+			mesh, got := read()
+			gotRules, gotBootstrap := rendered(t, mesh)
+			if !bytes.Equal(gotRules, rules) || !bytes.Equal(gotBootstrap, bootstrap) || got.Digest != want.Digest {
+				t.Error("another time it is something else")
+			}
+		})
+	}
+	group.Wait()
+}
+
+// TestDigest checks that the digest tells bootstraps apart, and nothing else.
+func TestDigest(t *testing.T) {
+	bootstraps := map[string]string{} // by digest
+	digests := map[string]string{}    // by bootstrap
+	for name, g := range goldenCases(t) {
+		mesh, err := load(g.inputs(t))
+		if err != nil {
+			continue
+		}
+		state, err := render.Render(mesh, place)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, bootstrap := rendered(t, mesh)
+		if other, ok := bootstraps[state.Digest]; ok && other != string(bootstrap) {
+			t.Errorf("%s: its digest is another bootstrap's too", name)
+		}
+		if other, ok := digests[string(bootstrap)]; ok && other != state.Digest {
+			t.Errorf("%s: its bootstrap has another digest too", name)
+		}
+		bootstraps[state.Digest], digests[string(bootstrap)] = string(bootstrap), state.Digest
+		if got := state.Bootstrap.Node.Metadata.Fields[render.DigestKey].GetStringValue(); got != state.Digest {
+			t.Errorf("%s: the bootstrap says that its digest is %q", name, got)
+		}
+	}
+}
+
+func withNames(mesh schema.Mesh, name func() string) schema.Mesh {
+	mesh.Ingress, mesh.Egress = slices.Clone(mesh.Ingress), slices.Clone(mesh.Egress)
+	for i := range mesh.Ingress {
+		mesh.Ingress[i].Name = name()
+	}
+	for i := range mesh.Egress {
+		mesh.Egress[i].Name = name()
+	}
+	return mesh
+}
+
+// TestNamesAreNotRendered gives entries any name at all.
+func TestNamesAreNotRendered(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		mesh := drawMesh(t)
+		name := rapid.OneOf(rapid.String(), rapid.Just(strings.Repeat("x", 4<<10)), rapid.SampledFrom([]string{
+			`"`, `'`, `\`, "}", "{", ";", "#", "\n", "\r\n", "\x00", "%", "$(id)", "`id`", "🦔", "\xff", "} drop table inet mantlet",
+		}))
+		want, err := render.Render(mesh, place)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := render.Render(withNames(mesh, func() string { return name.Draw(t, "name") }), place)
+		if err != nil || got.Digest != want.Digest || got.Ruleset.Text() != want.Ruleset.Text() {
+			t.Fatalf("names change what is rendered: %v", err)
+		}
+	})
+}
+
+// TestEveryPeerIsVerified looks at each TLS context of random meshes as Envoy does, not as the code that made it.
+func TestEveryPeerIsVerified(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		mesh := drawMesh(t)
+		state, err := render.Render(mesh, place)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resources := state.Bootstrap.StaticResources
+		allow, serverNames := map[uint32][]string{}, map[string][]string{}
+		for _, in := range mesh.Ingress {
+			for port := uint32(in.Ports.First); in.Allow != nil && port <= uint32(in.Ports.Last); port++ {
+				allow[port] = in.Allow
+			}
+		}
+		for _, e := range mesh.Egress {
+			serverNames["egress-"+e.Listen.String()] = e.ServerNames
+		}
+
+		mutual := resources.Listeners[0]
+		if mutual.Name != "ingress-mtls" || len(mutual.FilterChains) != 1+len(allow) {
+			t.Fatalf("the first listener is %s, with %d chains for %d ports with a list", mutual.Name, len(mutual.FilterChains), len(allow))
+		}
+		for _, chain := range mutual.FilterChains {
+			c := unpack[*tlsv3.DownstreamTlsContext](t, chain.TransportSocket)
+			if !c.RequireClientCertificate.GetValue() {
+				t.Errorf("%s demands no client certificate", chain.Name)
+			}
+			port := chain.FilterChainMatch.GetDestinationPort().GetValue()
+			trustsMeshAlone(t, chain.Name, c.CommonTlsContext, allow[port], func(m *tlsv3.SubjectAltNameMatcher) string {
+				return m.Matcher.GetSafeRegex().GetRegex()
+			}, regexp.QuoteMeta)
+			delete(allow, port)
+		}
+		if len(allow) > 0 {
+			t.Errorf("no chain has the lists of %v", allow)
+		}
+		for _, l := range resources.Listeners[1:] {
+			for _, chain := range l.FilterChains {
+				switch {
+				case l.Name != "ingress-tls":
+					if addr := netip.MustParseAddr(l.Address.GetSocketAddress().Address); chain.TransportSocket != nil || !addr.IsLoopback() {
+						t.Errorf("%s listens on %s with %v", l.Name, addr, chain.TransportSocket)
+					}
+				default:
+					c := unpack[*tlsv3.DownstreamTlsContext](t, chain.TransportSocket)
+					if c.RequireClientCertificate.GetValue() || c.CommonTlsContext.ValidationContextType != nil {
+						t.Errorf("%s asks for a client certificate", chain.Name)
+					}
+				}
+			}
+		}
+		if len(resources.Clusters) != 1+len(mesh.Egress) || resources.Clusters[0].Name != "workload" || resources.Clusters[0].TransportSocket != nil {
+			t.Errorf("%d clusters for %d egress entries, the first is %v", len(resources.Clusters), len(mesh.Egress), resources.Clusters[0])
+		}
+		for _, cluster := range resources.Clusters[1:] {
+			c := unpack[*tlsv3.UpstreamTlsContext](t, cluster.TransportSocket)
+			trustsMeshAlone(t, cluster.Name, c.CommonTlsContext, serverNames[cluster.Name], func(m *tlsv3.SubjectAltNameMatcher) string {
+				return m.Matcher.GetExact()
+			}, func(name string) string { return name })
+		}
+	})
+}
+
+// unpack returns what a transport socket that must be TLS is configured with.
+func unpack[M proto.Message](t *rapid.T, socket *corev3.TransportSocket) M {
+	t.Helper()
+	m, err := socket.GetTypedConfig().UnmarshalNew()
+	context, ok := m.(M)
+	if err != nil || !ok || socket.Name != "envoy.transport_sockets.tls" {
+		t.Fatalf("a transport socket is no TLS: %v, %v", socket, err)
+	}
+	return context
+}
+
+// trustsMeshAlone checks that a peer is verified up to the mesh CA, by nothing weaker than Envoy's defaults, and that it must
+// have one of the names, if there are any.
+func trustsMeshAlone(t *rapid.T, where string, c *tlsv3.CommonTlsContext, names []string, text func(*tlsv3.SubjectAltNameMatcher) string, pattern func(string) string) {
+	t.Helper()
+	validation := c.GetCombinedValidationContext()
+	anchor := validation.GetValidationContextSdsSecretConfig()
+	if anchor.GetName() != render.MeshCASecret || anchor.GetSdsConfig().GetPathConfigSource().GetPath() != place.RuntimeDirectory+"/"+render.SecretFile(render.MeshCASecret) {
+		t.Errorf("%s trusts %v", where, anchor)
+	}
+	rest := proto.CloneOf(validation.GetDefaultValidationContext())
+	rest.MatchTypedSubjectAltNames = nil
+	if !proto.Equal(rest, &tlsv3.CertificateValidationContext{}) {
+		t.Errorf("%s verifies with %v", where, rest)
+	}
+	var got, want []string
+	for _, m := range validation.GetDefaultValidationContext().GetMatchTypedSubjectAltNames() {
+		got = append(got, m.SanType.String()+" "+text(m))
+	}
+	for _, name := range names {
+		kind := "DNS "
+		if strings.Contains(name, "://") {
+			kind = "URI "
+		}
+		want = append(want, kind+pattern(name))
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("%s lets in %q, want %q", where, got, want)
+	}
+}
+
+// TestGenerations checks that each port's packets come to chains of its mode and its generation, in both directions.
+func TestGenerations(t *testing.T) {
+	generation := rapid.Custom(func(t *rapid.T) render.Generation {
+		return render.Generation(rapid.Uint8Max(uint8(render.MaxGeneration)).Draw(t, "generation"))
+	})
+	rapid.Check(t, func(t *rapid.T) {
+		mesh := drawMesh(t)
+		generations := render.Generations{Default: generation.Draw(t, "default")}
+		edges := rapid.SliceOfNDistinct(rapid.Uint16Min(1), 0, 8, rapid.ID).Draw(t, "edges")
+		slices.Sort(edges)
+		for pair := range slices.Chunk(edges, 2) {
+			ports := schema.Ports{First: pair[0], Last: pair[len(pair)-1]}
+			generations.Ports = append(generations.Ports, render.PortsGeneration{Ports: ports, Generation: generation.Draw(t, "generation")})
+		}
+		rules := render.Rules(mesh, generations)
+		chains := map[string]string{}
+		for _, c := range rules.Chains {
+			for _, r := range c.Rules {
+				chains[c.Name] += r.Text() + "\n"
+			}
+		}
+		for _, port := range append(edges, 1, 8080, 65535) {
+			mode, number := schema.ModeMTLS, generations.Default
+			for _, in := range mesh.Ingress {
+				if in.Ports.Contains(port) {
+					mode = in.Mode
+				}
+			}
+			for _, g := range generations.Ports {
+				if g.Ports.Contains(port) {
+					number = g.Generation
+				}
+			}
+			kind := map[schema.Mode]render.Mark{schema.ModeMTLS: render.MarkMTLS, schema.ModeTLS: render.MarkTLS, schema.ModePassthrough: render.MarkPassthrough}[mode]
+			if mode != schema.ModePassthrough {
+				kind |= render.Mark(number) << 23
+			}
+			in, out := chainFor(rules.Maps[0], port, chains["ports"]), chainFor(rules.Maps[1], port, chains["egress"])
+			if mark := fmt.Sprintf("| 0x%08x accept", kind); !strings.Contains(chains[in], mark) {
+				t.Errorf("%d is %s in generation %d, and comes to %s, which does not mark %s:\n%s", port, mode, number, in, mark, chains[in])
+			}
+			if mark := fmt.Sprintf("ct mark & 0x0ff00000 == 0x%08x accept", kind); !strings.Contains(chains[out], mark) {
+				t.Errorf("%d is %s in generation %d, and answers by %s, which does not want %s:\n%s", port, mode, number, out, mark, chains[out])
+			}
+		}
+	})
+}
+
+// chainFor returns where a map, or else the last goto of the rules that ask it, sends a port.
+func chainFor(m render.Map, port uint16, rules string) string {
+	for _, e := range m.Elements {
+		if e.Ports.Contains(port) {
+			return e.Goto
+		}
+	}
+	_, name, _ := strings.Cut(rules[strings.LastIndex(rules, "goto "):], " ")
+	name, _, _ = strings.Cut(name, "\n")
+	return name
+}
+
+// TestEmptyListIsRefused gives render what the schema never would: to Envoy, no matcher means anybody.
+func TestEmptyListIsRefused(t *testing.T) {
+	nobody := []string{}
+	for name, mesh := range map[string]schema.Mesh{
+		"allow":       {Ingress: []schema.Ingress{{Ports: schema.Ports{First: 1, Last: 1}, Mode: schema.ModeMTLS, Allow: nobody}}},
+		"serverNames": {Egress: []schema.Egress{{Listen: netip.MustParseAddrPort("127.0.0.1:1"), Upstream: schema.Upstream{Host: "b", Port: 1}, ServerNames: nobody}}},
+	} {
+		if _, err := render.Render(mesh, place); err == nil {
+			t.Errorf("%s: an empty list is rendered", name)
+		}
+	}
+}
+
+// TestNoIPv6 checks that nothing is bound that can't be.
+func TestNoIPv6(t *testing.T) {
+	without := place
+	without.NoIPv6 = true
+	state, err := render.Render(schema.Mesh{}, without)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text, err := render.JSON(state.Bootstrap); err != nil || bytes.Contains(text, []byte("::1")) {
+		t.Errorf("it binds to ::1, or %v", err)
+	}
+}
+
+// FuzzPipeline puts any text through all that stands between people and the kernel. Whatever is let through renders to the
+// rules that there always are, with elements that are ports and chains; so does, names taken out, its form as a file. nft
+// itself, which takes longer than all else, has a look at one in a hundred; TestAccepted shows it those of the corpus.
+func FuzzPipeline(f *testing.F) {
+	for _, g := range goldenCases(f) {
+		environ, file := g.inputs(f)
+		seed := map[string]string{}
+		for _, variable := range environ {
+			name, value, _ := strings.Cut(variable, "=")
+			seed[strings.TrimPrefix(strings.TrimPrefix(name, "EDG_"), "CONTRAST_")] = value
+		}
+		f.Add(seed["INGRESS_PROXY_CONFIG"], seed["EGRESS_PROXY_CONFIG"], seed["MANTLET_CONFIG_INLINE"], file)
+	}
+	var count atomic.Int64
+	f.Fuzz(func(t *testing.T, ingress, egress, inline string, file []byte) {
+		mesh, err := load([]string{
+			"EDG_INGRESS_PROXY_CONFIG=" + ingress, "EDG_EGRESS_PROXY_CONFIG=" + egress, "MANTLET_CONFIG_INLINE=" + inline, "MANTLET_CONFIG=" + configFile,
+		}, file)
+		if err != nil {
+			if control := strings.IndexFunc(err.Error(), func(r rune) bool { return r < ' ' && r != '\n' || r == 0x7f }); control >= 0 {
+				t.Errorf("a message has a control character: %q", err)
+			}
+			return
+		}
+		rules, bootstrap := rendered(t, mesh)
+		if err := wellFormed(rules, mesh); err != nil {
+			t.Errorf("%v:\n%s", err, rules)
+		}
+		form, err := json.Marshal(withNames(mesh, func() string { return "" }))
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := load(nil, form)
+		if err != nil {
+			t.Fatalf("its own form is not valid: %v\n%s", err, form)
+		}
+		rulesAgain, bootstrapAgain := rendered(t, again)
+		if !bytes.Equal(rules, rulesAgain) || !bytes.Equal(bootstrap, bootstrapAgain) {
+			t.Errorf("its own form, without names, renders to something else:\n%s", form)
+		}
+		const most = 500 // far below where nft 1.0.6 in a user namespace gets EMSGSIZE from the kernel
+		if len(mesh.Ingress) < most && count.Add(1)%100 == 1 {
+			if got, err := nft(t, rules); err != nil || got != string(rules) {
+				t.Errorf("nft: %v\n%s", err, got)
+			}
+		}
+	})
+}
+
+var (
+	elements = regexp.MustCompile(`\t\telements = \{ ([^}]*) \}\n`)
+	element  = regexp.MustCompile(`^\d+(-\d+)? : goto (mtls|tls|passthrough)_(in|out)$`)
+)
+
+// wellFormed checks that rules are those of a mesh with the same modes but for the elements of the maps.
+func wellFormed(rules []byte, mesh schema.Mesh) error {
+	like := schema.Mesh{OtherProtocols: mesh.OtherProtocols}
+	for i, in := range mesh.Ingress {
+		port := uint16(i + 1)
+		like.Ingress = append(like.Ingress, schema.Ingress{Ports: schema.Ports{First: port, Last: port}, Mode: in.Mode})
+	}
+	want := render.Rules(like, render.Generations{}).Text()
+	if string(elements.ReplaceAll(rules, nil)) != elements.ReplaceAllString(want, "") {
+		return errors.New("these are other rules")
+	}
+	for _, list := range elements.FindAllSubmatch(rules, -1) {
+		for _, e := range strings.Split(string(list[1]), ",") {
+			if !element.MatchString(strings.TrimSpace(e)) {
+				return fmt.Errorf("%q is no element", e)
+			}
+		}
+	}
+	return nil
+}
