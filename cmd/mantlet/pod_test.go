@@ -33,7 +33,7 @@ const web = "EDG_INGRESS_PROXY_CONFIG=web#8080#false##metrics#7890#true"
 // plaintext to its protected ports. Not one byte may reach a workload that listens on them, whatever the test does.
 type pod struct {
 	*lab.Host
-	t        *testing.T
+	t        testing.TB
 	network  *lab.Network
 	outside  *lab.Host
 	mesh     *lab.Authority
@@ -47,7 +47,7 @@ type pod struct {
 }
 
 // newPod makes a pod whose mantlet is not started yet, nor are there certificates.
-func newPod(t *testing.T, env ...string) *pod {
+func newPod(t testing.TB, env ...string) *pod {
 	t.Helper()
 	envoy := os.Getenv("MANTLET_ENVOY_PATH")
 	if envoy == "" {
@@ -74,7 +74,7 @@ func newPod(t *testing.T, env ...string) *pod {
 }
 
 // start runs a pod until it is ready, with workloads on the ports.
-func start(t *testing.T, env ...string) *pod {
+func start(t testing.TB, env ...string) *pod {
 	t.Helper()
 	p := newPod(t, env...)
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))

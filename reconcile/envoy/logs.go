@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+
+	"golang.org/x/time/rate"
 )
 
 // logFormat makes Envoy write its level, the component and the message. Line breaks come escaped, and so would tabs.
@@ -69,16 +71,55 @@ func (l *logs) lastError() string {
 	return l.last
 }
 
-// access relays the access log, which Envoy writes to standard output as JSON.
+// A burst of refusals is logged as it comes; a peer that goes on and on gets some lines a second.
+const (
+	refusalsPerSecond = 5
+	refusalsAtOnce    = 50
+)
+
+// access relays the access log, which Envoy writes to standard output as JSON. Refusals are limited: whoever is refused
+// must not be able to fill the log.
 func (l *logs) access(from io.Reader) {
+	limit := rate.NewLimiter(refusalsPerSecond, refusalsAtOnce)
+	left := 0
 	for line := range lines(from) {
 		var fields map[string]any
 		if json.Unmarshal([]byte(line), &fields) != nil {
 			l.to.Info("Envoy says", "text", line)
 			continue
 		}
-		l.to.Info("connection", "fields", fields)
+		detail, refused := fields["refused"].(string)
+		switch {
+		case !refused:
+			l.to.Info("connection", "fields", fields)
+		case limit.Allow():
+			l.to.Warn("connection refused", "peer", fields["peer"], "destination", fields["destination"],
+				"reason", inWords(detail), "detail", detail, "peer_dns_sans", fields["peer_dns_sans"], "peer_uri_sans", fields["peer_uri_sans"],
+				"left_out_before", left)
+			left = 0
+		default:
+			left++
+		}
 	}
+}
+
+// inWords says what Envoy's transport failure, made of BoringSSL's reasons, means here.
+func inWords(detail string) string {
+	for _, r := range []struct{ reason, words string }{
+		{"PEER_DID_NOT_RETURN_A_CERTIFICATE", "no client certificate"},
+		{"CERTIFICATE_VERIFY_FAILED", "the client certificate is not of the mesh CA, is expired, or has no SAN that is allowed"},
+		{"WRONG_VERSION_NUMBER", "no TLS: plaintext"},
+		{"HTTP_REQUEST", "no TLS: plaintext HTTP"},
+		{"HTTPS_PROXY_REQUEST", "no TLS: plaintext HTTP"},
+		{"UNSUPPORTED_PROTOCOL", "the client's TLS version is too old"},
+		{"NO_SHARED_CIPHER", "no cipher in common"},
+		{"NO_SHARED_GROUP", "no curve in common"},
+	} {
+		if strings.Contains(detail, r.reason) {
+			return r.words
+		}
+	}
+	return "the TLS handshake failed"
 }
 
 // lines yields lines until the stream ends. It goes on reading whatever comes: a full pipe would stop Envoy.

@@ -66,3 +66,19 @@ func TestAccessLog(t *testing.T) {
 		t.Error(diff)
 	}
 }
+
+func TestRefusals(t *testing.T) {
+	const refusal = `{"peer": "192.0.2.1:1", "destination": "192.0.2.2:9000", "refused": "TLS_error:|PEER_DID_NOT_RETURN_A_CERTIFICATE:TLS_error_end"}` + "\n"
+	got, _ := relayed(t, func(l *logs) { l.access(strings.NewReader(strings.Repeat(refusal, 10*refusalsAtOnce))) })
+	if len(got) < refusalsAtOnce || len(got) > 2*refusalsAtOnce {
+		t.Errorf("%d refusals gave %d lines; want about %d", 10*refusalsAtOnce, len(got), refusalsAtOnce)
+	}
+	want := map[string]any{
+		"level": "WARN", "msg": "connection refused", "peer": "192.0.2.1:1", "destination": "192.0.2.2:9000",
+		"reason": "no client certificate", "detail": "TLS_error:|PEER_DID_NOT_RETURN_A_CERTIFICATE:TLS_error_end",
+		"peer_dns_sans": nil, "peer_uri_sans": nil, "left_out_before": 0.0,
+	}
+	if diff := cmp.Diff(want, got[0]); diff != "" {
+		t.Error(diff)
+	}
+}

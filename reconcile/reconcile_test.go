@@ -1,0 +1,455 @@
+package reconcile
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"mantlet/render"
+	"mantlet/schema"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// world is all that a Daemon meets, faked. What the Daemon does goes into one list.
+type world struct {
+	*Daemon
+	end    context.CancelFunc
+	reload chan struct{}
+
+	mu        sync.Mutex
+	log       bytes.Buffer
+	did       []string
+	startErr  error
+	startTake time.Duration
+	rulesErr  error
+	found     error // what is not as it should be with the rules in the kernel
+	secretErr error
+	expiry    time.Time
+	latest    *process
+
+	changes chan string // of rules in the kernel
+}
+
+// process is a fake Envoy.
+type process struct {
+	exited chan struct{}
+	open   func(context.Context) (int, error)
+	check  func(context.Context) error
+}
+
+func (p *process) Check(ctx context.Context) error              { return p.check(ctx) }
+func (p *process) Connections(ctx context.Context) (int, error) { return p.open(ctx) }
+func (p *process) Exited() <-chan struct{}                      { return p.exited }
+func (p *process) Err() error                                   { return errors.New("signal: killed") }
+
+func (w *world) note(did string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.did = append(w.did, did)
+}
+
+// Write takes the log.
+func (w *world) Write(text []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.log.Write(text)
+}
+
+func (w *world) logged() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.log.String()
+}
+
+// done returns what was done since the last call.
+func (w *world) done() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	did := w.did
+	w.did = nil
+	return did
+}
+
+// set changes how the world behaves.
+func (w *world) set(change func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	change()
+}
+
+func (w *world) Replace(render.Ruleset) error {
+	w.note("rules")
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.rulesErr
+}
+
+func (w *world) Check() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.found
+}
+
+func (w *world) Watch(context.Context) <-chan string { return w.changes }
+
+func (w *world) Update(context.Context) (revoked bool, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return false, w.secretErr
+}
+
+func (w *world) Renew() error {
+	w.note("renew")
+	return nil
+}
+
+func (w *world) Expires() time.Time {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.expiry
+}
+
+func (w *world) Stop() { w.note("stop Envoy") }
+
+func (w *world) Start(ctx context.Context, _ render.State, _ schema.Envoy) (Process, error) {
+	w.note("start Envoy")
+	w.mu.Lock()
+	take, err := w.startTake, w.startErr
+	w.mu.Unlock()
+	select {
+	case <-time.After(take):
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	if err != nil {
+		return nil, err
+	}
+	w.latest = &process{
+		exited: make(chan struct{}),
+		check:  func(context.Context) error { return nil },
+		open:   func(context.Context) (int, error) { return 0, nil },
+	}
+	return w.latest, nil
+}
+
+// newWorld is one in which all goes well. Call it within a bubble of synctest. Nothing is in the TLS directory: a watched
+// directory would keep the bubble's clock from advancing.
+func newWorld(t *testing.T, environ ...string) *world {
+	t.Helper()
+	environ = append(environ, "MANTLET_TLS_DIRECTORY="+filepath.Join(t.TempDir(), "missing"))
+	env, err := schema.ParseEnvironment(environ)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &world{expiry: time.Now().Add(24 * time.Hour), changes: make(chan string)}
+	w.Daemon = &Daemon{
+		Environment: env,
+		Kernel:      w,
+		Secrets:     w,
+		Proxy:       w,
+		Log:         slog.New(slog.NewTextHandler(w, nil)),
+	}
+	return w
+}
+
+// run runs the daemon until the test ends.
+func (w *world) run(t *testing.T) (abort chan struct{}) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	w.end = cancel
+	abort = make(chan struct{})
+	w.reload = make(chan struct{})
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		w.Run(ctx, w.reload, abort)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-ended
+	})
+	synctest.Wait()
+	return abort
+}
+
+func (w *world) unready(t *testing.T) string {
+	t.Helper()
+	var reasons []string
+	for _, err := range w.Unready(t.Context()) {
+		reasons = append(reasons, err.Error())
+	}
+	return strings.Join(reasons, "; ")
+}
+
+func expect(t *testing.T, w *world, want ...string) {
+	t.Helper()
+	synctest.Wait()
+	if got := w.done(); !slices.Equal(got, want) {
+		t.Errorf("at %s the daemon did %q, want %q", time.Now().Format("15:04:05.000"), got, want)
+	}
+}
+
+func ready(t *testing.T, w *world, want string) {
+	t.Helper()
+	if got := w.unready(t); got != want && (want == "" || !strings.Contains(got, want)) {
+		t.Errorf("unready: %q, want %q", got, want)
+	}
+}
+
+// TestBringUp: Envoy comes before the rules that send connections to it, and nothing comes before certificates.
+func TestBringUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		expiry := w.expiry
+		w.expiry, w.secretErr = time.Time{}, errors.New("no key")
+		ready(t, w, "mantlet is starting")
+		w.run(t)
+		time.Sleep(time.Second)
+		expect(t, w)
+		ready(t, w, "waiting for certificates; nothing comes in until then: no key")
+		w.set(func() { w.secretErr, w.expiry, w.startTake = nil, expiry, time.Second })
+		time.Sleep(time.Second)
+		expect(t, w, "start Envoy")
+		ready(t, w, "mantlet is starting")
+		time.Sleep(time.Second)
+		expect(t, w, "rules")
+		ready(t, w, "")
+		time.Sleep(time.Minute)
+		expect(t, w)
+	})
+}
+
+// TestRetries: what fails is tried again, ever slower, and what is there already is not made again.
+func TestRetries(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.startErr = errors.New("no room")
+		w.run(t)
+		expect(t, w, "start Envoy")
+		time.Sleep(time.Millisecond)
+		expect(t, w, "start Envoy") // the first repetition comes at once
+		ready(t, w, "no room")
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		// Pauses double from 100 ms to 10 s, each between a half of that and the whole: from 6+6 to 7+10.
+		if n := len(w.done()); n < 12 || n > 17 {
+			t.Errorf("%d starts within a minute", n)
+		}
+		w.set(func() { w.startErr, w.rulesErr = nil, errors.New("no memory") })
+		time.Sleep(maxPause)
+		synctest.Wait()
+		if did := w.done(); len(did) < 2 || did[0] != "start Envoy" || slices.Contains(did[1:], "start Envoy") {
+			t.Errorf("the daemon did %q", did)
+		}
+		ready(t, w, "no memory")
+		w.set(func() { w.rulesErr = nil })
+		time.Sleep(maxPause)
+		expect(t, w, "rules")
+		ready(t, w, "")
+	})
+}
+
+// TestEnvoyEnds: it is started again at once, and the rules are not touched. If it ends again and again, ever slower.
+func TestEnvoyEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.run(t)
+		expect(t, w, "start Envoy", "rules")
+		w.set(func() { w.startTake = 100 * time.Millisecond })
+		close(w.latest.exited)
+		expect(t, w, "start Envoy")
+		ready(t, w, "Envoy is down: signal: killed")
+		time.Sleep(100 * time.Millisecond)
+		expect(t, w)
+		ready(t, w, "")
+		close(w.latest.exited)
+		expect(t, w)
+		time.Sleep(firstPause)
+		expect(t, w, "start Envoy")
+		time.Sleep(healthy + time.Second)
+		expect(t, w)
+		close(w.latest.exited)
+		expect(t, w, "start Envoy")
+		time.Sleep(time.Second)
+	})
+}
+
+// stillborn starts an Envoy that has ended by the time that anyone looks at it, then good ones.
+type stillborn struct {
+	*world
+	started bool
+}
+
+func (s *stillborn) Start(ctx context.Context, state render.State, settings schema.Envoy) (Process, error) {
+	p, err := s.world.Start(ctx, state, settings)
+	if !s.started {
+		s.started = true
+		close(s.latest.exited)
+	}
+	return p, err
+}
+
+// TestEnvoyEndsUnseen: that an Envoy ended before anyone looked at it makes no difference.
+func TestEnvoyEndsUnseen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.Proxy = &stillborn{world: w}
+		w.run(t)
+		expect(t, w, "start Envoy", "rules", "start Envoy")
+		ready(t, w, "")
+	})
+}
+
+func TestEnvoyDoesNotAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.run(t)
+		w.latest.check = func(ctx context.Context) error {
+			<-ctx.Done()
+			return fmt.Errorf("asking Envoy: %w", ctx.Err())
+		}
+		began := time.Now()
+		ready(t, w, "asking Envoy: context deadline exceeded")
+		if took := time.Since(began); took != checkLimit {
+			t.Errorf("it took %v to say so", took)
+		}
+	})
+}
+
+// TestBadCertificates: they are reported once, and don't make what works unready.
+func TestBadCertificates(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.expiry = time.Now().Add(10 * time.Minute)
+		w.run(t)
+		w.set(func() { w.secretErr = errors.New("another's key") })
+		time.Sleep(time.Minute)
+		ready(t, w, "")
+		if n := strings.Count(w.logged(), "another's key"); n != 1 {
+			t.Errorf("reported %d times", n)
+		}
+		w.set(func() { w.secretErr = nil })
+		time.Sleep(time.Minute)
+		w.set(func() { w.secretErr = errors.New("another's key") })
+		time.Sleep(10 * time.Minute)
+		ready(t, w, "the certificates expired at ")
+		if n := strings.Count(w.logged(), "another's key"); n != 2 {
+			t.Errorf("reported %d times", n)
+		}
+		expect(t, w, "start Envoy", "rules")
+	})
+}
+
+// TestRepair: rules that somebody changed are put back, and nothing is done where they are as they should be.
+func TestRepair(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.run(t)
+		expect(t, w, "start Envoy", "rules")
+		w.changes <- "mantlet"
+		expect(t, w)
+		w.set(func() { w.found = errors.New("a rule is missing") })
+		ready(t, w, "a rule is missing")
+		w.changes <- "nft"
+		expect(t, w, "rules")
+		if log := w.logged(); !strings.Contains(log, "by=nft") || !strings.Contains(log, "a rule is missing") {
+			t.Errorf("the log:\n%s", log)
+		}
+		time.Sleep(resync)
+		expect(t, w, "rules") // also without an event
+		w.set(func() { w.found = nil })
+		time.Sleep(resync)
+		expect(t, w)
+		ready(t, w, "")
+	})
+}
+
+func TestStop(t *testing.T) {
+	wedged := func(ctx context.Context) (int, error) {
+		<-ctx.Done()
+		return 0, ctx.Err()
+	}
+	for name, c := range map[string]struct {
+		open  func(context.Context) (int, error) // instead of one connection that does not end
+		abort time.Duration                      // after which a second signal comes
+		took  time.Duration
+	}{
+		"no connection":              {func(context.Context) (int, error) { return 0, nil }, 0, 0},
+		"Envoy is gone":              {func(context.Context) (int, error) { return 0, errors.New("gone") }, 0, 0},
+		"the drain time is over":     {nil, 0, 10 * time.Second},
+		"second signal":              {nil, 3 * time.Second, 3 * time.Second},
+		"wedged, drain time is over": {wedged, 0, 10 * time.Second},
+		"wedged, second signal":      {wedged, 3 * time.Second, 3 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				abort := w.run(t)
+				expect(t, w, "start Envoy", "rules")
+				w.latest.open = func(context.Context) (int, error) { return 1, nil }
+				if c.open != nil {
+					w.latest.open = c.open
+				}
+				began := time.Now()
+				if c.abort > 0 {
+					time.AfterFunc(c.abort, func() { close(abort) })
+				}
+				w.end()
+				synctest.Wait()
+				ready(t, w, "mantlet is stopping")
+				for len(w.done()) == 0 {
+					time.Sleep(drainPoll)
+					synctest.Wait()
+				}
+				if took := time.Since(began); took < c.took || took > c.took+2*drainPoll {
+					t.Errorf("Envoy was stopped after %v, want %v", took, c.took)
+				}
+			})
+		})
+	}
+}
+
+// TestStopWhileStarting: an Envoy that is starting is given up.
+func TestStopWhileStarting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.startTake = time.Hour
+		w.run(t)
+		began := time.Now()
+		w.end()
+		expect(t, w, "start Envoy", "stop Envoy")
+		ready(t, w, "mantlet is stopping")
+		if took := time.Since(began); took > 0 {
+			t.Errorf("it took %v", took)
+		}
+	})
+}
+
+func TestBackoff(t *testing.T) {
+	var b backoff
+	now := time.Now()
+	for i, most := range []time.Duration{
+		0, firstPause, 2 * firstPause, 4 * firstPause, 8 * firstPause, 16 * firstPause, 32 * firstPause, 64 * firstPause, maxPause, maxPause,
+	} {
+		got := b.next(now)
+		if got < most/2 || got > most {
+			t.Errorf("pause %d is %v, want from %v to %v", i, got, most/2, most)
+		}
+		now = now.Add(got)
+	}
+	if got := b.next(now.Add(healthy + 1)); got != 0 {
+		t.Errorf("after it went well the pause is %v", got)
+	}
+}
