@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -114,8 +113,15 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 	tickets, look := time.NewTicker(ticketLife), time.NewTicker(resync)
 	defer tickets.Stop()
 	defer look.Stop()
-	var again <-chan time.Time
+	var first sync.WaitGroup // each takes as long as a tenth of Envoy's own start
+	first.Go(d.readConfig)
+	first.Go(func() { d.readCertificates(ctx) })
+	first.Wait()
 	for {
+		var again <-chan time.Time
+		if wait := d.converge(ctx); wait > 0 {
+			again = time.After(wait)
+		}
 		select {
 		case <-ctx.Done():
 			d.stop(abort)
@@ -139,17 +145,13 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 			d.ended()
 		case <-again:
 		}
-		again = nil
-		if wait := d.converge(ctx); wait > 0 {
-			again = time.After(wait)
-		}
 	}
 }
 
 // converge takes what steps it takes from what is in force to what is wanted, and returns how long to wait until it is to
 // be called again, if at all.
 func (d *Daemon) converge(ctx context.Context) time.Duration {
-	if d.want == nil || d.expires.IsZero() {
+	if ctx.Err() != nil || d.want == nil || d.expires.IsZero() {
 		return 0
 	}
 	if wait := d.hold(time.Now()); wait > 0 {
@@ -167,8 +169,9 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 		err = errors.Join(err, d.fallBack(ctx))
 	}
 	d.locked(func() { d.down = err })
-	d.notBefore = time.Now().Add(d.pause.next(time.Now()))
-	wait := max(time.Until(d.notBefore), time.Millisecond)
+	now := time.Now()
+	wait := max(d.pause.next(now), time.Millisecond) // at once, but not before other inputs had their turn
+	d.notBefore = now.Add(wait)
 	d.Log.Error("the desired state is not in force", "error", err, "retry_in", wait.String(), "last_good_goes_on", d.have != nil)
 	return wait
 }
@@ -266,44 +269,6 @@ func (d *Daemon) repair(who string) {
 		return
 	}
 	d.Log.Warn("rules were changed from outside and are put back", "by", who, "found", found)
-}
-
-// watchConfig watches the directory of the override file. Without a file, one note starts everything.
-func (d *Daemon) watchConfig(ctx context.Context) <-chan struct{} {
-	if process := d.Environment.Process; process.ConfigFile != "" && process.Overrides != schema.OverridesNone {
-		return watch(ctx, filepath.Dir(process.ConfigFile), d.Log)
-	}
-	once := make(chan struct{}, 1)
-	notify(once)
-	return once
-}
-
-// readConfig takes a configuration that is good. Of a bad one it says what is wrong, and the last good one stays.
-func (d *Daemon) readConfig() {
-	config, err := d.Environment.Load()
-	var state render.State
-	if err == nil {
-		state, err = render.Render(config.Mesh, d.Place)
-	}
-	if err != nil {
-		what := "the override file is not good; the last good state goes on"
-		if d.want == nil {
-			what = "waiting for a good override file; nothing comes in until then"
-		}
-		d.complain(&d.badConfig, what, err)
-		return
-	}
-	d.locked(func() { d.badConfig = nil })
-	if d.want != nil && d.want.state.Digest == state.Digest && d.want.state.Ruleset.Text() == state.Ruleset.Text() {
-		return
-	}
-	if d.want != nil {
-		for _, step := range Compare(d.want.mesh, config.Mesh) {
-			d.Log.Info("configuration changed", "step", step.What, "needs", step.Need)
-		}
-	}
-	d.pause, d.notBefore = backoff{}, time.Time{} // what failed was another state
-	d.locked(func() { d.want = &desired{mesh: config.Mesh, state: state} })
 }
 
 // readCertificates passes on a new generation of certificates. A bad one is reported, and the last good one stays.
@@ -408,14 +373,20 @@ func (d *Daemon) Unready(ctx context.Context) []error {
 	if !expires.IsZero() && time.Now().After(expires) {
 		reasons = append(reasons, fmt.Errorf("the certificates expired at %s", expires.Format(time.RFC3339)))
 	}
+	var checks sync.WaitGroup
+	var envoy, rules error
 	if process != nil {
-		ctx, cancel := context.WithTimeout(ctx, checkLimit)
-		defer cancel()
-		reasons = append(reasons, process.Check(ctx))
+		checks.Go(func() {
+			ctx, cancel := context.WithTimeout(ctx, checkLimit)
+			defer cancel()
+			envoy = process.Check(ctx)
+		})
 	}
 	if have != nil {
-		reasons = append(reasons, d.Kernel.Check())
+		checks.Go(func() { rules = d.Kernel.Check() })
 	}
+	checks.Wait()
+	reasons = append(reasons, envoy, rules)
 	reasons = slices.DeleteFunc(reasons, func(err error) bool { return err == nil })
 	if len(reasons) == 0 && have == nil {
 		reasons = append(reasons, errors.New("mantlet is starting"))

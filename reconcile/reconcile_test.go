@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -451,5 +452,53 @@ func TestBackoff(t *testing.T) {
 	}
 	if got := b.next(now.Add(healthy + 1)); got != 0 {
 		t.Errorf("after it went well the pause is %v", got)
+	}
+}
+
+// TestLastGood: a mantlet that starts beside a bad override file goes on with the last good one, unless the environment
+// is another.
+func TestLastGood(t *testing.T) {
+	directory := t.TempDir()
+	file := filepath.Join(directory, "override.yaml")
+	daemon := func(environ ...string) *Daemon {
+		env, err := schema.ParseEnvironment(append(environ, "MANTLET_CONFIG="+file, "MANTLET_RUNTIME_DIRECTORY="+directory))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &Daemon{Environment: env, Place: render.Place{RuntimeDirectory: directory}, Log: slog.New(slog.DiscardHandler)}
+	}
+	write := func(text string) {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("ingress: [{port: 8080, mode: tls}]")
+	first := daemon()
+	first.readConfig()
+	if first.want == nil || first.badConfig != nil {
+		t.Fatalf("a good file is not taken: %v", first.badConfig)
+	}
+	write("ingress: [{port: 8080, mode: tsl}]")
+	first.readConfig()
+	if first.badConfig == nil || first.want.mesh.Ingress[0].Mode != schema.ModeTLS {
+		t.Errorf("after a bad file: %v, %v", first.badConfig, first.want.mesh.Ingress)
+	}
+	second := daemon()
+	second.readConfig()
+	if second.want == nil || second.want.state.Digest != first.want.state.Digest || second.badConfig == nil {
+		t.Errorf("beside a bad file the last good one is not taken, or the bad one is not told: %v", second.badConfig)
+	}
+	other := daemon("MANTLET_TLS_MIN_VERSION=1.3")
+	other.readConfig()
+	if other.want != nil {
+		t.Error("a file that was merged with another environment is taken")
+	}
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	third := daemon()
+	third.readConfig()
+	if third.want == nil || third.want.mesh.Ingress[0].Mode != schema.ModeTLS {
+		t.Error("beside a missing file the last good one is not taken")
 	}
 }

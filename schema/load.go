@@ -3,6 +3,7 @@ package schema
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -26,14 +27,34 @@ type Config struct {
 // Load reads the override file, where the environment names one and lets it say anything, and merges it over the
 // environment. The error holds every problem, see Problems; see IsMissing for a file that is not there.
 func (e *Environment) Load() (Config, error) {
-	if e.Process.ConfigFile == "" || e.Process.Overrides == OverridesNone || e.bad != nil {
+	if !e.ReadsFile() || e.bad != nil {
 		return e.base, e.bad
 	}
-	content, err := readFile(e.Process.ConfigFile)
+	content, err := e.Read()
 	if err != nil {
 		return Config{}, err
 	}
 	return e.Merge(content)
+}
+
+// ReadsFile reports whether there is an override file to be read.
+func (e *Environment) ReadsFile() bool {
+	return e.Process.ConfigFile != "" && e.Process.Overrides != OverridesNone
+}
+
+// Read returns the content of the override file.
+func (e *Environment) Read() ([]byte, error) { return readFile(e.Process.ConfigFile) }
+
+// Digest tells environments apart that could make different meshes of one file.
+func (e *Environment) Digest() (string, error) {
+	text, err := json.Marshal(map[string]any{
+		"mesh": e.base.Mesh, "file": e.Process.ConfigFile, "digest": e.Process.ConfigDigest, "overrides": e.Process.Overrides,
+	})
+	if err != nil {
+		return "", fmt.Errorf("marshalling the environment: %w", err)
+	}
+	sum := sha256.Sum256(text)
+	return hex.EncodeToString(sum[:]), nil
 }
 
 // Merge is Load for a content of the file that is there already.
