@@ -6,7 +6,8 @@ import (
 	"strconv"
 )
 
-// MarshalJSON returns the mesh in the form of the override file. Given as such a file, it makes the same mesh again.
+// MarshalJSON returns the mesh in the form of the override file. Given as such a file, it makes the same mesh again, unless
+// a name holds what YAML does not: control characters, or bytes that are no UTF-8.
 func (m Mesh) MarshalJSON() ([]byte, error) {
 	f := fileForm{
 		TLS: &tlsForm{MinVersion: m.TLS.MinVersion},
