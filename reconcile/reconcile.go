@@ -76,6 +76,7 @@ type Daemon struct {
 	expires  time.Time // what Envoy has of certificates; zero where it has none
 	process  Process   // the one that serves; nil where none does
 	serves   string    // the digest of the state that it was started with
+	handover bool      // to another Envoy: meanwhile the one that serves does not answer
 	stopping bool
 
 	revoked   bool      // a mesh CA was taken away, and the rules do not end its connections yet
@@ -236,7 +237,9 @@ func (d *Daemon) start(ctx context.Context, want *desired) error {
 	state := want.state
 	state.Bootstrap = proto.CloneOf(state.Bootstrap)
 	render.WaitFor(state.Bootstrap, resolve(ctx, want.mesh.Egress))
+	d.locked(func() { d.handover = true })
 	process, err := d.Proxy.Start(ctx, state, want.mesh.Envoy)
+	d.locked(func() { d.handover = false })
 	if err != nil {
 		return err
 	}
@@ -308,7 +311,7 @@ func (d *Daemon) stop(abort <-chan struct{}) {
 		d.drain(d.process, abort)
 	}
 	d.Proxy.Stop()
-	d.Log.Info("mantlet ends; the rules stay and nothing comes in")
+	d.Log.Info("mantlet ends; the rules stay and nothing more comes in through Envoy")
 }
 
 // drainPoll is how often the open connections are counted while they end.
@@ -358,7 +361,7 @@ const checkLimit = 2 * time.Second
 // that is not good does not count while a good one is in force.
 func (d *Daemon) Unready(ctx context.Context) []error {
 	d.mu.Lock()
-	expires, process, have := d.expires, d.process, d.have
+	expires, process, have, handover := d.expires, d.process, d.have, d.handover
 	var reasons []error
 	if have == nil {
 		reasons = append(reasons, d.badConfig, d.badCertificates)
@@ -386,12 +389,27 @@ func (d *Daemon) Unready(ctx context.Context) []error {
 		checks.Go(func() { rules = d.Kernel.Check() })
 	}
 	checks.Wait()
+	d.locked(func() {
+		// An Envoy that is being relieved serves, and does not answer any more.
+		if handover || d.handover || d.process != nil && d.process != process {
+			envoy = nil
+		}
+	})
 	reasons = append(reasons, envoy, rules)
 	reasons = slices.DeleteFunc(reasons, func(err error) bool { return err == nil })
 	if len(reasons) == 0 && have == nil {
 		reasons = append(reasons, errors.New("mantlet is starting"))
 	}
 	return reasons
+}
+
+// Notes returns what is not as it should be although it does not make the sidecar unready: an input that is not good while
+// the last good one is in force, or a state that could not be put in force while the one before it serves.
+func (d *Daemon) Notes() []error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	notes := []error{d.badConfig, d.badCertificates, d.down}
+	return slices.DeleteFunc(notes, func(err error) bool { return err == nil })
 }
 
 func (d *Daemon) locked(change func()) {

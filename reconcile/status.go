@@ -30,8 +30,8 @@ func (d *Daemon) Serve(ctx context.Context) error {
 		return fmt.Errorf("closing the status socket to others: %w", err)
 	}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { answer(w, nil) })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) { answer(w, d.Unready(r.Context())) })
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { answer(w, nil, nil) })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) { answer(w, d.Unready(r.Context()), d.Notes()) })
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer stop()
@@ -41,10 +41,14 @@ func (d *Daemon) Serve(ctx context.Context) error {
 	return nil
 }
 
-// answer writes what Kubernetes' own components answer at these paths: ok, or the reasons, one a line.
-func answer(w http.ResponseWriter, reasons []error) {
+// answer writes what Kubernetes' own components answer at these paths: ok, or the reasons, one a line. What is worth a
+// look although it is ok follows it.
+func answer(w http.ResponseWriter, reasons, notes []error) {
 	if len(reasons) == 0 {
 		_, _ = fmt.Fprintln(w, "ok")
+		for _, note := range notes {
+			_, _ = fmt.Fprintln(w, note)
+		}
 		return
 	}
 	w.WriteHeader(http.StatusServiceUnavailable)

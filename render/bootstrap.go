@@ -14,6 +14,7 @@ import (
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	overloadv3 "github.com/envoyproxy/go-control-plane/envoy/config/overload/v3"
 	connectionsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/resource_monitors/downstream_connections/v3"
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -50,8 +51,7 @@ func Admin(runtimeDirectory string, epoch int) *bootstrapv3.Admin {
 }
 
 func bootstrap(mesh schema.Mesh, place Place) (*bootstrapv3.Bootstrap, error) {
-	r := renderer{mesh: mesh, place: place}
-	r.log = r.accessLog()
+	r := newRenderer(mesh, place)
 	b := &bootstrapv3.Bootstrap{
 		Node:  &corev3.Node{Id: node, Cluster: node},
 		Admin: Admin(place.RuntimeDirectory, 0),
@@ -85,8 +85,20 @@ func bootstrap(mesh schema.Mesh, place Place) (*bootstrapv3.Bootstrap, error) {
 type renderer struct {
 	mesh  schema.Mesh
 	place Place
-	log   []*accesslogv3.AccessLog
 	err   error
+
+	// What is the same for all entries is made once. It ends up packed, so that no two of them share a message.
+	log              []*accesslogv3.AccessLog
+	parameters       *tlsv3.TlsParameters
+	identity, meshCA *tlsv3.SdsSecretConfig
+}
+
+func newRenderer(mesh schema.Mesh, place Place) *renderer {
+	r := &renderer{mesh: mesh, place: place}
+	r.log = r.accessLog()
+	r.parameters = tlsParameters(mesh.TLS.MinVersion)
+	r.identity, r.meshCA = r.secret(IdentitySecret), r.secret(MeshCASecret)
+	return r
 }
 
 // pack wraps an extension's configuration: the same bytes every time, which anypb.New does not promise of maps.

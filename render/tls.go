@@ -79,7 +79,7 @@ func (r *renderer) trust(c *tlsv3.CommonTlsContext, sans []*tlsv3.SubjectAltName
 	c.ValidationContextType = &tlsv3.CommonTlsContext_CombinedValidationContext{
 		CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
 			DefaultValidationContext:         &tlsv3.CertificateValidationContext{MatchTypedSubjectAltNames: sans},
-			ValidationContextSdsSecretConfig: r.secret(MeshCASecret),
+			ValidationContextSdsSecretConfig: r.meshCA,
 		},
 	}
 }
@@ -115,18 +115,22 @@ func exact(name string) *matcherv3.StringMatcher {
 }
 
 func (r *renderer) common() *tlsv3.CommonTlsContext {
+	return &tlsv3.CommonTlsContext{
+		TlsParams:                      r.parameters,
+		TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{r.identity},
+	}
+}
+
+func tlsParameters(minimum schema.TLSVersion) *tlsv3.TlsParameters {
 	least := tlsv3.TlsParameters_TLSv1_2
-	if r.mesh.TLS.MinVersion == schema.TLS13 {
+	if minimum == schema.TLS13 {
 		least = tlsv3.TlsParameters_TLSv1_3
 	}
-	return &tlsv3.CommonTlsContext{
-		TlsParams: &tlsv3.TlsParameters{
-			TlsMinimumProtocolVersion: least,
-			TlsMaximumProtocolVersion: tlsv3.TlsParameters_TLSv1_3, // Envoy's clients stop at 1.2 by default
-			// Post-quantum first. Certificates are P-384: without it in a client's list, TLS 1.2 can't use them at all.
-			EcdhCurves: []string{"X25519MLKEM768", "X25519", "P-256", "P-384"},
-		},
-		TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{r.secret(IdentitySecret)},
+	return &tlsv3.TlsParameters{
+		TlsMinimumProtocolVersion: least,
+		TlsMaximumProtocolVersion: tlsv3.TlsParameters_TLSv1_3, // Envoy's clients stop at 1.2 by default
+		// Post-quantum first. Certificates are P-384: without it in a client's list, TLS 1.2 can't use them at all.
+		EcdhCurves: []string{"X25519MLKEM768", "X25519", "P-256", "P-384"},
 	}
 }
 

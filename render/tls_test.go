@@ -23,7 +23,7 @@ func TestLastLook(t *testing.T) {
 		},
 		"a context that is not the mesh CA's": func(c *tlsv3.DownstreamTlsContext) { c.CommonTlsContext.ValidationContextType = withoutAnchor },
 	} {
-		r := renderer{}
+		r := newRenderer(schema.Mesh{}, Place{})
 		socket := r.downstreamTLS(schema.ModeMTLS, nil)
 		if r.err != nil {
 			t.Fatal(r.err)

@@ -313,6 +313,15 @@ func environmentProblems() map[string]environmentProblem {
 				` entry 2: egress[[::1]:1].upstream: "[::1]:1": is the entry's own listen address: connections would go round in a circle`,
 			},
 		},
+		"a circle of several": {
+			[]string{egress + "a#127.0.0.1:1#127.0.0.2:2##b#127.0.0.2:2#127.0.0.1:1##c#127.0.0.1:3#LocalHost.:3##d#127.0.0.1:4#127.0.0.1:15006##e#127.0.0.1:5#127.0.0.1:6"},
+			[]string{
+				` entry 1: egress[127.0.0.1:1].upstream: "127.0.0.2:2": is the listen address of egress[127.0.0.2:2]: connections would go round in a circle`,
+				` entry 2: egress[127.0.0.2:2].upstream: "127.0.0.1:1": is the listen address of egress[127.0.0.1:1]: connections would go round in a circle`,
+				` entry 3: egress[127.0.0.1:3].upstream: "LocalHost.:3": is the listen address of egress[127.0.0.1:3]: connections would go round in a circle`,
+				` entry 4: egress[127.0.0.1:4].upstream: "127.0.0.1:15006": is mantlet's own listener: connections would go round in a circle`,
+			},
+		},
 		"spellings differ": {
 			[]string{"CONTRAST_INGRESS_PROXY_CONFIG=a#80#true", ingress + "a#80#false", "CONTRAST_EGRESS_PROXY_CONFIG=##", egress + "a#127.0.0.1:80#x:1"},
 			[]string{

@@ -262,17 +262,43 @@ func (c Config) egress(r *report) []Egress {
 		case e.wrong:
 		case text == "":
 			r.add(e.origin, "egress["+e.key+"].upstream", "", "is missing: a new entry needs it")
-		case text == e.key:
-			r.add(e.fields["upstream"].origin, "egress["+e.key+"].upstream", text,
-				"is the entry's own listen address: connections would go round in a circle")
 		default:
 			host, port, _ := cutPort(text)
 			out.Upstream = Upstream{Host: host, Port: uint16(number(port))}
+			if to := loop(out, all); to != "" {
+				r.add(e.fields["upstream"].origin, "egress["+e.key+"].upstream", text,
+					fmt.Sprintf("is %s: connections would go round in a circle", to))
+			}
 		}
 		list = append(list, out)
 	}
 	slices.SortFunc(list, func(a, b Egress) int { return a.Listen.Compare(b.Listen) })
 	return list
+}
+
+// loop returns which of Envoy's own listeners an upstream is, if it is one. By a name of loopback it may be.
+func loop(from Egress, listeners entries) string {
+	u := from.Upstream
+	addr, isAddress := u.Addr()
+	host := strings.ToLower(strings.TrimSuffix(u.Host, "."))
+	isLoopback := isAddress && addr.IsLoopback() || host == "localhost" || strings.HasSuffix(host, ".localhost")
+	if isLoopback && (u.Port == IngressMTLSPort || u.Port == IngressTLSPort) {
+		return "mantlet's own listener"
+	}
+	for key, e := range listeners {
+		listen, err := netip.ParseAddrPort(key)
+		if err != nil || e.removed() || listen.Port() != u.Port {
+			continue
+		}
+		switch {
+		case listen.Addr() != addr && (isAddress || !isLoopback):
+		case listen == from.Listen && isAddress:
+			return "the entry's own listen address"
+		default:
+			return "the listen address of egress[" + key + "]"
+		}
+	}
+	return ""
 }
 
 func sorted(list []string) []string {

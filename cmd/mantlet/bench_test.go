@@ -35,6 +35,9 @@ func BenchmarkStart(b *testing.B) {
 	check(b, err)
 	p := newPod(b, web, "EDG_EGRESS_PROXY_CONFIG=billing#127.137.0.1:8081#192.0.2.1:8080##cart#127.137.0.2:8081#[2001:db8::1]:8080")
 	p.sidecar.Binary = binary
+	p.sidecar.RuntimeDirectory, err = os.MkdirTemp("/dev/shm", "run") // memory-backed, as in a pod
+	p.must(err)
+	b.Cleanup(func() { p.check(os.RemoveAll(p.sidecar.RuntimeDirectory)) })
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	saved := filepath.Join(b.TempDir(), "bootstrap.json")
 	admin := filepath.Join(p.sidecar.RuntimeDirectory, "admin-0.sock")

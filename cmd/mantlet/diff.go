@@ -54,7 +54,10 @@ func compare(against string) ([]reconcile.Step, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the current configuration: %w", incomparable(err))
 	}
-	_, to, err := load(append(os.Environ(), "MANTLET_CONFIG="+path))
+	env, to, err := load(append(os.Environ(), "MANTLET_CONFIG="+path))
+	if err == nil {
+		err = unread(env)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("the configuration with %s: %w", against, incomparable(err))
 	}

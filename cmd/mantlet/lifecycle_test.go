@@ -2,12 +2,15 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -213,54 +216,42 @@ func (p *pod) processes() (pids []string) {
 	return pids
 }
 
+// TestSIGTERM: mantlet is unready at once and goes on serving, until no connection is left or the drain time is over.
+// Nothing is left behind but the rules.
 func TestSIGTERM(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
-		drain string
-		end   func(p *pod, long net.Conn)
-		least time.Duration
-		most  time.Duration
+		drain       string
+		end         func(p *pod, long net.Conn) // nil: no connection is open
+		least, most time.Duration
 	}{
-		"no connection": {"60s", func(_ *pod, long net.Conn) { _ = long.Close() }, 0, 5 * time.Second},
+		"no connection": {"60s", nil, 0, 5 * time.Second},
 		"connection ends": {"60s", func(p *pod, long net.Conn) {
-			p.logged("waiting for connections to end")
-			p.unready("mantlet is stopping")
+			p.besieged() // strangers hold up nothing
 			p.must(echo(long))
-			p.besieged()
-			p.must(echo(long))
-			_ = long.Close()
+			p.must(long.Close())
 		}, 0, 10 * time.Second},
-		"drain time is over": {"2s", func(p *pod, long net.Conn) {
-			p.logged("waiting for connections to end")
-			p.must(echo(long))
-			p.check(cut(long))
-		}, 2 * time.Second, 10 * time.Second},
+		"drain time is over": {"2s", func(p *pod, long net.Conn) { p.check(cut(long)) }, 2 * time.Second, 10 * time.Second},
 		"second SIGTERM": {"60s", func(p *pod, long net.Conn) {
-			p.logged("waiting for connections to end")
-			p.must(echo(long))
 			p.must(p.sidecar.Signal(syscall.SIGTERM))
 			p.check(cut(long))
 		}, 0, 10 * time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			p := newPod(t, web, "MANTLET_ENVOY_DRAIN_TIME="+c.drain)
-			p.must(p.identity.Write(p.sidecar.TLSDirectory))
-			p.run()
-			p.protect(mtlsPort)
-			p.ready()
-			long, err := p.handshake(netip.AddrPortFrom(p.IPv6, mtlsPort), p.client.ClientConfig("pod"))
-			p.must(err)
-			p.must(echo(long))
-			if name == "no connection" {
-				c.end(p, long)
-			} else {
-				p.besiege()
-				p.besieged()
+			p := start(t, web, "MANTLET_ENVOY_DRAIN_TIME="+c.drain)
+			var long net.Conn
+			if c.end != nil {
+				conn, err := p.handshake(netip.AddrPortFrom(p.IPv6, mtlsPort), p.client.ClientConfig("pod"))
+				p.must(err)
+				p.must(echo(conn))
+				long = conn
 			}
 			began := time.Now()
 			p.must(p.sidecar.Signal(syscall.SIGTERM))
-			if name != "no connection" {
+			if c.end != nil {
+				p.unready("mantlet is stopping")
+				p.must(echo(long))
 				c.end(p, long)
 			}
 			if err := p.sidecar.Wait(); err != nil {
@@ -270,11 +261,53 @@ func TestSIGTERM(t *testing.T) {
 				t.Errorf("it took %v, want from %v to %v", took, c.least, c.most)
 			}
 			p.leavesNothing()
-			if p.prober == nil {
-				p.besiege()
-			}
 			p.besieged()
+			for line := range strings.Lines(p.log.String()) {
+				var fields struct{ Time, Level, Msg string }
+				if err := json.Unmarshal([]byte(line), &fields); err != nil || fields.Time == "" || fields.Level == "" || fields.Msg == "" {
+					t.Errorf("a line of the log is not JSON with time, level and msg: %v: %s", err, line)
+				}
+			}
 		})
+	}
+}
+
+// TestEnvoyHangs: an Envoy that does nothing any more makes the pod unready, and lets nothing in either.
+func TestEnvoyHangs(t *testing.T) {
+	t.Parallel()
+	p := start(t, web)
+	envoy := p.envoy()
+	p.must(syscall.Kill(envoy, syscall.SIGSTOP))
+	p.unready("/server_info")
+	if code, said := p.probe("ready"); code != 1 || !strings.Contains(said, "/server_info") {
+		t.Errorf("probe ready: exit code %d: %s", code, said)
+	}
+	p.besieged()
+	p.must(syscall.Kill(envoy, syscall.SIGCONT))
+	p.ready()
+	p.must(p.exchange(netip.AddrPortFrom(p.IPv4, mtlsPort), p.client.ClientConfig("pod")))
+	if got := p.envoy(); got != envoy {
+		t.Errorf("Envoy was %d and is %d", envoy, got)
+	}
+}
+
+// TestLogIsForItsReader: text for a terminal, JSON for all else.
+func TestLogIsForItsReader(t *testing.T) {
+	t.Parallel()
+	terminal, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer terminal.Close()
+	file, err := os.Create(filepath.Join(t.TempDir(), "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	for to, want := range map[*os.File]any{terminal: &slog.TextHandler{}, file: &slog.JSONHandler{}} {
+		if got := newLogger(to, slog.LevelInfo).Handler(); reflect.TypeOf(got) != reflect.TypeOf(want) {
+			t.Errorf("%s gets %T, want %T", to.Name(), got, want)
+		}
 	}
 }
 

@@ -22,6 +22,7 @@ type checked struct {
 type subject struct {
 	name    string // of the object in a manifest, "" for an environment
 	environ []string
+	named   bool                             // the override file is, by a flag
 	file    func(path string) ([]byte, bool) // looks the override file up in a manifest; nil: it is where it is said to be
 }
 
@@ -145,6 +146,7 @@ func (c checked) subjects() ([]subject, error) {
 	}
 	file, err := filepath.Abs(c.file)
 	for i := range all {
+		all[i].named = true
 		all[i].environ = append(all[i].environ, "MANTLET_CONFIG="+file)
 		all[i].file = nil
 	}
@@ -155,7 +157,10 @@ func (c checked) subjects() ([]subject, error) {
 // environment says is checked, and there is a warning.
 func (s subject) load() (schema.Config, []schema.Problem, error) {
 	if s.file == nil {
-		_, config, err := load(s.environ)
+		env, config, err := load(s.environ)
+		if err == nil && s.named {
+			err = unread(env)
+		}
 		return config, config.Warnings(), err
 	}
 	env, err := schema.ParseEnvironment(s.environ)
@@ -177,6 +182,14 @@ func (s subject) load() (schema.Config, []schema.Problem, error) {
 		}
 	}
 	return config, config.Warnings(), nil
+}
+
+// unread is the error about an override file that was named by a flag, and that the environment does not let mantlet read.
+func unread(env *schema.Environment) error {
+	if env.ReadsFile() {
+		return nil
+	}
+	return fmt.Errorf("MANTLET_OVERRIDES=%s: the override file would not be read", env.Process.Overrides)
 }
 
 // readEnvFile reads lines NAME=VALUE, as `docker run --env-file` does: empty lines and those that start with # are left
