@@ -6,6 +6,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"unicode"
 
 	"mantlet/schema"
 )
@@ -107,7 +108,7 @@ func compareEgress(from, to []schema.Egress, add adder) {
 
 // title is what an entry is called to people: its name where that is fit to print, else its address.
 func title(e schema.Egress) string {
-	if e.Name == "" || strings.ContainsFunc(e.Name, func(r rune) bool { return r < ' ' || r == 0x7f }) || len(e.Name) > 64 {
+	if e.Name == "" || strings.ContainsFunc(e.Name, func(r rune) bool { return !unicode.IsPrint(r) }) || len(e.Name) > 64 {
 		return e.Listen.String()
 	}
 	return e.Name

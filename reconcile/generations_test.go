@@ -1,0 +1,51 @@
+package reconcile
+
+import (
+	"slices"
+	"testing"
+
+	"pgregory.net/rapid"
+
+	"mantlet/render"
+	"mantlet/schema"
+)
+
+// TestAdvance: over any changes, a port gets another generation when it is tightened, and keeps its own otherwise.
+func TestAdvance(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		mesh := rapid.Custom(func(t *rapid.T) schema.Mesh {
+			m := schema.Mesh{TLS: schema.TLS{MinVersion: rapid.SampledFrom([]schema.TLSVersion{schema.TLS12, schema.TLS12, schema.TLS12, schema.TLS13}).Draw(t, "least")}}
+			for first := uint16(1); first < 60; {
+				last := first + rapid.Uint16Range(0, 5).Draw(t, "more")
+				in := schema.Ingress{
+					Ports: schema.Ports{First: first, Last: last},
+					Mode:  rapid.SampledFrom([]schema.Mode{schema.ModeMTLS, schema.ModeTLS, schema.ModePassthrough}).Draw(t, "mode"),
+				}
+				if in.Mode == schema.ModeMTLS {
+					in.Allow = rapid.SampledFrom([][]string{nil, {"a"}, {"b"}, {"a", "b"}}).Draw(t, "allow")
+				}
+				if rapid.Bool().Draw(t, "named") {
+					m.Ingress = append(m.Ingress, in)
+				}
+				first = last + 1
+			}
+			return m
+		})
+		from, generations := mesh.Draw(t, "mesh"), render.Generations{}
+		for range 50 {
+			to, revoked := mesh.Draw(t, "mesh"), rapid.IntRange(0, 9).Draw(t, "revoked") == 0
+			next := advance(generations, from, to, revoked)
+			for port := uint16(1); port < 80; port++ {
+				tightened := revoked || to.TLS.MinVersion > from.TLS.MinVersion ||
+					!schema.PolicyOf(from.Ingress, port).Within(schema.PolicyOf(to.Ingress, port))
+				if changed := next.At(port) != generations.At(port); changed != tightened {
+					t.Fatalf("port %d, tightened %t: generation %d follows %d", port, tightened, next.At(port), generations.At(port))
+				}
+			}
+			if !slices.IsSortedFunc(next.Ports, func(a, b render.PortsGeneration) int { return int(a.Ports.First) - int(b.Ports.First) }) {
+				t.Fatalf("not sorted: %v", next.Ports)
+			}
+			from, generations = to, next
+		}
+	})
+}
