@@ -351,7 +351,7 @@ func TestBadEnvironment(t *testing.T) {
 	if err == nil {
 		t.Error("mantlet ended as if all was well")
 	}
-	for _, problem := range []string{"entry 1", "entry 2", "10.0.0.1:80", `"1.4"`, "MANTLET_TLS_MINVERSION", "did you mean MANTLET_TLS_MIN_VERSION?"} {
+	for _, problem := range []string{"entry 1", "entry 2", "10.0.0.1:80", `\"1.4\"`, "MANTLET_TLS_MINVERSION", "did you mean MANTLET_TLS_MIN_VERSION?"} {
 		if !strings.Contains(p.log.String(), problem) {
 			t.Errorf("the problem of %s is not reported", problem)
 		}

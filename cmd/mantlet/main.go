@@ -35,6 +35,9 @@ func execute(args []string, stdout, stderr io.Writer) int {
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	err := root.Execute()
+	if errors.As(err, new(logged)) {
+		stderr = io.Discard
+	}
 	switch {
 	case err == nil:
 		return 0

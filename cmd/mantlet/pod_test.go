@@ -255,8 +255,10 @@ func echo(conn net.Conn) error {
 }
 
 // cut waits until a connection is over. Whatever comes before is an error.
-func cut(conn net.Conn) error {
-	if err := conn.SetReadDeadline(time.Now().Add(limit)); err != nil {
+func cut(conn net.Conn) error { return cutUntil(conn, time.Now().Add(limit)) }
+
+func cutUntil(conn net.Conn, deadline time.Time) error {
+	if err := conn.SetReadDeadline(deadline); err != nil {
 		return err
 	}
 	n, err := conn.Read(make([]byte, 64))

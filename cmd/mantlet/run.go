@@ -30,11 +30,23 @@ func runCommand() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			level := new(slog.LevelVar)
-			err := run(cmd.Context(), level)
-			return err
+			log := newLogger(os.Stderr, level)
+			err := run(cmd.Context(), log, level)
+			if err == nil {
+				return nil
+			}
+			for _, p := range schema.Problems(err) {
+				log.Error("mantlet can't run; the rules stay", "error", p.Error())
+			}
+			return logged{err}
 		},
 	}
 }
+
+// logged is an error that stands in the log.
+type logged struct{ error }
+
+func (l logged) Unwrap() error { return l.error }
 
 // newLogger writes text to a terminal and JSON elsewhere.
 func newLogger(to *os.File, level slog.Leveler) *slog.Logger {
@@ -47,9 +59,8 @@ func newLogger(to *os.File, level slog.Leveler) *slog.Logger {
 
 // run closes the pod before it reads a single setting. From then on nothing but the desired state opens it, however run
 // ends.
-func run(ctx context.Context, level *slog.LevelVar) error {
+func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	collectLater()
-	log := newLogger(os.Stderr, level)
 	table, err := closePod(log)
 	if err != nil {
 		return err
