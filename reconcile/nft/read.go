@@ -51,6 +51,9 @@ func (t *Table) generation() (generation uint32, err error) {
 		generation = binary.BigEndian.Uint32(a[unix.NFTA_GEN_ID])
 		return nil
 	})
+	if errors.Is(err, unix.EINVAL) { // the request has nothing else that could be wrong: nobody took it
+		err = fmt.Errorf("%w: the kernel has no nftables (CONFIG_NF_TABLES)", err)
+	}
 	return generation, err
 }
 

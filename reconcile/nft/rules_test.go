@@ -209,8 +209,8 @@ func lenient(r render.Ruleset) render.Ruleset {
 // tproxy ends the rule where no socket listens, and does not drop.
 func TestNothingComesInWhileNothingListens(t *testing.T) {
 	t.Parallel()
-	broken := exposed(t, without(t, rules(t), "mtls_in", dropSYN, "reset"))
-	stops(t, rules(t), broken, func(x *trial) bool {
+	broken := exposed(t, without(t, rules(), "mtls_in", dropSYN, "reset"))
+	stops(t, rules(), broken, func(x *trial) bool {
 		workload := x.serve(lab.Service{Address: ":9000"})
 		x.apply()
 		x.speak(x.target(9000))
@@ -221,7 +221,7 @@ func TestNothingComesInWhileNothingListens(t *testing.T) {
 // A client that dials while Envoy is away gets through by its own retransmission, a second later.
 func TestClientsWaitWhileNothingListens(t *testing.T) {
 	t.Parallel()
-	works(t, rules(t), without(t, rules(t), "mtls_in", dropSYN), func(x *trial) bool {
+	works(t, rules(), without(t, rules(), "mtls_in", dropSYN), func(x *trial) bool {
 		x.apply()
 		before := nft(x.t, x.pod, "list", "chain", "inet", "mantlet", "mtls_in")
 		dialled := make(chan error, 1)
@@ -242,7 +242,7 @@ func TestClientsWaitWhileNothingListens(t *testing.T) {
 // Connections that are older than the rules are cut, even of a peer that ignores resets.
 func TestOlderConnectionsWhereTheClientSpeaks(t *testing.T) {
 	t.Parallel()
-	stops(t, rules(t), exposed(t, without(t, rules(t), "mtls_in", "reset")), func(x *trial) bool {
+	stops(t, rules(), exposed(t, without(t, rules(), "mtls_in", "reset")), func(x *trial) bool {
 		workload := x.serve(lab.Service{Address: ":9000"})
 		s := x.stranger()
 		seg := s.connect(x.target(9000))
@@ -257,7 +257,7 @@ func TestOlderConnectionsWhereTheClientSpeaks(t *testing.T) {
 
 func TestOlderConnectionsWhereTheWorkloadSpeaks(t *testing.T) {
 	t.Parallel()
-	stops(t, rules(t), without(t, rules(t), "egress", "goto mtls_out"), func(x *trial) bool {
+	stops(t, rules(), without(t, rules(), "egress", "goto mtls_out"), func(x *trial) bool {
 		client, server := x.pair(x.listen(), x.target(9000))
 		x.apply()
 		return x.passes(server, client)
@@ -268,8 +268,8 @@ func TestOlderConnectionsWhereTheWorkloadSpeaks(t *testing.T) {
 // direction, and what the client says a reply.
 func TestOlderConnectionsThatConntrackTakesForOutbound(t *testing.T) {
 	t.Parallel()
-	broken := less[render.Marked](t, rules(t), "ingress", outbound)
-	stops(t, rules(t), broken, func(x *trial) bool {
+	broken := less[render.Marked](t, rules(), "ingress", outbound)
+	stops(t, rules(), broken, func(x *trial) bool {
 		client, server := x.pair(x.listen(), x.target(9000))
 		load(x.t, x.pod, "table inet other { chain c { type filter hook output priority 0; ct state new counter; }; }")
 		x.exchange(server, client)
@@ -281,13 +281,13 @@ func TestOlderConnectionsThatConntrackTakesForOutbound(t *testing.T) {
 // A port that is passthrough no longer: what it let in ends at the next packet, whoever speaks.
 func TestTighteningCutsWhatWasLetIn(t *testing.T) {
 	t.Parallel()
-	before := rules(t, port1(9000, schema.ModePassthrough))
+	before := rules(port1(9000, schema.ModePassthrough))
 	for name, broken := range map[string]render.Ruleset{
-		"the client speaks":   exposed(t, without(t, rules(t), "mtls_in", "reset")),
-		"the workload speaks": without(t, rules(t), "mtls_out", "reset"),
+		"the client speaks":   exposed(t, without(t, rules(), "mtls_in", "reset")),
+		"the workload speaks": without(t, rules(), "mtls_out", "reset"),
 	} {
 		t.Run(name, func(t *testing.T) {
-			stops(t, rules(t), broken, func(x *trial) bool {
+			stops(t, rules(), broken, func(x *trial) bool {
 				x.replace(before)
 				in, out := x.pair(x.listen(), x.target(9000))
 				x.exchange(in, out)
@@ -304,9 +304,26 @@ func TestTighteningCutsWhatWasLetIn(t *testing.T) {
 // From one wrapped mode to another: Envoy would go on with the connection as it began.
 func TestChangeOfModeCutsWhatWasLetIn(t *testing.T) {
 	t.Parallel()
-	whole := rules(t, port1(9000, schema.ModeTLS))
+	whole := rules(port1(9000, schema.ModeTLS))
 	stops(t, whole, exposed(t, without(t, whole, "tls_in", "reset")), func(x *trial) bool {
-		x.replace(rules(t))
+		x.replace(rules())
+		x.standIn(schema.IngressMTLSPort)
+		conn := x.greeted(x.target(9000))
+		x.apply()
+		return x.passes(conn, conn)
+	})
+}
+
+// A tightening that the mode does not show: a new generation of the port's policy.
+func TestChangeOfGenerationCutsWhatWasLetIn(t *testing.T) {
+	t.Parallel()
+	generation := func(port uint16) render.Ruleset {
+		return render.Rules(schema.Mesh{}, render.Generations{
+			Ports: []render.PortsGeneration{{Ports: schema.Ports{First: port, Last: port}, Generation: 1}},
+		})
+	}
+	stops(t, generation(9000), generation(9001), func(x *trial) bool {
+		x.replace(rules())
 		x.standIn(schema.IngressMTLSPort)
 		conn := x.greeted(x.target(9000))
 		x.apply()
@@ -318,8 +335,8 @@ func TestChangeOfModeCutsWhatWasLetIn(t *testing.T) {
 // drains.
 func TestOtherConnectionsLiveOn(t *testing.T) {
 	t.Parallel()
-	works(t, rules(t, port1(80, schema.ModePassthrough)), rules(t, port1(9000, schema.ModePassthrough)), func(x *trial) bool {
-		x.replace(rules(t))
+	works(t, rules(port1(80, schema.ModePassthrough)), rules(port1(9000, schema.ModePassthrough)), func(x *trial) bool {
+		x.replace(rules())
 		envoy := x.standIn(schema.IngressMTLSPort)
 		conn := x.greeted(x.target(9000))
 		envoy.deafen()
@@ -331,8 +348,8 @@ func TestOtherConnectionsLiveOn(t *testing.T) {
 // With SYN cookies a handshake leaves no socket behind until its last packet, which the workload's listener would take.
 func TestSYNCookies(t *testing.T) {
 	t.Parallel()
-	broken := less[render.TProxy](t, rules(t), "mtls_in", mtls)
-	stops(t, rules(t), broken, func(x *trial) bool {
+	broken := less[render.TProxy](t, rules(), "mtls_in", mtls)
+	stops(t, rules(), broken, func(x *trial) bool {
 		workload := x.serve(lab.Service{Address: ":9000"})
 		x.apply()
 		x.standIn(schema.IngressMTLSPort)
@@ -340,7 +357,7 @@ func TestSYNCookies(t *testing.T) {
 		x.speak(x.target(9000))
 		return x.happens(leaks(workload))
 	})
-	works(t, rules(t), broken, func(x *trial) bool {
+	works(t, rules(), broken, func(x *trial) bool {
 		x.serve(lab.Service{Address: ":9000"})
 		x.apply()
 		x.standIn(schema.IngressMTLSPort)
@@ -362,17 +379,17 @@ func TestTransparentWorkload(t *testing.T) {
 		return listener.(*net.TCPListener)
 	}
 	t.Run("older connection", func(t *testing.T) {
-		stops(t, rules(t), less[render.Marked](t, rules(t), "mtls_in", mtls), func(x *trial) bool {
+		stops(t, rules(), less[render.Marked](t, rules(), "mtls_in", mtls), func(x *trial) bool {
 			client, server := x.pair(listen(x), x.target(9000))
 			x.apply()
 			return x.passes(client, server)
 		})
 	})
 	t.Run("SYN cookies", func(t *testing.T) {
-		broken := change(t, rules(t), "mtls_in", mtls, func(render.Rule) render.Rule {
+		broken := change(t, rules(), "mtls_in", mtls, func(render.Rule) render.Rule {
 			return render.Rule{render.Marked{Mark: render.MarkMTLS}, render.BoundSocket{}, render.Verdict{Kind: render.Accept}}
 		})
-		stops(t, rules(t), broken, func(x *trial) bool {
+		stops(t, rules(), broken, func(x *trial) bool {
 			listener := listen(x)
 			x.apply()
 			x.standIn(schema.IngressMTLSPort)
@@ -388,8 +405,8 @@ func TestTransparentWorkload(t *testing.T) {
 	})
 	// A SYN along a connection of another mode must not earn it the mark.
 	t.Run("tightening", func(t *testing.T) {
-		stops(t, rules(t), without(t, rules(t), "mtls_in", "!="), func(x *trial) bool {
-			x.replace(rules(t, port1(9000, schema.ModePassthrough)))
+		stops(t, rules(), without(t, rules(), "mtls_in", "!="), func(x *trial) bool {
+			x.replace(rules(port1(9000, schema.ModePassthrough)))
 			listener, s := listen(x), x.stranger()
 			seg := s.connect(x.target(9000))
 			conn, err := x.keep(listener.Accept())
@@ -426,8 +443,8 @@ func TestTimeWait(t *testing.T) {
 		s.send(second)
 		return x.happens(func() bool { _, answered := s.find(has(syn | ack)); return answered })
 	}
-	stops(t, rules(t), less[render.BoundSocket](t, rules(t), "mtls_in", aSYN), func(x *trial) bool { return again(x, true) })
-	try(t, "Envoy is there", rules(t), true, func(x *trial) bool { return again(x, false) })
+	stops(t, rules(), less[render.BoundSocket](t, rules(), "mtls_in", aSYN), func(x *trial) bool { return again(x, true) })
+	try(t, "Envoy is there", rules(), true, func(x *trial) bool { return again(x, false) })
 }
 
 // echo serves outside.
@@ -451,7 +468,7 @@ func (x *trial) fromThePod(network string, to netip.AddrPort) (net.Conn, error) 
 // What the pod asks outside is answered, while nothing else comes in.
 func TestOutboundConnections(t *testing.T) {
 	t.Parallel()
-	for name, whole := range map[string]render.Ruleset{"mesh": rules(t), "deny all": render.DenyAll(true)} {
+	for name, whole := range map[string]render.Ruleset{"mesh": rules(), "deny all": render.DenyAll(true)} {
 		for _, network := range []string{"tcp", "udp"} {
 			t.Run(name+"/"+network, func(t *testing.T) {
 				works(t, whole, without(t, whole, "ingress", outbound), func(x *trial) bool {
@@ -464,7 +481,7 @@ func TestOutboundConnections(t *testing.T) {
 	}
 	// A mantlet that starts again denies everything until it knows the desired state.
 	t.Run("all along", func(t *testing.T) {
-		works(t, rules(t), render.DenyAll(false), func(x *trial) bool {
+		works(t, rules(), render.DenyAll(false), func(x *trial) bool {
 			x.replace(render.DenyAll(true))
 			conn, err := x.fromThePod("tcp", x.echo("tcp"))
 			if err != nil {
@@ -484,12 +501,24 @@ func TestOutboundConnections(t *testing.T) {
 func (x *trial) swallow(s *stranger) netip.AddrPort {
 	x.t.Helper()
 	ctx, cancel := context.WithCancel(x.t.Context())
-	dialled := make(chan struct{})
+	defer cancel()
+	dialled := make(chan error, 1)
 	go func() {
-		defer close(dialled)
-		_, _ = x.keep(x.pod.Dial(ctx, "tcp", s.at(x.family).String()))
+		_, err := x.keep(x.pod.Dial(ctx, "tcp", s.at(x.family).String()))
+		dialled <- err
 	}()
-	swallowed := s.await("a SYN", isSYN)
+	var swallowed segment
+	until(x.t, "the stranger is sent a SYN", func() (ok bool) {
+		if swallowed, ok = s.find(isSYN); ok {
+			return true
+		}
+		select {
+		case err := <-dialled:
+			x.t.Fatalf("dialling ended: %v", err)
+		default:
+		}
+		return false
+	})
 	cancel()
 	<-dialled
 	return swallowed.from
@@ -504,25 +533,28 @@ func TestSwallowedSYN(t *testing.T) {
 		s := x.stranger()
 		return x.happens(func() bool {
 			target := x.swallow(s)
-			workload, err := x.pod.Serve(lab.Service{Address: target.String()})
-			if err != nil {
-				return false // a process that another test starts right now may hold the socket that dialled
-			}
+			var workload *lab.Workload
+			// A process that another test starts right now may hold it for a moment.
+			until(x.t, "the socket that dialled is gone", func() bool {
+				var err error
+				workload, err = x.pod.Serve(lab.Service{Address: target.String()})
+				return err == nil
+			})
 			defer func() { _ = workload.Close() }()
 			if cookies {
 				x.cookies(target)
 			}
 			s.send(s.syn(target))
 			once := *x
-			once.wait = patience / 4
+			once.wait = min(x.wait, time.Second)
 			return once.happens(func() bool { s.insist(); return workload.Leaked() > 0 })
 		})
 	}
-	stops(t, rules(t), without(t, rules(t), "ingress", aSYN), func(x *trial) bool { return attempt(x, false) })
+	stops(t, rules(), without(t, rules(), "ingress", aSYN), func(x *trial) bool { return attempt(x, false) })
 	// With SYN cookies it may be Envoy who answers, and what follows is no SYN. Two rules stand against that.
 	t.Run("cookies", func(t *testing.T) {
-		broken := less[render.Marked](t, without(t, rules(t), "mtls_in", "!="), "ingress", outbound)
-		stops(t, rules(t), broken, func(x *trial) bool {
+		broken := less[render.Marked](t, without(t, rules(), "mtls_in", "!="), "ingress", outbound)
+		stops(t, rules(), broken, func(x *trial) bool {
 			x.standIn(schema.IngressMTLSPort)
 			return attempt(x, true)
 		})
@@ -539,19 +571,19 @@ func (x *trial) forwards() {
 // forgery is not forwarded, and no answer is let in to a connection that did not begin in the pod.
 func TestForgedOutboundConnection(t *testing.T) {
 	t.Parallel()
-	passed := without(t, rules(t), "forwarded", "fib saddr")
+	passed := without(t, rules(), "forwarded", "fib saddr")
 	broken := less[render.Marked](t, passed, "ingress", outbound)
 	t.Run("tcp", func(t *testing.T) {
-		stops(t, rules(t), broken, func(x *trial) bool { return x.forge(x.target(9000)) })
+		stops(t, rules(), broken, func(x *trial) bool { return x.forge(x.target(9000)) })
 		stops(t, passed, broken, func(x *trial) bool { return x.forge(x.target(9000)) })
 	})
 	t.Run("udp", func(t *testing.T) {
-		stops(t, rules(t), broken, func(x *trial) bool { return x.forgeDatagram(x.target(9000)) })
+		stops(t, rules(), broken, func(x *trial) bool { return x.forgeDatagram(x.target(9000)) })
 		stops(t, passed, broken, func(x *trial) bool { return x.forgeDatagram(x.target(9000)) })
 	})
 	// An address of the pod's that is masqueraded: what answers needs no mark then.
 	t.Run("masqueraded", func(t *testing.T) {
-		stops(t, rules(t), passed, func(x *trial) bool {
+		stops(t, rules(), passed, func(x *trial) bool {
 			own := []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8:1::1")}[x.family]
 			address(x.t, x.pod, netip.PrefixFrom(own, 24))
 			load(x.t, x.pod, fmt.Sprintf(
@@ -604,7 +636,7 @@ func (x *trial) forgeDatagram(target netip.AddrPort) bool {
 // such setting: the kernel drops packets to ::1 before any rule sees them, so nothing can be broken there.
 func TestLoopbackIsNotReachedFromOutside(t *testing.T) {
 	t.Parallel()
-	whole := rules(t, port1(9000, schema.ModePassthrough))
+	whole := rules(port1(9000, schema.ModePassthrough))
 	reach := func(x *trial) bool {
 		loopback := []string{"127.0.0.1:9000", "[::1]:9000"}[x.family]
 		x.sysctl("1", "net.ipv4.conf.eth0.route_localnet")
@@ -627,7 +659,7 @@ func TestLoopbackIsNotReachedFromOutside(t *testing.T) {
 func TestListenersAreNotReachedByTheirPorts(t *testing.T) {
 	t.Parallel()
 	for _, port := range []uint16{schema.IngressMTLSPort, schema.IngressTLSPort} {
-		works(t, rules(t), rules(t, port1(port, schema.ModeTLS)), func(x *trial) bool {
+		works(t, rules(), rules(port1(port, schema.ModeTLS)), func(x *trial) bool {
 			x.apply()
 			x.standIn(schema.IngressMTLSPort)
 			x.standIn(schema.IngressTLSPort)
@@ -642,7 +674,7 @@ func TestLinkLocalAddress(t *testing.T) {
 	t.Parallel()
 	p := newPlace(t)
 	workload := p.serve(lab.Service{Address: ":9000"})
-	p.replace(rules(t))
+	p.replace(rules())
 	p.standIn(schema.IngressMTLSPort)
 	linkLocal := netip.MustParseAddr("fe80::1:1")
 	for host, addr := range map[*lab.Host]netip.Addr{p.pod: linkLocal, p.outside: linkLocal.Next()} {
@@ -704,7 +736,7 @@ func (x *trial) inner() (*lab.Host, netip.Addr) {
 // What the pod forwards is not for the pod.
 func TestForwardedTraffic(t *testing.T) {
 	t.Parallel()
-	works(t, rules(t), without(t, rules(t), "ingress", "fib daddr"), func(x *trial) bool {
+	works(t, rules(), without(t, rules(), "ingress", "fib daddr"), func(x *trial) bool {
 		inner, addr := x.inner()
 		server, err := inner.Serve(lab.Service{Address: ":9000"})
 		if err != nil {
@@ -715,7 +747,7 @@ func TestForwardedTraffic(t *testing.T) {
 		return x.happens(func() bool { return x.answers(netip.AddrPortFrom(addr, 9000)) })
 	})
 	t.Run("masqueraded", func(t *testing.T) {
-		works(t, rules(t), without(t, rules(t), "ingress", "snat"), func(x *trial) bool {
+		works(t, rules(), without(t, rules(), "ingress", "snat"), func(x *trial) bool {
 			inner, _ := x.inner()
 			load(x.t, x.pod, `table inet other { chain c { type nat hook postrouting priority srcnat; masquerade; }; }`)
 			x.apply()
@@ -736,17 +768,17 @@ func TestOtherProtocols(t *testing.T) {
 		return err == nil && x.passes(conn, conn)
 	}
 	t.Run("drop", func(t *testing.T) {
-		stops(t, rules(t), lenient(without(t, rules(t), "ports", "counter drop")), ask)
+		stops(t, rules(), lenient(without(t, rules(), "ports", "counter drop")), ask)
 	})
 	t.Run("drop at a port that is wrapped", func(t *testing.T) {
-		whole := rules(t, port1(9000, schema.ModeTLS))
+		whole := rules(port1(9000, schema.ModeTLS))
 		stops(t, whole, lenient(whole), ask)
 	})
 	t.Run("passthrough", func(t *testing.T) {
-		works(t, rules(t, port1(9000, schema.ModePassthrough)), rules(t), ask)
+		works(t, rules(port1(9000, schema.ModePassthrough)), rules(), ask)
 	})
 	t.Run("accept", func(t *testing.T) {
-		works(t, states(t)["other protocols"], rules(t), ask)
+		works(t, states()["other protocols"], rules(), ask)
 	})
 }
 
@@ -754,7 +786,7 @@ func TestOtherProtocols(t *testing.T) {
 func TestICMP(t *testing.T) {
 	t.Parallel()
 	for name, whole := range map[string]render.Ruleset{
-		"mesh": rules(t), "deny all": render.DenyAll(true), "deny all, bare": render.DenyAll(false),
+		"mesh": rules(), "deny all": render.DenyAll(true), "deny all, bare": render.DenyAll(false),
 	} {
 		t.Run(name, func(t *testing.T) {
 			works(t, whole, without(t, whole, "ingress", "icmp"), func(x *trial) bool {
@@ -766,7 +798,7 @@ func TestICMP(t *testing.T) {
 		})
 	}
 	t.Run("neighbours", func(t *testing.T) {
-		whole := rules(t, port1(9000, schema.ModePassthrough))
+		whole := rules(port1(9000, schema.ModePassthrough))
 		works(t, whole, without(t, whole, "ingress", "icmp"), func(x *trial) bool {
 			if x.family == 0 {
 				return x.wait == limit // IPv4 has ARP
@@ -797,13 +829,13 @@ func TestSegmentOutOfTheWindow(t *testing.T) {
 	}
 	for _, mode := range []schema.Mode{schema.ModeMTLS, schema.ModeTLS} {
 		t.Run(string(mode), func(t *testing.T) {
-			whole := rules(t, port1(9000, mode))
+			whole := rules(port1(9000, mode))
 			stops(t, whole, without(t, whole, string(mode)+"_in", "invalid"), inbound)
 		})
 	}
-	try(t, "passthrough", rules(t, port1(9000, schema.ModePassthrough)), false, inbound)
+	try(t, "passthrough", rules(port1(9000, schema.ModePassthrough)), false, inbound)
 	t.Run("egress", func(t *testing.T) {
-		stops(t, rules(t), without(t, rules(t), "egress", "invalid"), func(x *trial) bool {
+		stops(t, rules(), without(t, rules(), "egress", "invalid"), func(x *trial) bool {
 			x.apply()
 			s := x.stranger()
 			dialled := make(chan net.Conn, 1)
@@ -847,10 +879,10 @@ func (x *trial) fromInside(seg segment) {
 // A hole in the first line does not do: what answers on a protected port without Envoy does not get out.
 func TestSecondLine(t *testing.T) {
 	t.Parallel()
-	hole := rules(t)
+	hole := rules()
 	hole.Chains = slices.Clone(hole.Chains)
 	hole.Chains[0].Rules = []render.Rule{{render.Verdict{Kind: render.Accept}}}
-	for mode, whole := range map[string]render.Ruleset{"mtls": hole, "tls": rules(t, port1(9000, schema.ModeTLS))} {
+	for mode, whole := range map[string]render.Ruleset{"mtls": hole, "tls": rules(port1(9000, schema.ModeTLS))} {
 		t.Run(mode, func(t *testing.T) {
 			whole.Chains = slices.Clone(whole.Chains)
 			whole.Chains[0].Rules = hole.Chains[0].Rules
@@ -906,8 +938,8 @@ func TestDenyAll(t *testing.T) {
 	})
 	// It drops and does not reset: what an earlier mantlet let in waits, and goes on where the desired state allows it still.
 	t.Run("connections of the mesh wait", func(t *testing.T) {
-		works(t, rules(t), rules(t, port1(9000, schema.ModeTLS)), func(x *trial) bool {
-			x.replace(rules(t))
+		works(t, rules(), rules(port1(9000, schema.ModeTLS)), func(x *trial) bool {
+			x.replace(rules())
 			x.standIn(schema.IngressMTLSPort)
 			conn := x.greeted(x.target(9000))
 			x.replace(render.DenyAll(true))
@@ -926,7 +958,7 @@ func TestDenyAll(t *testing.T) {
 // A SYN is one in whatever it comes wrapped.
 func TestCraftedSYNs(t *testing.T) {
 	t.Parallel()
-	whole, broken := rules(t), rules(t, port1(9000, schema.ModePassthrough))
+	whole, broken := rules(), rules(port1(9000, schema.ModePassthrough))
 	for name, craft := range map[string]func(packet []byte) [][]byte{
 		"fragments": fragments,
 		"options":   func(packet []byte) [][]byte { return [][]byte{options(packet)} },

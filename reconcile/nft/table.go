@@ -145,7 +145,7 @@ const attempts = 10
 // Replace makes the table hold r and nothing else, in one transaction. Where it fails, the rules are as they were.
 //
 // What the kernel then tells is what Check compares with, so it must be r: where any process changed anything in nftables
-// around the transaction, it might be theirs, and the change is made again.
+// around the transaction, and the table has no owner, it might be theirs, and the change is made again.
 func (t *Table) Replace(r render.Ruleset) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -161,7 +161,7 @@ func (t *Table) Replace(r render.Ruleset) error {
 		if err != nil {
 			return fmt.Errorf("reading the table inet %s back: %w", render.Table, t.explain(err))
 		}
-		if after == before+1 {
+		if t.owned || after == before+1 {
 			t.applied = applied
 			return nil
 		}

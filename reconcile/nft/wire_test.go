@@ -104,19 +104,9 @@ func (p *place) addr(family int, port uint16) netip.AddrPort {
 	return netip.AddrPortFrom(p.pod.Addrs()[family], port)
 }
 
-// rules renders a mesh's.
-func rules(t *testing.T, ingress ...schema.Ingress) render.Ruleset {
-	t.Helper()
-	return rulesOf(t, schema.Mesh{Ingress: ingress, TLS: schema.TLS{MinVersion: schema.TLS12}, OtherProtocols: schema.OtherProtocolsDrop})
-}
-
-func rulesOf(t *testing.T, mesh schema.Mesh) render.Ruleset {
-	t.Helper()
-	state, err := render.Render(mesh, render.Place{RuntimeDirectory: "/run/mantlet"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return state.Ruleset
+// rules are those of a mesh with these entries.
+func rules(ingress ...schema.Ingress) render.Ruleset {
+	return render.Rules(schema.Mesh{Ingress: ingress}, render.Generations{})
 }
 
 func ports(first, last uint16, mode schema.Mode) schema.Ingress {
@@ -154,12 +144,14 @@ func (p *place) standIn(port uint16) *standIn {
 
 // transparent listens with IP_TRANSPARENT.
 func transparent(host *lab.Host, addr string) (listener net.Listener, err error) {
-	config := net.ListenConfig{Control: func(network, _ string, raw syscall.RawConn) (err error) {
+	config := net.ListenConfig{Control: func(network, _ string, raw syscall.RawConn) error {
 		level, option := unix.SOL_IP, unix.IP_TRANSPARENT
 		if network == "tcp6" {
 			level, option = unix.SOL_IPV6, unix.IPV6_TRANSPARENT
 		}
-		return errors.Join(err, raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), level, option, 1) }))
+		var refused error
+		err := raw.Control(func(fd uintptr) { refused = unix.SetsockoptInt(int(fd), level, option, 1) })
+		return errors.Join(err, refused)
 	}}
 	config.SetMultipathTCP(false)
 	err = host.Do(func() error {
@@ -444,12 +436,13 @@ func (s *stranger) put(packet []byte) {
 	}
 	to := &unix.SockaddrLinklayer{Protocol: network16(protocol), Ifindex: s.index, Halen: 6}
 	copy(to.Addr[:], s.mac)
-	var err error
-	if e := errors.Join(s.raw.Write(func(fd uintptr) bool {
-		err = unix.Sendto(int(fd), packet, 0, to)
-		return err != unix.EAGAIN
-	}), err); e != nil {
-		s.t.Fatal(e)
+	var refused error
+	err := s.raw.Write(func(fd uintptr) (done bool) {
+		refused = unix.Sendto(int(fd), packet, 0, to)
+		return !errors.Is(refused, unix.EAGAIN)
+	})
+	if err := errors.Join(err, refused); err != nil {
+		s.t.Fatal(err)
 	}
 }
 
