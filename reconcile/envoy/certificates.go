@@ -50,8 +50,11 @@ type Secrets struct {
 // revoked tells that a mesh CA which the generation before had is gone. Update then returns once Envoy has read it, as far
 // as Envoy tells: a connection that it lets in from then on is not by the old CA.
 func (s *Secrets) Update(ctx context.Context) (revoked bool, err error) {
-	read, err := LoadCertificates(s.TLSDirectory, time.Now())
-	if err != nil || read.Equal(s.published) {
+	read, err := readCertificates(s.TLSDirectory)
+	if err != nil || read.Equal(s.published) { // as a rule: a look at the bytes spares the signatures
+		return false, err
+	}
+	if err := read.check(s.TLSDirectory, time.Now()); err != nil {
 		return false, err
 	}
 	revoked = s.published != nil && !read.trustsAllOf(s.published)
@@ -127,6 +130,17 @@ func (c *Certificates) trustsAllOf(other *Certificates) bool {
 // LoadCertificates reads a generation and checks what Envoy would not: that all three files are there, the key is the
 // leaf's, the chain verifies up to the mesh CA, and nothing is expired or not valid yet at now. The error names the file.
 func LoadCertificates(directory string, now time.Time) (*Certificates, error) {
+	c, err := readCertificates(directory)
+	if err == nil {
+		err = c.check(directory, now)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+func readCertificates(directory string) (*Certificates, error) {
 	var errs []error
 	read := func(name string) []byte {
 		data, err := os.ReadFile(filepath.Join(directory, name))
@@ -136,30 +150,31 @@ func LoadCertificates(directory string, now time.Time) (*Certificates, error) {
 		return data
 	}
 	c := &Certificates{chain: read(chainFile), key: read(keyFile), meshCA: read(meshCAFile)}
-	if err := errors.Join(errs...); err != nil {
-		return nil, err
-	}
+	return c, errors.Join(errs...)
+}
+
+func (c *Certificates) check(directory string, now time.Time) error {
 	in := func(name string, err error) error { return fmt.Errorf("%s: %w", filepath.Join(directory, name), err) }
 	chain, err := parse(c.chain)
 	if err != nil {
-		return nil, in(chainFile, err)
+		return in(chainFile, err)
 	}
 	anchors, err := parse(c.meshCA)
 	if err != nil {
-		return nil, in(meshCAFile, err)
+		return in(meshCAFile, err)
 	}
 	// X509KeyPair's errors speak of the key; a certificate that it can't read was found above.
 	pair, err := tls.X509KeyPair(c.chain, c.key)
 	if err != nil {
-		return nil, in(keyFile, err)
+		return in(keyFile, err)
 	}
 	if err := usable(pair.PrivateKey); err != nil {
-		return nil, in(keyFile, err)
+		return in(keyFile, err)
 	}
 	if err := c.verify(chain, anchors, now); err != nil {
-		return nil, in(chainFile, err)
+		return in(chainFile, err)
 	}
-	return c, nil
+	return nil
 }
 
 // usable refuses keys with which Envoy would be live and no handshake of the mesh succeed: it refuses small ones itself,

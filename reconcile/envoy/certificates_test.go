@@ -12,7 +12,6 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"fmt"
-	"io"
 	"log/slog"
 	"math/big"
 	"os"
@@ -232,7 +231,7 @@ func selfSigned(t *testing.T, key crypto.Signer) (text []byte, certificate *x509
 func TestSecrets(t *testing.T) {
 	mesh := must[*lab.Authority](t)(lab.NewAuthority("mesh"))
 	first, second := must[*lab.Identity](t)(mesh.Issue(lab.Leaf{})), must[*lab.Identity](t)(mesh.Issue(lab.Leaf{}))
-	s := &Secrets{TLSDirectory: t.TempDir(), RuntimeDirectory: t.TempDir(), Runner: &Runner{}, Log: slog.New(slog.NewTextHandler(io.Discard, nil))}
+	s := &Secrets{TLSDirectory: t.TempDir(), RuntimeDirectory: t.TempDir(), Runner: &Runner{}, Log: slog.New(slog.DiscardHandler)}
 	path := filepath.Join(s.RuntimeDirectory, render.SecretFile(render.IdentitySecret))
 	read := func() string { return string(must[[]byte](t)(os.ReadFile(path))) }
 

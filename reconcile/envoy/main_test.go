@@ -27,7 +27,7 @@ func TestMain(m *testing.M) {
 const limit = 30 * time.Second
 
 // until fails the test if cond does not come to hold.
-func until(t *testing.T, what string, cond func() bool) {
+func until(t testing.TB, what string, cond func() bool) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
@@ -59,7 +59,7 @@ func (j *journal) logger() *slog.Logger {
 }
 
 // runner returns a Runner for the real Envoy. Closed at the end of the test, it must leave nothing behind.
-func runner(t *testing.T) (*Runner, *journal) {
+func runner(t testing.TB) (*Runner, *journal) {
 	t.Helper()
 	path := os.Getenv("MANTLET_ENVOY_PATH")
 	if path == "" {
@@ -95,7 +95,7 @@ func runner(t *testing.T) (*Runner, *journal) {
 }
 
 // state renders what an environment says.
-func state(t *testing.T, r *Runner, environ ...string) (render.State, schema.Envoy) {
+func state(t testing.TB, r *Runner, environ ...string) (render.State, schema.Envoy) {
 	t.Helper()
 	env, err := schema.ParseEnvironment(environ)
 	if err != nil {
@@ -113,7 +113,7 @@ func state(t *testing.T, r *Runner, environ ...string) (render.State, schema.Env
 }
 
 // identity publishes a certificate of a new mesh.
-func identity(t *testing.T, r *Runner) *lab.Identity {
+func identity(t testing.TB, r *Runner) *lab.Identity {
 	t.Helper()
 	mesh, err := lab.NewAuthority("mesh")
 	if err != nil {
@@ -135,11 +135,11 @@ func identity(t *testing.T, r *Runner) *lab.Identity {
 }
 
 // started returns an Envoy that is live. It is stopped at the end of the test.
-func started(t *testing.T, r *Runner, environ ...string) *Process {
+func started(t *testing.T, r *Runner) *Process {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
-	state, settings := state(t, r, environ...)
+	state, settings := state(t, r)
 	p, err := r.Start(ctx, state, settings)
 	if err != nil {
 		t.Fatal(err)

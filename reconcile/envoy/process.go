@@ -17,6 +17,8 @@ type Process struct {
 	Bootstrap *bootstrapv3.Bootstrap // what it was started with
 	Digest    string                 // of the state that it was started with
 
+	base   *base
+	drains bool // another one took over from it; only Start knows of it
 	cmd    *exec.Cmd
 	admin  admin
 	logs   *logs
@@ -27,8 +29,21 @@ type Process struct {
 // pollInterval is how often an Envoy that starts is asked whether it is live: a small part of the 45 ms that it takes.
 const pollInterval = 3 * time.Millisecond
 
-func (p *Process) waitLive(ctx context.Context) error {
+// waitLive returns nil once the process is live. It gives up where the parent that it takes over from, if any, ends: an
+// Envoy waits for its parent's answers for ever.
+func (p *Process) waitLive(ctx context.Context, parent *Process) error {
 	began := time.Now()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	if parent != nil {
+		go func() {
+			select {
+			case <-parent.exited:
+				cancel(fmt.Errorf("the Envoy before it: %w", parent.Err()))
+			case <-ctx.Done():
+			}
+		}()
+	}
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
 	var last error
@@ -44,7 +59,7 @@ func (p *Process) waitLive(ctx context.Context) error {
 		case <-p.exited:
 			return p.Err()
 		case <-ctx.Done():
-			return fmt.Errorf("it is not live after %s: %w", time.Since(began).Round(time.Second), last)
+			return fmt.Errorf("it is not live after %s: %w: %w", time.Since(began).Round(time.Second), context.Cause(ctx), last)
 		case <-tick.C:
 		}
 	}
@@ -111,7 +126,11 @@ func (p *Process) PID() int { return p.cmd.Process.Pid }
 func (p *Process) Kill() { p.signal(syscall.SIGKILL) }
 
 // signal goes to the process group: Path may be a script whose child Envoy is. The only error is that it has ended.
-func (p *Process) signal(s syscall.Signal) { _ = syscall.Kill(-p.PID(), s) }
+func (p *Process) signal(s syscall.Signal) {
+	if p.alive() { // else its number may be another's by now
+		_ = syscall.Kill(-p.PID(), s)
+	}
+}
 
 // termLimit is what Envoy gets to end by itself after SIGTERM; it closes connections and leaves in some 10 ms.
 const termLimit = 3 * time.Second

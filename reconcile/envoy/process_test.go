@@ -92,7 +92,7 @@ func TestStart(t *testing.T) {
 }
 
 // script makes a program that takes the place of Envoy.
-func script(t *testing.T, r *Runner, text string) {
+func script(t testing.TB, r *Runner, text string) {
 	t.Helper()
 	envoy := r.Path
 	r.Path = filepath.Join(t.TempDir(), "envoy")
@@ -148,7 +148,7 @@ func TestStartFails(t *testing.T) {
 }
 
 // nothingRuns waits until PID 1 and this process are all that is left in the lab.
-func nothingRuns(t *testing.T) {
+func nothingRuns(t testing.TB) {
 	t.Helper()
 	until(t, "no process is left", func() bool {
 		children, err := filepath.Glob("/proc/[0-9]*")
@@ -232,45 +232,58 @@ func TestFormerAdmin(t *testing.T) {
 	}
 }
 
-// TestThreadsEnd: Envoy asks for SIGTERM when its parent dies, and the kernel takes the thread that forked it for that.
+// TestThreadsEnd: the kernel takes the end of the thread that forked a process for the end of its parent, which Envoy has
+// itself told of. Go ends threads as it likes.
 func TestThreadsEnd(t *testing.T) {
 	r, _ := runner(t)
 	identity(t, r)
 	var p *Process
 	onThread(func() { p = started(t, r) })
-	exited := make(chan struct{})
-	go func() {
-		defer close(exited)
-		<-p.Exited()
-	}()
-	for range 20 {
+	threadsEnd()
+	if err := p.Check(t.Context()); err != nil {
+		t.Error(err)
+	}
+
+	// Once, luck would do.
+	start := map[string]func(*exec.Cmd) error{
+		"by the spawner": func(cmd *exec.Cmd) error { return r.spawner.do(cmd.Start) },
+		"by any thread": func(cmd *exec.Cmd) (err error) {
+			onThread(func() { err = cmd.Start() })
+			return err
+		},
+	}
+	ended := map[string]int{}
+	for range 10 {
+		for by, start := range start {
+			cmd := exec.Command("sleep", "86399")
+			cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
+			if err := start(cmd); err != nil {
+				t.Fatal(err)
+			}
+			threadsEnd()
+			if err := cmd.Process.Kill(); err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Wait(); err.Error() == "signal: terminated" {
+				ended[by]++
+			}
+		}
+	}
+	if ended["by the spawner"] > 0 || ended["by any thread"] == 0 {
+		t.Errorf("of ten processes were ended: %v", ended)
+	}
+}
+
+// threadsEnd ends many threads.
+func threadsEnd() {
+	for range 10 {
 		var wait sync.WaitGroup
 		for range 50 {
 			wait.Go(func() { onThread(runtime.Gosched) })
 		}
 		wait.Wait()
-		runtime.GC()
-		if err := p.Check(t.Context()); err != nil {
-			t.Fatal(err)
-		}
 	}
-	select {
-	case <-exited:
-		t.Errorf("Envoy ended: %v", p.Err())
-	default:
-	}
-
-	// What it would be otherwise.
-	cmd := exec.Command("sleep", "86399")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
-	onThread(func() {
-		if err := cmd.Start(); err != nil {
-			t.Error(err)
-		}
-	})
-	if err := cmd.Wait(); err == nil || err.Error() != "signal: terminated" {
-		t.Errorf("a process whose thread ended: %v", err)
-	}
+	runtime.GC()
 }
 
 // onThread calls fn on a thread that ends then.

@@ -2,6 +2,7 @@
 package envoy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 	"syscall"
 	"time"
 
+	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	"github.com/google/renameio/v2"
 	"google.golang.org/protobuf/proto"
 
@@ -31,11 +33,12 @@ type Runner struct {
 	RuntimeDirectory string // private: holds sockets, SDS files and bootstraps
 	Log              *slog.Logger
 
-	spawner spawner
-	base    base
+	spawner  spawner
+	standIns sync.WaitGroup
+	bases    []*base // that Envoys were given
 
 	mu      sync.Mutex
-	running []*Process // by epoch: those that drain, and at last the one that serves
+	running []*Process // by epoch: those that drain, and at last the one that serves; some may have ended
 }
 
 // liveLimit bounds initialisation: 45-100 ms as a rule; a busy machine takes longer, a hung start for ever.
@@ -56,44 +59,71 @@ func (r *Runner) Start(ctx context.Context, state render.State, settings schema.
 }
 
 func (r *Runner) restart(ctx context.Context, state render.State, settings schema.Envoy) (*Process, error) {
-	serving := r.serving()
-	if serving != nil {
-		if err := r.preflight(ctx, state, serving); err != nil {
+	parent := r.serving()
+	// Where it drains already, the one after it died: nobody listens, and a failure can't make it worse.
+	if parent != nil && !parent.drains {
+		if err := r.preflight(ctx, state, parent); err != nil {
 			return nil, err
 		}
 	}
 	var abandoned []*Process
-	if serving != nil && r.base.spoilt {
-		abandoned, serving = r.Running(), nil
-		r.Log.Warn("Envoy's shared memory is of no use: a plain restart, which cuts connections")
+	if parent != nil {
+		if err := r.obstacle(parent); err != nil {
+			abandoned, parent = r.Running(), nil
+			r.Log.Warn("a plain restart of Envoy, which cuts connections: a hot one is not possible", "error", err)
+		}
 	}
-	epoch := 0
-	if serving != nil {
-		epoch = serving.Epoch + 1
-	} else if err := r.base.next(); err != nil {
-		return nil, err
-	}
-	p, err := r.execute(state, settings, epoch)
+	p, err := r.execute(state, settings, parent)
 	if err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, liveLimit)
 	defer cancel()
-	if err := p.waitLive(ctx); err != nil {
+	if err := p.waitLive(ctx, parent); err != nil {
 		p.Kill() // SIGTERM would make it end its parent, which serves
 		<-p.exited
-		if serving != nil {
-			r.base.unstick(r.Log)
+		if parent != nil {
+			parent.base.stuck = parent.base.clearInitializing()
 		}
 		return nil, err
 	}
-	for _, old := range abandoned {
+	for _, old := range slices.Backward(abandoned) {
 		old.Stop()
 	}
+	r.add(p)
+	if parent != nil {
+		parent.drains = true
+		r.standIns.Go(func() { r.standIn(parent, p) })
+	}
+	return p, nil
+}
+
+// obstacle returns why no epoch can follow a process, if it is known beforehand.
+func (r *Runner) obstacle(parent *Process) error {
+	_, err := os.Stat(parent.base.path())
+	return errors.Join(parent.base.stuck, err, reach(r.parentSocket(parent)))
+}
+
+// reach returns nil if a process listens at a socket. It sends nothing.
+func reach(socket string) error {
+	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: socket, Net: "unixgram"})
+	if err != nil {
+		return fmt.Errorf("reaching the Envoy that serves: %w", err)
+	}
+	return conn.Close()
+}
+
+// add makes a process the one that serves, and removes the files of those that have ended.
+func (r *Runner) add(p *Process) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.running = append(slices.DeleteFunc(r.running, func(p *Process) bool { return !p.alive() }), p)
-	return p, nil
+	r.running = append(slices.DeleteFunc(r.running, func(old *Process) bool {
+		if !old.alive() && old.Epoch != p.Epoch {
+			_ = os.Remove(render.AdminSocket(r.RuntimeDirectory, old.Epoch))
+			_ = os.Remove(filepath.Join(r.RuntimeDirectory, bootstrapFile(old.Epoch)))
+		}
+		return !old.alive()
+	}), p)
 }
 
 // Running returns the processes that have not ended, the one that serves last.
@@ -126,7 +156,7 @@ func (r *Runner) serving() *Process {
 
 // preflight tries what a new epoch could fail at: once it runs, a failure costs the old one its admin interface.
 func (r *Runner) preflight(ctx context.Context, state render.State, serving *Process) error {
-	config, err := r.write("preflight.json", state)
+	config, err := r.write("preflight.json", state.Bootstrap)
 	if err != nil {
 		return err
 	}
@@ -135,7 +165,7 @@ func (r *Runner) preflight(ctx context.Context, state render.State, serving *Pro
 	defer cancel()
 	cmd := exec.CommandContext(ctx, r.Path, "--mode", "validate", "--config-path", config, "--log-level", "error")
 	if said, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("Envoy does not accept the bootstrap: %w: %s", err, said)
+		return fmt.Errorf("Envoy does not accept the bootstrap: %w: %s", cmp.Or(ctx.Err(), err), said)
 	}
 	return tryBinds(state, serving)
 }
@@ -163,8 +193,8 @@ func tryBinds(state render.State, serving *Process) error {
 }
 
 // write puts a bootstrap into the runtime directory and returns its path.
-func (r *Runner) write(name string, state render.State) (string, error) {
-	text, err := render.JSON(state.Bootstrap)
+func (r *Runner) write(name string, bootstrap *bootstrapv3.Bootstrap) (string, error) {
+	text, err := render.JSON(bootstrap)
 	if err != nil {
 		return "", err
 	}
@@ -175,27 +205,51 @@ func (r *Runner) write(name string, state render.State) (string, error) {
 	return path, nil
 }
 
-func (r *Runner) execute(state render.State, settings schema.Envoy, epoch int) (*Process, error) {
-	state.Bootstrap = proto.CloneOf(state.Bootstrap)
-	state.Bootstrap.Admin = render.Admin(r.RuntimeDirectory, epoch)
-	config, err := r.write(fmt.Sprintf("bootstrap-%d.json", epoch), state)
+func bootstrapFile(epoch int) string { return fmt.Sprintf("bootstrap-%d.json", epoch) }
+
+// epochs is how many can run at a time: Envoy has that many names for their sockets.
+const epochs = 3
+
+// next returns what shall be the epoch after the parent's, or without a parent epoch 0 of a base that no running Envoy has.
+func (r *Runner) next(parent *Process) (*Process, error) {
+	if parent != nil {
+		return &Process{Epoch: parent.Epoch + 1, base: parent.base}, nil
+	}
+	b, err := newBase(r.Running())
+	if err != nil {
+		return nil, err
+	}
+	r.bases = append(slices.DeleteFunc(r.bases, func(old *base) bool { return old.id == b.id }), b)
+	return &Process{base: b}, nil
+}
+
+func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Process) (*Process, error) {
+	p, err := r.next(parent)
+	if err != nil {
+		return nil, err
+	}
+	for _, old := range r.Running() {
+		if old.base == p.base && old.Epoch <= p.Epoch-epochs {
+			old.Kill() // it was told to end, and hangs
+			<-old.exited
+		}
+	}
+	p.Bootstrap = proto.CloneOf(state.Bootstrap)
+	p.Bootstrap.Admin = render.Admin(r.RuntimeDirectory, p.Epoch)
+	p.Digest = state.Digest
+	config, err := r.write(bootstrapFile(p.Epoch), p.Bootstrap)
 	if err != nil {
 		return nil, err
 	}
 	// An Envoy that has not ended yet could answer there for the new one.
-	socket := render.AdminSocket(r.RuntimeDirectory, epoch)
+	socket := render.AdminSocket(r.RuntimeDirectory, p.Epoch)
 	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("removing the admin socket of an Envoy before this one: %w", err)
 	}
-	p := &Process{
-		Epoch:     epoch,
-		Bootstrap: state.Bootstrap,
-		Digest:    state.Digest,
-		admin:     newAdmin(socket),
-		logs:      &logs{to: r.Log.With("epoch", epoch)},
-		exited:    make(chan struct{}),
-	}
-	p.cmd = exec.Command(r.Path, arguments(config, r.socket(), r.base.id, epoch, settings)...)
+	p.admin = newAdmin(socket)
+	p.logs = &logs{to: r.Log.With("epoch", p.Epoch)}
+	p.exited = make(chan struct{})
+	p.cmd = exec.Command(r.Path, arguments(config, r.socket(), p.base.id, p.Epoch, settings)...)
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{
 		Setpgid: true, // a terminal's Ctrl-C is for mantlet, which ends Envoy when it is time
 		// Until Envoy asks for SIGTERM itself: an Envoy without mantlet would serve what nobody watches.
@@ -223,7 +277,6 @@ func (r *Runner) start(p *Process) error {
 		<-read
 		p.err = p.cmd.Wait()
 		close(p.exited)
-		r.orphaned(p)
 	}()
 	return nil
 }
@@ -232,26 +285,40 @@ func (r *Runner) start(p *Process) error {
 // spoken to by every container of the pod.
 func (r *Runner) socket() string { return filepath.Join(r.RuntimeDirectory, "hot-restart") }
 
-// orphaned takes the place of a parent that ended before its child told it to: a child that finds nobody to tell aborts.
-// One message comes, and needs no answer. A parent that ended in its time is replaced all the same; nobody calls then.
-func (r *Runner) orphaned(parent *Process) {
-	child := r.serving()
-	if child == nil || child.Epoch != parent.Epoch+1 {
-		return
-	}
-	const epochs = 3 // that Envoy has names for
-	path := fmt.Sprintf("%s_parent_%d", r.socket(), int(r.base.id)*10+parent.Epoch%epochs)
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		r.Log.Error("the socket of an Envoy that ended can't be taken over", "error", err)
-		return
-	}
-	sink, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+// parentSocket is where a process listens for what its successor asks and tells.
+func (r *Runner) parentSocket(p *Process) string {
+	return fmt.Sprintf("%s_parent_%d", r.socket(), int(p.base.id)*10+p.Epoch%epochs)
+}
+
+// standIn takes the place of a parent that ends before its child told it to: a child that finds nobody to tell aborts.
+// One message comes, and needs no answer. A parent that ends in its time is replaced all the same; nobody calls then.
+func (r *Runner) standIn(parent, child *Process) {
+	<-parent.exited
+	sink, err := r.takeOver(parent, child)
 	if err != nil {
 		r.Log.Error("the socket of an Envoy that ended can't be taken over", "error", err)
+	}
+	if sink == nil {
 		return
 	}
 	<-child.exited
 	_ = sink.Close()
+}
+
+// takeOver listens where the parent did. Where the child does not serve any more it has told the parent already, and
+// the place may be a later epoch's.
+func (r *Runner) takeOver(parent, child *Process) (*net.UnixConn, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.running[len(r.running)-1] != child {
+		return nil, nil
+	}
+	path := r.parentSocket(parent)
+	sink, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path + "_", Net: "unixgram"})
+	if err != nil {
+		return nil, err
+	}
+	return sink, os.Rename(path+"_", path) // so that it is never missing: the child would abort at once
 }
 
 // arguments returns Envoy's command line.
@@ -283,9 +350,13 @@ func (r *Runner) Stop() {
 
 // Close ends the Runner and removes what its Envoys left behind. No Process may be running.
 func (r *Runner) Close() error {
+	r.standIns.Wait()
 	r.spawner.close()
-	errs := []error{r.base.remove()}
-	for _, pattern := range []string{"hot-restart_*", "admin-*.sock", "bootstrap-*.json"} {
+	var errs []error
+	for _, b := range r.bases {
+		errs = append(errs, b.remove())
+	}
+	for _, pattern := range []string{"hot-restart_*", "admin-*.sock", "bootstrap-*.json", "sds-*.json"} {
 		files, err := filepath.Glob(filepath.Join(r.RuntimeDirectory, pattern))
 		errs = append(errs, err)
 		for _, f := range files {

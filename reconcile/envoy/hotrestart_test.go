@@ -1,0 +1,793 @@
+package envoy
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"mantlet/lab"
+	"mantlet/render"
+	"mantlet/schema"
+)
+
+// service is where the stage's egress entry listens.
+const service = "127.0.0.1:15098"
+
+// stage is a Runner and what goes through its Envoys: connections to service end at an echo server of the mesh.
+type stage struct {
+	*Runner
+	t        testing.TB
+	log      *journal
+	read     int // of the log
+	state    render.State
+	settings schema.Envoy
+}
+
+// newStage makes a stage. At its end the Envoys are stopped, and nothing of them may be left.
+func newStage(t testing.TB) *stage {
+	before := descriptors(t)
+	t.Cleanup(func() {
+		until(t, "all descriptors are closed", func() bool { return descriptors(t) <= before })
+	})
+	r, log := runner(t)
+	s := &stage{Runner: r, t: t, log: log}
+	identity := identity(t, r)
+	upstream, err := tls.Listen("tcp", "127.0.0.1:0", identity.ServerConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var serving sync.WaitGroup
+	serving.Go(func() {
+		for {
+			conn, err := upstream.Accept()
+			if err != nil {
+				return
+			}
+			serving.Go(func() {
+				defer conn.Close()
+				_, _ = io.Copy(conn, conn)
+			})
+		}
+	})
+	t.Cleanup(func() {
+		_ = upstream.Close()
+		serving.Wait()
+	})
+	t.Cleanup(func() {
+		r.Stop()
+		nothingRuns(t)
+	})
+	s.state, s.settings = state(t, r, "EDG_EGRESS_PROXY_CONFIG=echo#"+service+"#"+upstream.Addr().String())
+	return s
+}
+
+// descriptors returns how many files are open.
+func descriptors(t testing.TB) int {
+	t.Helper()
+	files, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(files)
+}
+
+// start starts the next Envoy, which must serve then.
+func (s *stage) start() *Process {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(s.t.Context(), limit)
+	defer cancel()
+	p, err := s.Start(ctx, s.state, s.settings)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.serves(p)
+	if n := len(s.Running()); n > 3 {
+		s.t.Errorf("%d Envoys run", n)
+	}
+	return p
+}
+
+// refuses fails the test if a start with the state succeeds, or fails for another reason.
+func (s *stage) refuses(ctx context.Context, state render.State, reason string) {
+	s.t.Helper()
+	p, err := s.Start(ctx, state, s.settings)
+	if err == nil {
+		s.t.Fatalf("epoch %d started", p.Epoch)
+	}
+	if !strings.Contains(err.Error(), reason) {
+		s.t.Errorf("%v; want %q", err, reason)
+	}
+}
+
+// serves fails the test if the process is not the one that serves.
+func (s *stage) serves(p *Process) {
+	s.t.Helper()
+	if err := p.Check(s.t.Context()); err != nil {
+		s.t.Error(err)
+	}
+	if s.serving() != p {
+		s.t.Errorf("epochs %v run, and %d is not the one that serves", s.epochs(), p.Epoch)
+	}
+	s.connect().talk()
+}
+
+// since returns what was logged since it was called last.
+func (s *stage) since() string {
+	text := s.log.String()
+	defer func() { s.read = len(text) }()
+	return text[s.read:]
+}
+
+// epochs returns which run.
+func (s *stage) epochs() (all []int) {
+	for _, p := range s.Running() {
+		all = append(all, p.Epoch)
+	}
+	return all
+}
+
+// run waits until these epochs run and no others.
+func (s *stage) run(epochs ...int) {
+	s.t.Helper()
+	until(s.t, fmt.Sprintf("epochs %v run", epochs), func() bool { return slices.Equal(s.epochs(), epochs) })
+}
+
+// connection goes through an Envoy.
+type connection struct {
+	net.Conn
+	t testing.TB
+}
+
+func (s *stage) connect() connection {
+	s.t.Helper()
+	conn, err := net.Dial("tcp", service)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { _ = conn.Close() })
+	c := connection{conn, s.t}
+	c.talk()
+	return c
+}
+
+// talk fails the test if what is sent does not come back.
+func (c connection) talk() {
+	c.t.Helper()
+	if err := talk(c); err != nil {
+		c.t.Errorf("a connection that should be open: %v", err)
+	}
+}
+
+func talk(conn net.Conn) error {
+	const text = "echo"
+	if err := conn.SetDeadline(time.Now().Add(limit)); err != nil {
+		return err
+	}
+	if _, err := io.WriteString(conn, text); err != nil {
+		return err
+	}
+	_, err := io.ReadFull(conn, make([]byte, len(text)))
+	return err
+}
+
+// awaitCut returns when the connection is cut.
+func (c connection) awaitCut() {
+	c.t.Helper()
+	if err := c.SetDeadline(time.Now().Add(limit)); err != nil {
+		c.t.Fatal(err)
+	}
+	if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		c.t.Errorf("a connection that should be cut: %v", err)
+	}
+}
+
+// kill ends a process as the kernel does when there is no memory left.
+func kill(p *Process) {
+	p.Kill()
+	<-p.exited
+}
+
+// hung returns a state whose Envoy is never live: it waits for a name, and the resolver does not answer.
+func (s *stage) hung() render.State {
+	s.t.Helper()
+	silent, err := net.ListenPacket("udp", "127.0.0.1:53")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { _ = silent.Close() })
+	if err := lab.Resolver(netip.MustParseAddr("127.0.0.1")); err != nil {
+		s.t.Fatal(err)
+	}
+	hung, _ := state(s.t, s.Runner, "EDG_EGRESS_PROXY_CONFIG=hung#127.0.0.1:15097#hung.test:1")
+	render.WaitFor(hung.Bootstrap, map[string]bool{"hung.test": true})
+	return hung
+}
+
+// lost waits until an Envoy has given up its admin interface to the one that takes over.
+func (s *stage) lost(p *Process) {
+	s.t.Helper()
+	until(s.t, "the next epoch shuts the admin interface", func() bool { return p.Check(s.t.Context()) != nil })
+}
+
+// child returns the process id of an epoch.
+func (s *stage) child(epoch int) (pid int) {
+	s.t.Helper()
+	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, f := range files {
+		line, err := os.ReadFile(f)
+		if err == nil && strings.Contains(string(line), fmt.Sprintf("--restart-epoch\x00%d\x00", epoch)) {
+			if _, err := fmt.Sscanf(f, "/proc/%d/", &pid); err != nil {
+				s.t.Fatal(err)
+			}
+			return pid
+		}
+	}
+	s.t.Fatalf("no epoch %d", epoch)
+	return 0
+}
+
+// flags returns the word of flags in the shared memory, where bit 0 says that an epoch initialises.
+func flags(t testing.TB, b *base) uint64 {
+	t.Helper()
+	memory, err := os.ReadFile(b.path())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return binary.NativeEndian.Uint64(memory[flagsOffset:])
+}
+
+// edit changes a word of a file.
+func edit(path string, offset int64, word uint64) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(binary.NativeEndian.AppendUint64(nil, word), offset)
+	return errors.Join(err, f.Close())
+}
+
+// TestFailedEpoch: whatever keeps an epoch from being live, the one that serves goes on with its connections, and the next
+// start has the same number.
+func TestFailedEpoch(t *testing.T) {
+	s := newStage(t)
+	hung := s.hung()
+	taken, err := net.Listen("tcp", "127.0.0.1:15096")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	secret := render.SecretFile(render.MeshCASecret)
+	serving := s.start()
+	for name, c := range map[string]struct {
+		script    string // in the place of Envoy, except when it validates
+		state     render.State
+		interfere func(cancel func()) // while it starts; without it a second is all it gets
+		reason    string              // of Start
+		says      string              // in the log
+	}{
+		"waits for a name": {state: hung, reason: "deadline exceeded: Envoy is PRE_INITIALIZING"},
+		"waits for a file": {
+			script: "cd $DIRECTORY; mv " + secret + " test-secret; mkfifo " + secret,
+			state:  s.state, reason: "deadline exceeded",
+		},
+		"is given up": {state: hung, reason: "context canceled", interfere: func(cancel func()) {
+			s.lost(serving)
+			cancel()
+		}},
+		"is killed": {state: hung, reason: "signal: killed", interfere: func(func()) {
+			s.lost(serving)
+			if err := syscall.Kill(s.child(serving.Epoch+1), syscall.SIGKILL); err != nil {
+				t.Error(err)
+			}
+		}},
+		"can't bind": {
+			script: `sed s/15098/15096/ "$2" >$DIRECTORY/test-other.json; shift 2; set -- --config-path $DIRECTORY/test-other.json "$@"`,
+			state:  s.state, reason: "cannot bind '127.0.0.1:15096'", interfere: func(func()) {},
+		},
+		"is refused": {
+			script: fmt.Sprintf(`printf '\001' | dd of=/dev/shm/envoy_shared_memory_%d bs=1 seek=%d conv=notrunc status=none`, serving.base.id*10, flagsOffset),
+			state:  s.state, reason: "exit status 1", says: "previous envoy process is still initializing", interfere: func(func()) {},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s.t = t
+			old := s.connect()
+			s.since()
+			ctx, cancel := context.WithTimeout(t.Context(), limit)
+			var interfering sync.WaitGroup
+			if c.interfere != nil {
+				interfering.Go(func() { c.interfere(cancel) })
+			} else {
+				ctx, cancel = context.WithTimeout(ctx, time.Second)
+			}
+			defer cancel()
+			path := s.Path
+			if c.script != "" {
+				script(t, s.Runner, `if [ "$1" = --config-path ]; then `+c.script+"; fi\n"+`exec "$ENVOY" "$@"`)
+			}
+			s.refuses(ctx, c.state, c.reason)
+			s.Path = path
+			interfering.Wait()
+			if moved := filepath.Join(s.RuntimeDirectory, "test-secret"); os.Rename(moved, filepath.Join(s.RuntimeDirectory, secret)) == nil {
+				t.Log("put back", secret)
+			}
+			if !strings.Contains(s.since(), c.says) {
+				t.Errorf("Envoy does not say %q", c.says)
+			}
+			if s.serving() != serving {
+				t.Errorf("epochs %v run: the one after %d failed", s.epochs(), serving.Epoch)
+			}
+			if flags := flags(t, serving.base); flags&flagsInitializing != 0 {
+				t.Errorf("the flag is still set: %x", flags)
+			}
+			old.talk()
+			s.connect()
+
+			next := s.start()
+			if next.Epoch != serving.Epoch+1 {
+				t.Errorf("epoch %d after %d", next.Epoch, serving.Epoch)
+			}
+			s.run(serving.Epoch, next.Epoch)
+			old.talk()
+			serving = next
+		})
+	}
+}
+
+// TestRefusedEpoch: what can be known beforehand does not cost the one that serves its admin interface.
+func TestRefusedEpoch(t *testing.T) {
+	s := newStage(t)
+	serving := s.start()
+	taken, err := net.Listen("tcp", "127.0.0.1:15096")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	bad := s.state
+	bad.Bootstrap = proto.CloneOf(bad.Bootstrap)
+	clusters := &bad.Bootstrap.StaticResources.Clusters
+	*clusters = append(*clusters, (*clusters)[0])
+	busy, _ := state(t, s.Runner, "EDG_EGRESS_PROXY_CONFIG=busy#127.0.0.1:15096#192.0.2.1:1")
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	old := s.connect()
+	s.refuses(t.Context(), bad, "duplicate cluster")
+	s.refuses(t.Context(), busy, "address already in use")
+	s.refuses(over, s.state, "context canceled")
+	s.serves(serving)
+	s.run(0)
+	old.talk()
+	if strings.Contains(s.log.String(), "shutting down admin") {
+		t.Error("an epoch was started")
+	}
+}
+
+// TestServingEpochDies: the one that drains goes on draining, and the next start has the number of the dead.
+func TestServingEpochDies(t *testing.T) {
+	s := newStage(t)
+	draining := s.start()
+	old := s.connect()
+	for range 2 {
+		serving := s.start()
+		lost := s.connect()
+		kill(serving)
+		lost.awaitCut()
+		if conn, err := net.Dial("tcp", service); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("%v, %v: the one that drains should not listen", conn, err)
+		}
+		s.run(draining.Epoch)
+		old.talk()
+		began := time.Now()
+		again := s.start()
+		t.Logf("back after %v", time.Since(began))
+		if again.Epoch != serving.Epoch {
+			t.Errorf("epoch %d after %d died", again.Epoch, serving.Epoch)
+		}
+		old.talk()
+		draining, old = again, s.connect()
+	}
+}
+
+// TestDrainingEpochDies: the one that serves tells it to end when its time is over, and aborts where it finds nobody.
+func TestDrainingEpochDies(t *testing.T) {
+	for name, replaced := range map[string]bool{"replaced": true, "nobody there": false} {
+		t.Run(name, func(t *testing.T) {
+			s := newStage(t)
+			s.settings.DrainTime, s.settings.ParentShutdownTime = time.Second, 2*time.Second
+			s.settings.LogLevel = "info"
+			draining := s.start()
+			lost := s.connect()
+			serving := s.start()
+			old := s.connect()
+			kill(draining)
+			lost.awaitCut()
+			until(t, "its place is taken", func() bool { return reach(s.parentSocket(draining)) == nil })
+			if !replaced {
+				if err := os.Remove(s.parentSocket(draining)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			until(t, "it is told to end", func() bool { return strings.Contains(s.log.String(), "shutting down parent after drain") })
+			if !replaced {
+				<-serving.exited
+				if err := serving.Err(); !strings.Contains(err.Error(), "signal: aborted") {
+					t.Error(err)
+				}
+				return
+			}
+			s.serves(serving)
+			old.talk()
+			s.run(1)
+			s.start()
+			old.talk()
+			s.run(1, 2)
+		})
+	}
+}
+
+// TestStartingEpochLosesParent: an Envoy that takes over from a dead one would wait for its answers for ever.
+func TestStartingEpochLosesParent(t *testing.T) {
+	s := newStage(t)
+	hung := s.hung()
+	serving := s.start()
+	var interfering sync.WaitGroup
+	interfering.Go(func() {
+		s.lost(serving)
+		kill(serving)
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	defer cancel()
+	s.refuses(ctx, hung, "the Envoy before it: it ended: signal: killed")
+	interfering.Wait()
+	s.run()
+	if again := s.start(); again.Epoch != 0 {
+		t.Errorf("epoch %d after none", again.Epoch)
+	}
+}
+
+// TestAllEpochsDie: where none is left it begins anew, whatever is in the places of sockets and memory.
+func TestAllEpochsDie(t *testing.T) {
+	s := newStage(t)
+	draining, serving := s.start(), s.start()
+	draining.Kill()
+	serving.Kill()
+	<-draining.exited
+	<-serving.exited
+	s.run()
+	again := s.start()
+	if again.Epoch != 0 {
+		t.Errorf("epoch %d after none", again.Epoch)
+	}
+	s.run(0)
+
+	kill(again)
+	place := s.parentSocket(again)
+	if err := errors.Join(os.WriteFile(again.base.path(), []byte("of no use"), 0o600), os.Remove(place), os.WriteFile(place, nil, 0o400)); err != nil {
+		t.Fatal(err)
+	}
+	again = s.start()
+	kill(again)
+	if err := os.Remove(place); err != nil {
+		t.Fatal(err)
+	}
+	foreign, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: place, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer foreign.Close()
+	s.start()
+	s.start()
+	s.run(0, 1)
+}
+
+// TestThirdEpoch: it ends the first, whose connections are cut, and no other.
+func TestThirdEpoch(t *testing.T) {
+	s := newStage(t)
+	first := s.start()
+	cut := s.connect()
+	second := s.start()
+	old := s.connect()
+	cut.talk()
+	s.run(0, 1)
+	third := s.start()
+	cut.awaitCut()
+	<-first.exited
+	if err := first.Err(); !strings.Contains(err.Error(), "exit status 0") {
+		t.Error(err)
+	}
+	s.run(1, 2)
+	old.talk()
+
+	// One that can't end makes room all the same.
+	if err := syscall.Kill(second.PID(), syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	fourth := s.start()
+	s.run(1, 2, 3)
+	fifth := s.start()
+	s.run(3, 4)
+	s.Stop()
+	if err := second.Err(); !strings.Contains(err.Error(), "signal: killed") {
+		t.Error(err)
+	}
+	for _, p := range []*Process{third, fourth, fifth} {
+		// The message and the signal to end may come both, and the second ends Envoy while it ends.
+		if err := p.Err().Error(); !strings.Contains(err, "exit status 0") && !strings.Contains(err, "signal: terminated") {
+			t.Errorf("epoch %d: %v", p.Epoch, err)
+		}
+	}
+}
+
+// TestParentShutdown: connections of an old epoch live until then, and no longer.
+func TestParentShutdown(t *testing.T) {
+	s := newStage(t)
+	s.settings.DrainTime, s.settings.ParentShutdownTime = time.Second, 2*time.Second
+	first := s.start()
+	old := s.connect()
+	began := time.Now()
+	s.start()
+	old.awaitCut()
+	if took := time.Since(began); took < s.settings.ParentShutdownTime {
+		t.Errorf("a connection was cut after %v", took)
+	}
+	<-first.exited
+	if err := first.Err(); !strings.Contains(err.Error(), "exit status 0") {
+		t.Error(err)
+	}
+	s.run(1)
+}
+
+// TestPlainRestart takes the place of a hot one where that is not possible, as Start finds out beforehand or by failing once.
+func TestPlainRestart(t *testing.T) {
+	s := newStage(t)
+	s.start()
+	for name, c := range map[string]struct {
+		spoil func(p *Process) error
+		fails bool
+	}{
+		"no memory":       {func(p *Process) error { return os.Remove(p.base.path()) }, false},
+		"another version": {func(p *Process) error { return edit(p.base.path(), versionOffset, 12) }, true},
+		"another size":    {func(p *Process) error { return edit(p.base.path(), 0, 112) }, true},
+		"no socket":       {func(p *Process) error { return os.Remove(s.parentSocket(p)) }, false},
+		"a file in the socket's place": {func(p *Process) error {
+			return errors.Join(os.Remove(s.parentSocket(p)), os.WriteFile(s.parentSocket(p), nil, 0o600))
+		}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s.t = t
+			serving := s.start() // beside one that drains
+			old := s.connect()
+			if err := c.spoil(serving); err != nil {
+				t.Fatal(err)
+			}
+			if c.fails {
+				s.refuses(t.Context(), s.state, "it ended")
+				s.serves(serving)
+			}
+			old.talk()
+			if strings.Contains(s.since(), "a plain restart of Envoy") {
+				t.Error("a plain restart came early")
+			}
+			load := s.load(2)
+			plain := s.start()
+			old.awaitCut()
+			load.settle()
+			done, failures := load.end()
+			t.Logf("of %d connections %d failed", done, len(failures))
+			for _, err := range failures {
+				if errors.Is(err, syscall.ECONNREFUSED) {
+					t.Errorf("nobody listened for a while: %v", err)
+				}
+			}
+			if plain.Epoch != 0 || plain.base.id == serving.base.id {
+				t.Errorf("epoch %d of base %d after %d of %d", plain.Epoch, plain.base.id, serving.Epoch, serving.base.id)
+			}
+			if !strings.Contains(s.since(), "a plain restart of Envoy") {
+				t.Error("the log does not say so")
+			}
+			s.run(0)
+			if err := serving.Err(); !strings.Contains(err.Error(), "exit status 0") {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestManyRestarts: not one new connection fails, and those of an epoch live until the one after the next.
+func TestManyRestarts(t *testing.T) {
+	s := newStage(t)
+	s.start()
+	load := s.load(1)
+	conns := []connection{s.connect()}
+	const restarts = 30
+	for i := range restarts {
+		if p := s.start(); p.Epoch != i+1 {
+			t.Errorf("epoch %d is the restart %d", p.Epoch, i+1)
+		}
+		conns[i].talk()
+		if i > 0 {
+			conns[i-1].awaitCut()
+		}
+		conns = append(conns, s.connect())
+		load.settle()
+	}
+	done, failures := load.end()
+	t.Logf("%d connections over %d restarts", done, restarts)
+	if len(failures) > 0 {
+		t.Errorf("of %d connections %d failed, as %v", done, len(failures), failures[0])
+	}
+	for _, pattern := range []string{"admin-*", "bootstrap-*"} {
+		files, err := filepath.Glob(filepath.Join(s.RuntimeDirectory, pattern))
+		if err != nil || len(files) > 3 {
+			t.Errorf("%v, %v: they pile up", files, err)
+		}
+	}
+}
+
+// BenchmarkHotRestart takes turns between a hot restart and bare Envoy: validation, then from exec to LIVE.
+func BenchmarkHotRestart(b *testing.B) {
+	const mostRatio = 1.5
+	s := newStage(b)
+	s.start()
+	admin := filepath.Join(s.RuntimeDirectory, "test-admin.sock")
+	bootstrap := proto.CloneOf(s.state.Bootstrap)
+	bootstrap.Admin.Address.GetPipe().Path = admin
+	config, err := s.write("test-bootstrap.json", bootstrap)
+	if err != nil {
+		b.Fatal(err)
+	}
+	var ours, bare []time.Duration
+	for b.Loop() {
+		for range 20 {
+			began := time.Now()
+			if _, err := s.Start(b.Context(), s.state, s.settings); err != nil {
+				b.Fatal(err)
+			}
+			ours = append(ours, time.Since(began))
+
+			began = time.Now()
+			if text, err := exec.Command(s.Path, "--mode", "validate", "--config-path", config).CombinedOutput(); err != nil {
+				b.Fatalf("%v: %s", err, text)
+			}
+			envoy := exec.Command(s.Path, "--config-path", config, "--disable-hot-restart",
+				"--concurrency", strconv.Itoa(s.settings.Concurrency), "--log-level", "warning")
+			if err := envoy.Start(); err != nil {
+				b.Fatal(err)
+			}
+			until(b, "Envoy is live", func() bool {
+				info, err := newAdmin(admin).info(b.Context())
+				return err == nil && info.State == "LIVE"
+			})
+			bare = append(bare, time.Since(began))
+			_ = envoy.Process.Kill()
+			_ = envoy.Wait()
+			if err := os.Remove(admin); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	median := func(all []time.Duration) float64 { return float64(slices.Sorted(slices.Values(all))[len(all)/2]) }
+	ratio := median(ours) / median(bare)
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(median(ours)/float64(time.Millisecond), "restart-ms")
+	b.ReportMetric(median(bare)/float64(time.Millisecond), "bare-ms")
+	b.ReportMetric(ratio, "restart/bare")
+	if ratio > mostRatio {
+		b.Errorf("a hot restart takes %.2f times what bare Envoy does; %.1f at most", ratio, mostRatio)
+	}
+}
+
+// BenchmarkHotRestartsUnderLoad restarts b.N times: -benchtime 1000x is what is asked of mantlet.
+func BenchmarkHotRestartsUnderLoad(b *testing.B) {
+	s := newStage(b)
+	s.start()
+	load := s.load(4)
+	restarts := 0
+	for b.Loop() {
+		if _, err := s.Start(b.Context(), s.state, s.settings); err != nil {
+			b.Fatal(err)
+		}
+		restarts++
+		load.settle()
+	}
+	done, failures := load.end()
+	b.ReportMetric(float64(restarts), "restarts")
+	b.ReportMetric(float64(done), "connections")
+	b.ReportMetric(float64(len(failures)), "failed")
+	if len(failures) > 0 {
+		b.Errorf("of %d connections %d failed: %v", done, len(failures), failures)
+	}
+}
+
+// load is clients that connect without pause.
+type load struct {
+	t       testing.TB
+	stop    chan struct{}
+	clients sync.WaitGroup
+
+	mu       sync.Mutex
+	begun    []int // by client
+	done     int
+	failures []error
+}
+
+func (s *stage) load(clients int) *load {
+	l := &load{t: s.t, stop: make(chan struct{}), begun: make([]int, clients)}
+	for i := range clients {
+		l.clients.Go(func() {
+			for {
+				select {
+				case <-l.stop:
+					return
+				default:
+				}
+				l.mu.Lock()
+				l.begun[i]++
+				l.mu.Unlock()
+				err := once()
+				l.mu.Lock()
+				l.done++
+				if err != nil {
+					l.failures = append(l.failures, err)
+				}
+				l.mu.Unlock()
+			}
+		})
+	}
+	return l
+}
+
+// once is one connection.
+func once() error {
+	conn, err := net.Dial("tcp", service)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	return talk(conn)
+}
+
+// settle returns when all connections that are open are done.
+func (l *load) settle() {
+	l.t.Helper()
+	l.mu.Lock()
+	begun := slices.Clone(l.begun)
+	l.mu.Unlock()
+	until(l.t, "the connections are done", func() bool {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		for i := range begun {
+			if l.begun[i] == begun[i] {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// end returns how many connections there were, and the failures among them.
+func (l *load) end() (int, []error) {
+	close(l.stop)
+	l.clients.Wait()
+	return l.done, l.failures
+}
