@@ -147,10 +147,9 @@ func (w *world) Start(ctx context.Context, _ render.State, _ schema.Envoy) (Proc
 
 // newWorld is one in which all goes well. Call it within a bubble of synctest. Nothing is in the TLS directory: a watched
 // directory would keep the bubble's clock from advancing.
-func newWorld(t *testing.T, environ ...string) *world {
+func newWorld(t *testing.T) *world {
 	t.Helper()
-	environ = append(environ, "MANTLET_TLS_DIRECTORY="+filepath.Join(t.TempDir(), "missing"))
-	env, err := schema.ParseEnvironment(environ)
+	env, err := schema.ParseEnvironment([]string{"MANTLET_TLS_DIRECTORY=" + filepath.Join(t.TempDir(), "missing")})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,7 +2,6 @@ package reconcile
 
 import (
 	"context"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -15,7 +14,7 @@ import (
 func watched(t *testing.T, directory string) <-chan struct{} {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	changed := watch(ctx, directory, slog.New(slog.NewTextHandler(io.Discard, nil)))
+	changed := watch(ctx, directory, slog.New(slog.DiscardHandler))
 	t.Cleanup(cancel)
 	return changed
 }

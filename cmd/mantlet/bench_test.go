@@ -60,7 +60,7 @@ func BenchmarkStart(b *testing.B) {
 			envoy := p.Command(os.Getenv("MANTLET_ENVOY_PATH"), "--config-path", saved, "--concurrency", "2", "--log-level", "warning")
 			envoy.Stdout, envoy.Stderr = nil, nil
 			began = time.Now()
-			p.must(p.Host.Start(envoy))
+			p.must(p.Start(envoy))
 			p.answers(admin, "/server_info", `"state": "LIVE"`)
 			envoys = append(envoys, time.Since(began))
 			p.must(envoy.Process.Signal(syscall.SIGTERM))

@@ -150,6 +150,23 @@ func TestMantletIsKilled(t *testing.T) {
 	p.must(echo(outbound))
 }
 
+// TestMantletIsKilledWhileEnvoyStarts: Envoy asks for its end itself only once it runs.
+func TestMantletIsKilledWhileEnvoyStarts(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "envoy")
+	p := newPod(t, "MANTLET_ENVOY_PATH="+path)
+	p.must(os.WriteFile(path, []byte("#!/bin/sh\nexec sleep 86399"), 0o755))
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.await("Envoy is started", func() bool {
+		pids, err := p.sidecar.Envoys()
+		return err == nil && len(pids) == 1
+	})
+	p.must(p.sidecar.Signal(syscall.SIGKILL))
+	_ = p.sidecar.Wait()
+	p.await("nothing runs", func() bool { return len(p.processes()) == 0 })
+}
+
 // rules returns the live table.
 func (p *pod) rules() string {
 	p.t.Helper()

@@ -289,12 +289,6 @@ func (p *pod) await(what string, cond func() bool) {
 	}
 }
 
-// logged waits for a line of mantlet's log.
-func (p *pod) logged(text string) {
-	p.t.Helper()
-	p.await("the log has "+text, func() bool { return p.log.count(text) > 0 })
-}
-
 func (p *pod) must(err error) {
 	p.t.Helper()
 	if err != nil {

@@ -143,7 +143,7 @@ func TestHotRestart(t *testing.T) {
 		if said := p.sidecar.Unready(ctx); said != "" {
 			t.Errorf("not ready in between: %s", said)
 		}
-		conn, err := p.Host.Dial(ctx, "tcp", "127.137.0.1:8081")
+		conn, err := p.Dial(ctx, "tcp", "127.137.0.1:8081")
 		if err != nil {
 			return false
 		}

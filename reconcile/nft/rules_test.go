@@ -520,7 +520,7 @@ func (x *trial) swallow(s *stranger) netip.AddrPort {
 		return false
 	})
 	cancel()
-	<-dialled
+	<-dialled //nolint:errcheck // it was cancelled
 	return swallowed.from
 }
 
