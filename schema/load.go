@@ -248,6 +248,13 @@ func (in Ingress) checkAllow(e *entry, r *report) {
 
 func (c Config) egress(r *report) []Egress {
 	all := c.merged.entries("egress")
+	own := listeners{}
+	for key, e := range all {
+		if !e.removed() {
+			listen := netip.MustParseAddrPort(key)
+			own[listen.Port()] = append(own[listen.Port()], listen)
+		}
+	}
 	list := slices.Grow([]Egress(nil), len(all))
 	for _, e := range all {
 		if e.removed() {
@@ -265,7 +272,7 @@ func (c Config) egress(r *report) []Egress {
 		default:
 			host, port, _ := cutPort(text)
 			out.Upstream = Upstream{Host: host, Port: uint16(number(port))}
-			if to := loop(out, all); to != "" {
+			if to := own.loop(out); to != "" {
 				r.add(e.fields["upstream"].origin, "egress["+e.key+"].upstream", text,
 					fmt.Sprintf("is %s: connections would go round in a circle", to))
 			}
@@ -276,26 +283,28 @@ func (c Config) egress(r *report) []Egress {
 	return list
 }
 
-// loop returns which of Envoy's own listeners an upstream is, if it is one. By a name of loopback it may be.
-func loop(from Egress, listeners entries) string {
+// listeners are the listen addresses of a mesh's egress entries by their ports.
+type listeners map[uint16][]netip.AddrPort
+
+// loop returns which of Envoy's own listeners an entry's upstream is, if it is one. By a name of loopback it may be.
+func (l listeners) loop(from Egress) string {
 	u := from.Upstream
 	addr, isAddress := u.Addr()
 	host := strings.ToLower(strings.TrimSuffix(u.Host, "."))
 	isLoopback := isAddress && addr.IsLoopback() || host == "localhost" || strings.HasSuffix(host, ".localhost")
-	if isLoopback && (u.Port == IngressMTLSPort || u.Port == IngressTLSPort) {
+	if !isLoopback {
+		return ""
+	}
+	if u.Port == IngressMTLSPort || u.Port == IngressTLSPort {
 		return "mantlet's own listener"
 	}
-	for key, e := range listeners {
-		listen, err := netip.ParseAddrPort(key)
-		if err != nil || e.removed() || listen.Port() != u.Port {
-			continue
-		}
+	for _, listen := range slices.SortedFunc(slices.Values(l[u.Port]), netip.AddrPort.Compare) {
 		switch {
-		case listen.Addr() != addr && (isAddress || !isLoopback):
-		case listen == from.Listen && isAddress:
+		case isAddress && listen.Addr() != addr:
+		case isAddress && listen == from.Listen:
 			return "the entry's own listen address"
 		default:
-			return "the listen address of egress[" + key + "]"
+			return "the listen address of egress[" + listen.String() + "]"
 		}
 	}
 	return ""
