@@ -308,6 +308,45 @@ func TestEnvoyHangs(t *testing.T) {
 	}
 }
 
+// deaf is a reader of the log that goes away once mantlet is up.
+type deaf struct{ journal }
+
+func (d *deaf) Write(text []byte) (int, error) {
+	if d.count(inForce) > 0 {
+		return 0, errGone
+	}
+	return d.journal.Write(text)
+}
+
+var errGone = errors.New("nobody reads any more")
+
+// inForce is what mantlet logs once the desired rules stand.
+const inForce = "rules are in force"
+
+// TestNobodyReadsTheLog: mantlet goes on when the other end of its standard error is gone.
+func TestNobodyReadsTheLog(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	log := &deaf{}
+	p.sidecar.Log = log
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.must(p.sidecar.Start())
+	p.ready()
+	p.protect(tlsPort)
+	p.protect(mtlsPort)
+	p.besiege() // each refusal is logged
+	for range 5 {
+		p.besieged()
+		p.ready()
+	}
+	p.must(p.exchange(netip.AddrPortFrom(p.IPv6, mtlsPort), p.client.ClientConfig("pod")))
+	if err := p.sidecar.Stop(); !errors.Is(err, errGone) {
+		t.Errorf("mantlet ended: %v", err)
+	}
+	p.leavesNothing()
+	p.besieged()
+}
+
 // TestLogIsForItsReader: text for a terminal, JSON for all else.
 func TestLogIsForItsReader(t *testing.T) {
 	t.Parallel()

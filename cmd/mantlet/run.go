@@ -61,6 +61,7 @@ func newLogger(to *os.File, level slog.Leveler) *slog.Logger {
 // ends.
 func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	collectLater()
+	signal.Ignore(syscall.SIGPIPE) // the end of whoever reads the log must not be mantlet's
 	table, err := closePod(log)
 	if err != nil {
 		return err

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	"mantlet/lab"
 	"mantlet/render"
@@ -107,11 +108,25 @@ func (s *stage) start() *Process {
 // refuses fails the test if a start with the state succeeds, or fails for another reason.
 func (s *stage) refuses(ctx context.Context, state render.State, reason string) {
 	s.t.Helper()
-	p, err := s.Start(ctx, state, s.settings)
-	if err == nil {
-		s.t.Fatalf("epoch %d started", p.Epoch)
-	}
-	if !strings.Contains(err.Error(), reason) {
+	s.interfere(ctx, state, func() {}, reason)
+}
+
+// interfere does something while a start goes on that must fail for a reason.
+func (s *stage) interfere(ctx context.Context, state render.State, do func(), reason string) {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	failed := make(chan error, 1)
+	go func() {
+		defer cancel()
+		p, err := s.Start(ctx, state, s.settings)
+		if err == nil {
+			err = fmt.Errorf("epoch %d started", p.Epoch)
+		}
+		failed <- err
+	}()
+	defer func() { <-ctx.Done() }()
+	do()
+	if err := <-failed; !strings.Contains(err.Error(), reason) {
 		s.t.Errorf("%v; want %q", err, reason)
 	}
 }
@@ -281,14 +296,14 @@ func TestFailedEpoch(t *testing.T) {
 	for name, c := range map[string]struct {
 		script    string // in the place of Envoy, except when it validates
 		state     render.State
-		interfere func(cancel func()) // while it starts; without it a second is all it gets
+		interfere func(cancel func()) // while it starts
 		reason    string              // of Start
 		says      string              // in the log
 	}{
-		"waits for a name": {state: hung, reason: "deadline exceeded: Envoy is PRE_INITIALIZING"},
+		"waits for a name": {state: hung, reason: "it is not live after 2s: context deadline exceeded: Envoy is PRE_INITIALIZING"},
 		"waits for a file": {
 			script: "cd $DIRECTORY; mv " + secret + " test-secret; mkfifo " + secret,
-			state:  s.state, reason: "deadline exceeded",
+			state:  s.state, reason: "it is not live after 2s",
 		},
 		"is given up": {state: hung, reason: "context canceled", interfere: func(cancel func()) {
 			s.lost(serving)
@@ -302,32 +317,33 @@ func TestFailedEpoch(t *testing.T) {
 		}},
 		"can't bind": {
 			script: `sed s/15098/15096/ "$2" >$DIRECTORY/test-other.json; shift 2; set -- --config-path $DIRECTORY/test-other.json "$@"`,
-			state:  s.state, reason: "cannot bind '127.0.0.1:15096'", interfere: func(func()) {},
+			state:  s.state, reason: "cannot bind '127.0.0.1:15096'",
 		},
 		"is refused": {
 			script: fmt.Sprintf(`printf '\001' | dd of=/dev/shm/envoy_shared_memory_%d bs=1 seek=%d conv=notrunc status=none`, serving.base.id*10, flagsOffset),
-			state:  s.state, reason: "exit status 1", says: "previous envoy process is still initializing", interfere: func(func()) {},
+			state:  s.state, reason: "exit status 1", says: "previous envoy process is still initializing",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s.t = t
 			old := s.connect()
 			s.since()
-			ctx, cancel := context.WithTimeout(t.Context(), limit)
-			var interfering sync.WaitGroup
-			if c.interfere != nil {
-				interfering.Go(func() { c.interfere(cancel) })
-			} else {
-				ctx, cancel = context.WithTimeout(ctx, time.Second)
-			}
-			defer cancel()
 			path := s.Path
+			s.liveLimit = limit
+			if strings.HasPrefix(name, "waits") {
+				s.liveLimit = 2 * time.Second
+			}
 			if c.script != "" {
 				script(t, s.Runner, `if [ "$1" = --config-path ]; then `+c.script+"; fi\n"+`exec "$ENVOY" "$@"`)
 			}
-			s.refuses(ctx, c.state, c.reason)
+			if c.interfere == nil {
+				c.interfere = func(func()) {}
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			s.interfere(ctx, c.state, func() { c.interfere(cancel) }, c.reason)
 			s.Path = path
-			interfering.Wait()
+			s.liveLimit = 0
 			if moved := filepath.Join(s.RuntimeDirectory, "test-secret"); os.Rename(moved, filepath.Join(s.RuntimeDirectory, secret)) == nil {
 				t.Log("put back", secret)
 			}
@@ -415,6 +431,7 @@ func TestDrainingEpochDies(t *testing.T) {
 			s := newStage(t)
 			s.settings.DrainTime, s.settings.ParentShutdownTime = time.Second, 2*time.Second
 			s.settings.LogLevel = "info"
+			s.state.Bootstrap.StatsFlushInterval = durationpb.New(100 * time.Millisecond) // each time Envoy would ask a parent for its own
 			draining := s.start()
 			lost := s.connect()
 			serving := s.start()
@@ -450,15 +467,10 @@ func TestStartingEpochLosesParent(t *testing.T) {
 	s := newStage(t)
 	hung := s.hung()
 	serving := s.start()
-	var interfering sync.WaitGroup
-	interfering.Go(func() {
+	s.interfere(t.Context(), hung, func() {
 		s.lost(serving)
 		kill(serving)
-	})
-	ctx, cancel := context.WithTimeout(t.Context(), limit)
-	defer cancel()
-	s.refuses(ctx, hung, "the Envoy before it: it ended: signal: killed")
-	interfering.Wait()
+	}, "the Envoy before it: it ended: signal: killed")
 	s.run()
 	if again := s.start(); again.Epoch != 0 {
 		t.Errorf("epoch %d after none", again.Epoch)
@@ -723,6 +735,7 @@ func BenchmarkHotRestartsUnderLoad(b *testing.B) {
 type load struct {
 	t       testing.TB
 	stop    chan struct{}
+	once    sync.Once
 	clients sync.WaitGroup
 
 	mu       sync.Mutex
@@ -733,6 +746,7 @@ type load struct {
 
 func (s *stage) load(clients int) *load {
 	l := &load{t: s.t, stop: make(chan struct{}), begun: make([]int, clients)}
+	s.t.Cleanup(func() { l.end() })
 	for i := range clients {
 		l.clients.Go(func() {
 			for {
@@ -744,7 +758,7 @@ func (s *stage) load(clients int) *load {
 				l.mu.Lock()
 				l.begun[i]++
 				l.mu.Unlock()
-				err := once()
+				err := s.exchange()
 				l.mu.Lock()
 				l.done++
 				if err != nil {
@@ -757,8 +771,8 @@ func (s *stage) load(clients int) *load {
 	return l
 }
 
-// once is one connection.
-func once() error {
+// exchange is one connection.
+func (s *stage) exchange() error {
 	conn, err := net.Dial("tcp", service)
 	if err != nil {
 		return err
@@ -787,7 +801,7 @@ func (l *load) settle() {
 
 // end returns how many connections there were, and the failures among them.
 func (l *load) end() (int, []error) {
-	close(l.stop)
+	l.once.Do(func() { close(l.stop) })
 	l.clients.Wait()
 	return l.done, l.failures
 }

@@ -18,7 +18,7 @@ type Process struct {
 	Digest    string                 // of the state that it was started with
 
 	base   *base
-	drains bool // another one took over from it; only Start knows of it
+	drains bool // another one was live after it; Start alone looks at it
 	cmd    *exec.Cmd
 	admin  admin
 	logs   *logs

@@ -37,12 +37,14 @@ type Runner struct {
 	standIns sync.WaitGroup
 	bases    []*base // that Envoys were given
 
+	liveLimit time.Duration // defaultLiveLimit where it is 0
+
 	mu      sync.Mutex
 	running []*Process // by epoch: those that drain, and at last the one that serves; some may have ended
 }
 
-// liveLimit bounds initialisation: 45-100 ms as a rule; a busy machine takes longer, a hung start for ever.
-const liveLimit = 20 * time.Second
+// defaultLiveLimit bounds initialisation: 45-100 ms as a rule; a busy machine takes longer, a hung start for ever.
+const defaultLiveLimit = 20 * time.Second
 
 // Start executes Envoy for a state and waits until it says by itself that it is live with that state. Where another Envoy
 // serves, it takes over from it without a connection being refused, and the other one drains and ends by itself.
@@ -77,7 +79,7 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, liveLimit)
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(r.liveLimit, defaultLiveLimit))
 	defer cancel()
 	if err := p.waitLive(ctx, parent); err != nil {
 		p.Kill() // SIGTERM would make it end its parent, which serves
@@ -161,7 +163,7 @@ func (r *Runner) preflight(ctx context.Context, state render.State, serving *Pro
 		return err
 	}
 	defer func() { _ = os.Remove(config) }()
-	ctx, cancel := context.WithTimeout(ctx, liveLimit)
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(r.liveLimit, defaultLiveLimit))
 	defer cancel()
 	cmd := exec.CommandContext(ctx, r.Path, "--mode", "validate", "--config-path", config, "--log-level", "error")
 	if said, err := cmd.CombinedOutput(); err != nil {
