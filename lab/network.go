@@ -138,7 +138,9 @@ func (h *Host) connect(bridge *netlink.Bridge) error {
 	if err := netlink.LinkSetUp(port); err != nil {
 		return fmt.Errorf("bringing up %s: %w", h.port, err)
 	}
-	return errors.Join(awaitCarrier(h.port), h.Do(func() error { return awaitCarrier("eth0") }))
+	return errors.Join(awaitCarrier(h.port), h.Do(func() error {
+		return errors.Join(awaitCarrier("eth0"), awaitAddress(h.IPv6))
+	}))
 }
 
 // configure brings up the host's interfaces, from inside.
@@ -179,6 +181,21 @@ func awaitCarrier(name string) error {
 	})
 	if err != nil {
 		return fmt.Errorf("waiting for carrier on %s: %w", name, err)
+	}
+	return nil
+}
+
+// awaitAddress waits until the kernel takes an IPv6 address for the host's own: a work queue adds its route once there is a
+// carrier.
+func awaitAddress(addr netip.Addr) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	err := Until(ctx, func() bool {
+		routes, err := netlink.RouteGet(addr.AsSlice())
+		return err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL
+	})
+	if err != nil {
+		return fmt.Errorf("waiting until %s is the host's own: %w", addr, err)
 	}
 	return nil
 }
