@@ -53,6 +53,13 @@ func (z *zone) set(hosts map[string][]netip.Addr) {
 	z.hosts, z.silent = hosts, false
 }
 
+// silence makes the server answer nothing.
+func (z *zone) silence() {
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	z.silent = true
+}
+
 func (z *zone) answer(query []byte) ([]byte, bool) {
 	z.mu.Lock()
 	defer z.mu.Unlock()

@@ -24,18 +24,23 @@ func (p *pod) mount() *mounted { return &mounted{p: p, directory: p.t.TempDir()}
 
 func (m *mounted) file() string { return filepath.Join(m.directory, "override.yaml") }
 
-// write makes a new version of the file visible at once.
-func (m *mounted) write(text string) {
+// write makes a new version of the file visible.
+func (m *mounted) write(text string) { m.publish(map[string][]byte{"override.yaml": []byte(text)}) }
+
+// publish makes a new version of the directory visible at once.
+func (m *mounted) publish(files map[string][]byte) {
 	m.p.t.Helper()
 	m.version++
 	data := fmt.Sprintf("..%d", m.version)
 	m.p.must(os.Mkdir(filepath.Join(m.directory, data), 0o755))
-	m.p.must(os.WriteFile(filepath.Join(m.directory, data, "override.yaml"), []byte(text), 0o600))
+	for name, text := range files {
+		m.p.must(os.WriteFile(filepath.Join(m.directory, data, name), text, 0o600))
+		if m.version == 1 {
+			m.p.must(os.Symlink(filepath.Join("..data", name), filepath.Join(m.directory, name)))
+		}
+	}
 	m.p.must(os.Symlink(data, filepath.Join(m.directory, "..tmp")))
 	m.p.must(os.Rename(filepath.Join(m.directory, "..tmp"), filepath.Join(m.directory, "..data")))
-	if m.version == 1 {
-		m.p.must(os.Symlink(filepath.Join("..data", "override.yaml"), m.file()))
-	}
 }
 
 // TestReload: a change of modes moves ports between the listeners that are there and ends what it forbids; all else is a

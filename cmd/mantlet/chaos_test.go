@@ -1,0 +1,767 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"mantlet/lab"
+)
+
+var (
+	chaosSeed   = flag.Uint64("chaos.seed", 0, "do what the run with this seed did; 0: something new")
+	chaosFor    = flag.Duration("chaos.for", 10*time.Second, "how long to go on")
+	chaosSettle = flag.Duration("chaos.settle", limit, "how soon after the last action all must be as it is wanted")
+)
+
+// TestChaos does random things to a pod, many at a time, while callers and probers of every kind come. Now and then it does
+// nothing, and then all must soon be as was asked for last.
+func TestChaos(t *testing.T) {
+	t.Parallel()
+	seed := *chaosSeed
+	if seed == 0 {
+		seed = rand.Uint64N(1e9) + 1
+	}
+	for _, owned := range []bool{true, false} {
+		t.Run(fmt.Sprintf("owned=%t", owned), func(t *testing.T) {
+			c := newChaos(t, seed, owned)
+			t.Cleanup(c.report)
+			for round := 1; time.Since(c.began) < *chaosFor && !t.Failed(); round++ {
+				c.note("round %d", round)
+				for range 1 + c.random.IntN(6) {
+					c.act()
+				}
+				c.settle()
+			}
+			c.must(c.sidecar.Stop())
+			c.leavesNothing()
+		})
+	}
+}
+
+// chaos is a pod under random actions, with what was asked of it.
+type chaos struct {
+	*pod
+	owned       bool
+	seed        uint64
+	random      *rand.Rand // for actions alone: what they are must not depend on what they lead to
+	began       time.Time
+	config      *mounted
+	tls         *mounted
+	authorities [2]*lab.Authority
+	visitors    []visitor
+	held        []hold
+	zones       *zone
+	names       map[string][]netip.Addr
+
+	badConfig, badTLS bool // what was written last
+	amnesia           bool // mantlet was started anew since all was quiet last
+	full              bool // the disk was, since then
+
+	traffic sync.RWMutex // held by whoever makes an attempt, and wholly while the suite itself opens the pod
+
+	mu      sync.Mutex
+	journal []string
+	asked   asked
+	settled int // rounds
+	calls   [2]int
+	slowest struct{ settle, repair time.Duration }
+}
+
+// hold is something to be undone when its time has come.
+type hold struct {
+	until time.Time
+	what  string
+	undo  func()
+}
+
+func newChaos(t *testing.T, seed uint64, owned bool) *chaos {
+	stream := uint64(0)
+	if owned {
+		stream = 1
+	}
+	p := newPod(t, web, "MANTLET_ENVOY_PARENT_SHUTDOWN_TIME=3s")
+	c := &chaos{pod: p, owned: owned, seed: seed, random: rand.New(rand.NewPCG(seed, stream)), config: p.mount(), tls: &mounted{p: p, directory: p.sidecar.TLSDirectory}}
+	p.sidecar.Log = terse{p.log}
+	other, err := lab.NewAuthority("mesh")
+	p.must(err)
+	c.authorities = [...]*lab.Authority{p.mesh, other}
+	c.small(p.sidecar.RuntimeDirectory)
+	if !owned {
+		_, err := p.Run("nft", "add", "table", "inet", "mantlet") // one that is there stays without an owner
+		p.must(err)
+	}
+	c.upstreams()
+	c.visitors = c.everybody()
+	p.sidecar.Env = append(p.sidecar.Env, "MANTLET_CONFIG="+c.config.file())
+	c.want(wish{}.plain())
+	c.rotate(trust{})
+	p.run()
+	p.protect(tlsPort)
+	p.protect(mtlsPort)
+	p.serve(p.Host, lab.Service{Address: fmt.Sprintf(":%d", passthroughPort)})
+	p.ready()
+	p.besiege()
+	c.began = time.Now()
+	c.load()
+	c.settle()
+	return c
+}
+
+// terse is mantlet's log without what the strangers make it say.
+type terse struct{ to io.Writer }
+
+func (t terse) Write(text []byte) (int, error) {
+	for line := range bytes.Lines(text) {
+		if !bytes.Contains(line, []byte("connection refused")) {
+			_, _ = t.to.Write(line)
+		}
+	}
+	return len(text), nil
+}
+
+// small makes a directory one that is soon full.
+func (c *chaos) small(directory string) {
+	c.must(os.MkdirAll(directory, 0o700))
+	c.must(syscall.Mount("tmpfs", directory, "tmpfs", 0, "mode=0700,size=1m"))
+	c.t.Cleanup(func() { c.check(syscall.Unmount(directory, syscall.MNT_FORCE|2)) })
+}
+
+// upstreams starts an endpoint of each authority, and the DNS server that knows them.
+func (c *chaos) upstreams() {
+	c.names = map[string][]netip.Addr{}
+	pool := c.authorities[0].Pool()
+	pool.AppendCertsFromPEM(c.authorities[1].CAPEM())
+	for i, authority := range c.authorities {
+		name := fmt.Sprintf("upstream-%d", i)
+		host := c.host(name)
+		identity, err := authority.Issue(lab.Leaf{DNSNames: []string{name}})
+		c.must(err)
+		config := identity.ServerConfig()
+		config.ClientCAs = pool
+		c.serve(host, lab.Service{Address: ":8080", TLS: config})
+		c.names[name] = host.Addrs()
+	}
+	c.zones = c.zone(&zone{hosts: c.names})
+}
+
+func (c *chaos) note(format string, args ...any) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.journal = append(c.journal, fmt.Sprintf("%8.3fs ", time.Since(c.began).Seconds())+fmt.Sprintf(format, args...))
+}
+
+// violated fails the run. It may be called from any goroutine.
+func (c *chaos) violated(format string, args ...any) {
+	text := fmt.Sprintf(format, args...)
+	c.note("VIOLATED: %s", text)
+	c.t.Errorf("%s", text)
+}
+
+func (c *chaos) report() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.t.Logf("seed %d: %d rounds, %d connections let in and %d refused; settled within %v, drift mended within %v",
+		c.seed, c.settled, c.calls[1], c.calls[0], c.slowest.settle, c.slowest.repair)
+	if c.t.Failed() {
+		c.t.Logf("to do the same again: go tool task chaos -- -chaos.seed=%d\n%s", c.seed, strings.Join(c.journal, "\n"))
+	}
+}
+
+// wish is what an override file asks for.
+type wish struct {
+	doors  map[uint16]door
+	tls13  bool
+	egress int // which upstream, from 1; 0: none
+}
+
+// door is what a port asks of those who come to it.
+type door struct {
+	mode  string
+	allow string // the only name let in; "": any
+}
+
+// plain is the wish of a file that says nothing.
+func (w wish) plain() wish {
+	w.doors = map[uint16]door{tlsPort: {mode: "tls"}, mtlsPort: {mode: "mtls"}, passthroughPort: {mode: "passthrough"}}
+	return w
+}
+
+func (w wish) String() string {
+	var text strings.Builder
+	text.WriteString("ingress:")
+	for _, port := range []uint16{tlsPort, mtlsPort, passthroughPort} {
+		fmt.Fprintf(&text, "\n- {port: %d, mode: %s", port, w.doors[port].mode)
+		if allow := w.doors[port].allow; allow != "" {
+			fmt.Fprintf(&text, ", allow: [%s]", allow)
+		}
+		text.WriteString("}")
+	}
+	if w.tls13 {
+		text.WriteString("\ntls: {minVersion: \"1.3\"}")
+	}
+	if w.egress > 0 {
+		fmt.Fprintf(&text, "\negress: [{listen: '%s', upstream: 'upstream-%d:8080'}]", egressListen, w.egress-1)
+	}
+	return text.String()
+}
+
+const egressListen = "127.137.0.1:8081"
+
+// trust is what the TLS directory holds: whose the leaf is, and whose CAs are in the bundle.
+type trust struct {
+	leaf    int
+	without [2]bool // CAs that are not in it
+}
+
+// visitor is somebody who tries to get in, or, from inside, out.
+type visitor struct {
+	who       string
+	plain     bool
+	out       bool
+	authority int // -1: no certificate of the mesh
+	name      string
+	tls12     bool
+	config    *tls.Config
+}
+
+// admits is the model: whether a visitor gets through.
+func (w wish) admits(t trust, v visitor, port uint16) bool {
+	d := w.doors[port]
+	switch {
+	case v.out:
+		return w.egress > 0 && !t.without[w.egress-1]
+	case d.mode == "passthrough":
+		return v.plain
+	case v.plain || w.tls13 && v.tls12:
+		return false
+	case d.mode == "tls":
+		return true
+	default:
+		return v.authority >= 0 && !t.without[v.authority] && (d.allow == "" || d.allow == v.name)
+	}
+}
+
+func (c *chaos) everybody() []visitor {
+	pool := c.authorities[0].Pool()
+	pool.AppendCertsFromPEM(c.authorities[1].CAPEM())
+	foreign, err := lab.NewAuthority("mesh")
+	c.must(err)
+	all := []visitor{
+		{who: "plaintext", plain: true},
+		{who: "no certificate", authority: -1},
+		{who: "stranger", authority: -1, name: "client"},
+		{who: "client", name: "client"},
+		{who: "client with TLS 1.2", name: "client", tls12: true},
+		{who: "other client", name: "other"},
+		{who: "client of the other CA", name: "client", authority: 1},
+	}
+	for i, v := range all {
+		from := foreign
+		if v.authority >= 0 {
+			from = c.authorities[v.authority]
+		}
+		identity, err := from.Issue(lab.Leaf{DNSNames: []string{v.name}})
+		c.must(err)
+		config := identity.ClientConfig("pod")
+		config.RootCAs = pool
+		if v.name == "" {
+			config.GetClientCertificate = nil
+		}
+		if v.tls12 {
+			config.MaxVersion = tls.VersionTLS12
+		}
+		all[i].config = config
+	}
+	return append(all, visitor{who: "the workload", out: true})
+}
+
+// asked is everything that was asked for, the latest last, and what of it was in force when all was quiet last.
+type asked struct {
+	wishes          []wish
+	trusts          []trust
+	wished, trusted int
+}
+
+// admits reports whether a visitor may get through under anything that may be in force.
+func (a asked) admits(v visitor, port uint16) bool {
+	return slices.ContainsFunc(a.wishes[a.wished:], func(w wish) bool {
+		return slices.ContainsFunc(a.trusts[a.trusted:], func(t trust) bool { return w.admits(t, v, port) })
+	})
+}
+
+func (c *chaos) want(w wish) {
+	c.mu.Lock()
+	c.asked.wishes = append(c.asked.wishes, w)
+	c.badConfig = false
+	c.mu.Unlock()
+	c.config.write(w.String())
+}
+
+// rotate issues a new leaf.
+func (c *chaos) rotate(t trust) {
+	c.mu.Lock()
+	c.asked.trusts = append(c.asked.trusts, t)
+	c.badTLS = false
+	c.mu.Unlock()
+	c.tls.publish(c.generation(t))
+}
+
+// generation returns the files of a new leaf.
+func (c *chaos) generation(t trust) map[string][]byte {
+	identity, err := c.authorities[t.leaf].Issue(lab.Leaf{DNSNames: []string{"pod"}})
+	c.must(err)
+	directory := c.t.TempDir()
+	c.must(identity.Write(directory))
+	files := map[string][]byte{}
+	for _, name := range []string{lab.ChainFile, lab.KeyFile} {
+		files[name], err = os.ReadFile(filepath.Join(directory, name))
+		c.must(err)
+	}
+	for i, authority := range c.authorities {
+		if !t.without[i] {
+			files[lab.CAFile] = append(files[lab.CAFile], authority.CAPEM()...)
+		}
+	}
+	return files
+}
+
+// attempt is one connection, from dial to close.
+func (c *chaos) attempt(ctx context.Context, v visitor, to netip.AddrPort) (net.Conn, error) {
+	from := c.outside
+	if v.out {
+		from = c.Host
+	}
+	conn, err := from.Dial(ctx, "tcp", to.String())
+	if err != nil {
+		return nil, err
+	}
+	raw := conn
+	if !v.plain && !v.out {
+		secured := tls.Client(conn, v.config)
+		err, conn = secured.HandshakeContext(ctx), secured
+	}
+	stop := context.AfterFunc(ctx, func() { _ = raw.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if err == nil {
+		err = echo(conn)
+	}
+	if err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	return conn, nil
+}
+
+// visit makes an attempt and judges it.
+func (c *chaos) visit(v visitor, to netip.AddrPort) bool {
+	c.traffic.RLock()
+	defer c.traffic.RUnlock()
+	c.mu.Lock()
+	before := c.asked
+	c.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	conn, err := c.attempt(ctx, v, to)
+	c.mu.Lock()
+	after := c.asked
+	if err == nil {
+		c.calls[1]++
+	} else {
+		c.calls[0]++
+	}
+	c.mu.Unlock()
+	if err != nil {
+		return false
+	}
+	_ = conn.Close()
+	after.wished, after.trusted = before.wished, before.trusted
+	if !after.admits(v, to.Port()) {
+		c.violated("%s got through to %s, which nothing that was asked for allows", v.who, to)
+	}
+	return true
+}
+
+// load is visitors who come all the time.
+func (c *chaos) load() {
+	ctx, cancel := context.WithCancel(context.Background())
+	var done sync.WaitGroup
+	for range 4 {
+		done.Go(func() {
+			for ctx.Err() == nil {
+				v := c.visitors[rand.IntN(len(c.visitors))]
+				all := c.doorsOf(v)
+				c.visit(v, all[rand.IntN(len(all))])
+			}
+		})
+	}
+	c.t.Cleanup(func() { cancel(); done.Wait() })
+}
+
+// doorsOf returns where a visitor may try.
+func (c *chaos) doorsOf(v visitor) (all []netip.AddrPort) {
+	if v.out {
+		return []netip.AddrPort{listen(egressListen)}
+	}
+	for _, addr := range c.Addrs() {
+		for _, port := range []uint16{tlsPort, mtlsPort, passthroughPort} {
+			all = append(all, netip.AddrPortFrom(addr, port))
+		}
+	}
+	return all
+}
+
+// settle waits until all is as it was asked for last.
+func (c *chaos) settle() {
+	c.t.Helper()
+	for len(c.held) > 0 {
+		c.pause(time.Until(c.held[0].until))
+	}
+	if c.amnesia && c.badTLS {
+		c.note("good certificates, for mantlet was started beside bad ones")
+		c.rotate(c.trusted())
+	}
+	if c.amnesia && c.badConfig && c.full {
+		c.note("a good file, for mantlet was started beside a bad one, and may have had no room to keep the last good one")
+		c.want(c.asked.wishes[len(c.asked.wishes)-1])
+	}
+	began := time.Now()
+	ctx, cancel := context.WithTimeout(context.Background(), *chaosSettle)
+	defer cancel()
+	var amiss string
+	err := lab.Until(ctx, func() bool {
+		amiss = c.amiss()
+		return amiss == ""
+	})
+	took := time.Since(began)
+	if err != nil {
+		c.violated("%v after the last action: %s", took, amiss)
+		return
+	}
+	c.note("all is well after %v", took)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.settled++
+	c.slowest.settle = max(c.slowest.settle, took)
+	c.amnesia, c.full = false, false
+}
+
+// amiss returns what is not as it should be, or "".
+func (c *chaos) amiss() string {
+	c.revive()
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+	defer cancel()
+	if reason := c.sidecar.Unready(ctx); reason != "" {
+		return "unready: " + reason
+	}
+	return c.behaves()
+}
+
+// trial is one visit, and what came of it last.
+type trial struct {
+	v  visitor
+	to netip.AddrPort
+	in bool
+}
+
+// behaves lets everybody try every door, and wants what happens to be what one and the same state means. A visit that ends
+// otherwise is made again: on a busy machine a good one takes too long now and then.
+func (c *chaos) behaves() (why string) {
+	var trials []*trial
+	for _, v := range c.visitors {
+		for _, to := range c.doorsOf(v) {
+			trials = append(trials, &trial{v: v, to: to})
+		}
+	}
+	again := trials
+	for range 3 {
+		var wait sync.WaitGroup
+		slots := make(chan struct{}, 8)
+		for _, t := range again {
+			wait.Go(func() {
+				slots <- struct{}{}
+				t.in = c.visit(t.v, t.to)
+				<-slots
+			})
+		}
+		wait.Wait()
+		if again, why = c.matches(trials); len(again) == 0 {
+			return ""
+		}
+	}
+	return why
+}
+
+// matches returns the trials that contradict what was asked for last; where what was written last was bad, what was asked for
+// at any time since all was quiet.
+func (c *chaos) matches(trials []*trial) (wrong []*trial, why string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	a := &c.asked
+	for wished := a.wished; wished < len(a.wishes); wished++ {
+		for trusted := a.trusted; trusted < len(a.trusts); trusted++ {
+			if !c.badConfig && wished < len(a.wishes)-1 || !c.badTLS && trusted < len(a.trusts)-1 {
+				continue
+			}
+			w, t := a.wishes[wished], a.trusts[trusted]
+			wrong = slices.DeleteFunc(slices.Clone(trials), func(r *trial) bool { return r.in == w.admits(t, r.v, r.to.Port()) })
+			if len(wrong) == 0 {
+				a.wished, a.trusted = wished, trusted
+				return nil, ""
+			}
+			why = fmt.Sprintf("%s at %s is let in: %t; asked for is %s, %+v", wrong[0].v.who, wrong[0].to, wrong[0].in, w, t)
+		}
+	}
+	return wrong, why
+}
+
+// revive does kubelet's part.
+func (c *chaos) revive() {
+	if !c.sidecar.Ended() {
+		return
+	}
+	c.violated("mantlet ended by itself: %v", c.sidecar.Wait())
+	c.amnesia = true
+	c.must(c.sidecar.Start())
+}
+
+// action is something to do to the pod. Its arguments come from c.random alone.
+type action struct {
+	weight int
+	name   string
+	do     func(*chaos) (what string)
+}
+
+func (c *chaos) act() {
+	all := actions()
+	total := 0
+	for _, a := range all {
+		total += a.weight
+	}
+	n := c.random.IntN(total)
+	for _, a := range all {
+		if n -= a.weight; n < 0 {
+			c.note("%s", a.name)
+			c.revive()
+			if what := a.do(c); what != "" {
+				c.note("%s: %s", a.name, what)
+			}
+			break
+		}
+	}
+	c.pause([]time.Duration{0, 10 * time.Millisecond, 60 * time.Millisecond, 200 * time.Millisecond, 600 * time.Millisecond}[c.random.IntN(5)])
+}
+
+// pause undoes meanwhile what is to be undone.
+func (c *chaos) pause(d time.Duration) {
+	until := time.Now().Add(d)
+	for {
+		next := until
+		slices.SortStableFunc(c.held, func(a, b hold) int { return a.until.Compare(b.until) })
+		if len(c.held) > 0 && c.held[0].until.Before(next) {
+			next = c.held[0].until
+		}
+		<-time.After(time.Until(next))
+		if len(c.held) > 0 && !time.Now().Before(c.held[0].until) {
+			c.note("over: %s", c.held[0].what)
+			c.held[0].undo()
+			c.held = c.held[1:]
+			continue
+		}
+		return
+	}
+}
+
+func (c *chaos) hold(d time.Duration, what string, undo func()) {
+	c.held = append(c.held, hold{time.Now().Add(d), what, undo})
+}
+
+func actions() []action {
+	return []action{
+		{8, "good file", (*chaos).goodFile},
+		{3, "bad file", (*chaos).badFile},
+		{4, "SIGKILL of the Envoy that serves", func(c *chaos) string { return c.kill(func(pids []int) []int { return pids[len(pids)-1:] }) }},
+		{3, "SIGKILL of the Envoys that drain", func(c *chaos) string { return c.kill(func(pids []int) []int { return pids[:len(pids)-1] }) }},
+		{1, "SIGKILL of all Envoys", func(c *chaos) string { return c.kill(func(pids []int) []int { return pids }) }},
+		{3, "SIGKILL of mantlet", (*chaos).killMantlet},
+		{1, "SIGTERM to mantlet", (*chaos).endMantlet},
+		{1, "SIGHUP to mantlet", func(c *chaos) string { c.must(c.sidecar.Signal(syscall.SIGHUP)); return "" }},
+		{2, "SIGSTOP of mantlet", func(c *chaos) string { return c.freeze([]int{c.sidecar.PID()}) }},
+		{2, "SIGSTOP of all Envoys", func(c *chaos) string { return c.freeze(c.envoys()) }},
+		{3, "another leaf", func(c *chaos) string { c.rotate(c.trusted()); return "" }},
+		{3, "another trust", (*chaos).trustOthers},
+		{2, "bad certificates", (*chaos).badCertificates},
+		{2, "no resolver", (*chaos).noResolver},
+		{2, "full disk", (*chaos).fullDisk},
+	}
+}
+
+func (c *chaos) goodFile() string {
+	pick := func(all ...door) door { return all[c.random.IntN(len(all))] }
+	tls, mtls := door{mode: "tls"}, door{mode: "mtls"}
+	client, other := door{"mtls", "client"}, door{"mtls", "other"}
+	w := wish{
+		doors: map[uint16]door{
+			tlsPort:         pick(tls, mtls, client, other),
+			mtlsPort:        pick(mtls, client, other),
+			passthroughPort: pick(door{mode: "passthrough"}, tls, mtls, client),
+		},
+		tls13:  c.random.IntN(4) == 0,
+		egress: c.random.IntN(3),
+	}
+	c.want(w)
+	return w.String()
+}
+
+func (c *chaos) badFile() string {
+	c.badConfig = true
+	bad := []string{"ingress: [{port: 8080, mode: tsl}]", "a: b: c", "\x00", "ingress: [{port: 7890, mode: passthrough}, {port: 7000-8000, mode: tls}]", ""}
+	text := bad[c.random.IntN(len(bad))]
+	if text == "" {
+		c.must(os.RemoveAll(filepath.Join(c.config.directory, "..data")))
+		return "none at all"
+	}
+	c.config.write(text)
+	return text
+}
+
+// envoys returns mantlet's Envoys, the oldest first.
+func (c *chaos) envoys() []int {
+	all, err := c.sidecar.Envoys()
+	c.must(err)
+	all = slices.DeleteFunc(all, func(pid int) bool {
+		line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		return err != nil || !strings.Contains(string(line), "--restart-epoch")
+	})
+	slices.Sort(all)
+	return all
+}
+
+func (c *chaos) kill(which func([]int) []int) string {
+	pids := c.envoys()
+	if len(pids) == 0 {
+		return "there is none"
+	}
+	pids = which(pids)
+	for _, pid := range pids {
+		if err := syscall.Kill(pid, syscall.SIGKILL); !errors.Is(err, syscall.ESRCH) {
+			c.must(err)
+		}
+	}
+	return fmt.Sprint(pids)
+}
+
+func (c *chaos) killMantlet() string {
+	c.must(c.sidecar.Signal(syscall.SIGKILL))
+	_ = c.sidecar.Wait()
+	c.amnesia = true
+	c.pause(time.Duration(c.random.IntN(3)) * 50 * time.Millisecond)
+	c.must(c.sidecar.Start())
+	return ""
+}
+
+// freeze stops processes for a second.
+func (c *chaos) freeze(pids []int) string {
+	for _, pid := range pids {
+		_ = syscall.Kill(pid, syscall.SIGSTOP)
+	}
+	what := fmt.Sprintf("stopped %v", pids)
+	c.hold(time.Second, what, func() {
+		for _, pid := range pids {
+			_ = syscall.Kill(pid, syscall.SIGCONT)
+		}
+	})
+	return what
+}
+
+// trusted returns what was put into the TLS directory last.
+func (c *chaos) trusted() trust { return c.asked.trusts[len(c.asked.trusts)-1] }
+
+// trustOthers takes a step of a change from one mesh CA to another, or back: both in the bundle, then one.
+func (c *chaos) trustOthers() string {
+	t := c.trusted()
+	if t.without != [2]bool{} {
+		t.without = [2]bool{}
+	} else {
+		t.leaf = c.random.IntN(2)
+		t.without[1-t.leaf] = true
+	}
+	c.rotate(t)
+	return fmt.Sprintf("%+v", t)
+}
+
+func (c *chaos) badCertificates() string {
+	files := c.generation(c.trusted())
+	c.badTLS = true
+	what := "key of another"
+	switch c.random.IntN(4) {
+	case 0:
+		files[lab.KeyFile] = c.generation(c.trusted())[lab.KeyFile]
+	case 1:
+		what, files[lab.ChainFile] = "half a chain", files[lab.ChainFile][:len(files[lab.ChainFile])/2]
+	case 2:
+		what, files[lab.CAFile] = "an empty CA file", nil
+	case 3:
+		what = "no key"
+		delete(files, lab.KeyFile)
+	}
+	c.tls.publish(files)
+	return what
+}
+
+func (c *chaos) noResolver() string {
+	c.zones.set(nil)
+	what := "knows no names"
+	if c.random.IntN(2) == 0 {
+		c.zones.silence()
+		what = "silent"
+	}
+	c.hold(time.Duration(c.random.IntN(2000))*time.Millisecond, "resolver is "+what, func() { c.zones.set(c.names) })
+	return what
+}
+
+// fullDisk leaves no byte in the runtime directory, for a while.
+func (c *chaos) fullDisk() string {
+	path := filepath.Join(c.sidecar.RuntimeDirectory, "filler")
+	file, err := os.Create(path)
+	c.must(err)
+	for err == nil {
+		_, err = file.Write(make([]byte, 4096))
+	}
+	if !errors.Is(err, syscall.ENOSPC) {
+		c.must(err)
+	}
+	c.must(file.Close())
+	c.full = true
+	c.hold(time.Duration(c.random.IntN(2000))*time.Millisecond, "full disk", func() {
+		if err := os.Remove(path); !errors.Is(err, os.ErrNotExist) { // twice full
+			c.must(err)
+		}
+	})
+	return ""
+}
+
+// endMantlet is a graceful end, and kubelet's next start.
+func (c *chaos) endMantlet() string {
+	c.must(c.sidecar.Signal(syscall.SIGCONT))
+	began := time.Now()
+	err := c.sidecar.Stop()
+	c.amnesia = true
+	c.must(c.sidecar.Start())
+	return fmt.Sprintf("ended after %v: %v", time.Since(began), err)
+}
