@@ -48,11 +48,19 @@ func (l *logs) messages(from io.Reader) {
 		}
 		text := unescape(fields[2])
 		if level(fields[0]) >= slog.LevelError {
-			l.mu.Lock()
-			l.last = text
-			l.mu.Unlock()
+			l.note(fields[1], text)
 		}
 		l.to.LogAttrs(context.Background(), level(fields[0]), "Envoy says", slog.String("text", text), slog.String("component", fields[1]))
+	}
+}
+
+// note keeps the last error. The backtraces of an Envoy that aborts say less than what came before them; where nothing did,
+// their first line names the signal.
+func (l *logs) note(component, text string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if trace := component == "backtrace" || component == "envoy_bug"; !trace || l.last == "" {
+		l.last = text
 	}
 }
 
