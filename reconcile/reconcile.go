@@ -45,8 +45,6 @@ type Secrets interface {
 type Process interface {
 	// Check returns nil if it is live with the state that it was started with.
 	Check(context.Context) error
-	// Connections returns how many connections would be cut if it were stopped now.
-	Connections(context.Context) (int, error)
 	// Exited is closed once it has ended. From then on Err says how.
 	Exited() <-chan struct{}
 	Err() error
@@ -57,6 +55,8 @@ type Proxy interface {
 	// Start executes Envoy for a state and returns it once it is live with that. It takes over from the one that serves;
 	// where that fails, whatever served goes on, but may not answer any more.
 	Start(context.Context, render.State, schema.Envoy) (Process, error)
+	// Connections returns how many connections would be cut if all that Start made were stopped now.
+	Connections(context.Context) (int, error)
 	// Stop ends all that Start made, and returns when they are gone.
 	Stop()
 }
@@ -236,7 +236,7 @@ func (d *Daemon) isServing(state *desired) bool {
 func (d *Daemon) start(ctx context.Context, want *desired) error {
 	state := want.state
 	state.Bootstrap = proto.CloneOf(state.Bootstrap)
-	render.WaitFor(state.Bootstrap, resolve(ctx, want.mesh.Egress))
+	render.WaitFor(state.Bootstrap, resolve(ctx, want.mesh.Egress, d.process != nil))
 	d.locked(func() { d.handover = true })
 	process, err := d.Proxy.Start(ctx, state, want.mesh.Envoy)
 	d.locked(func() { d.handover = false })
@@ -307,8 +307,8 @@ func same(err, other error) bool { return err != nil && other != nil && err.Erro
 // stop lets the workload's connections end, then ends Envoy.
 func (d *Daemon) stop(abort <-chan struct{}) {
 	d.locked(func() { d.stopping = true })
-	if d.process != nil {
-		d.drain(d.process, abort)
+	if d.want != nil {
+		d.drain(d.want.mesh.Envoy.DrainTime, abort)
 	}
 	d.Proxy.Stop()
 	d.Log.Info("mantlet ends; the rules stay and nothing more comes in through Envoy")
@@ -317,8 +317,8 @@ func (d *Daemon) stop(abort <-chan struct{}) {
 // drainPoll is how often the open connections are counted while they end.
 const drainPoll = 100 * time.Millisecond
 
-func (d *Daemon) drain(p Process, abort <-chan struct{}) {
-	limit := d.want.mesh.Envoy.DrainTime
+// drain returns once no connection is open, in whichever Envoy. Where they can't be counted, they get all their time.
+func (d *Daemon) drain(limit time.Duration, abort <-chan struct{}) {
 	ctx, cut := context.WithCancelCause(context.Background())
 	defer cut(nil)
 	go func() { // an Envoy that does not answer holds up neither
@@ -333,23 +333,21 @@ func (d *Daemon) drain(p Process, abort <-chan struct{}) {
 	tick := time.NewTicker(drainPoll)
 	defer tick.Stop()
 	for logged := false; ; {
-		open, err := p.Connections(ctx)
+		open, err := d.Proxy.Connections(ctx)
 		if ctx.Err() != nil {
 			d.Log.Warn("cutting connections that did not end", "reason", context.Cause(ctx))
 			return
 		}
-		if err != nil || open == 0 {
+		if err == nil && open == 0 {
 			return
 		}
 		if !logged {
-			d.Log.Info("waiting for connections to end", "open", open, "limit", limit.String())
+			d.Log.Info("waiting for connections to end", "open", open, "limit", limit.String(), "uncounted", err)
 			logged = true
 		}
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-		case <-p.Exited():
-			return
 		}
 	}
 }
@@ -426,12 +424,20 @@ func (d *Daemon) exited() <-chan struct{} {
 	return d.process.Exited()
 }
 
-// resolveLimit bounds what a dead resolver can hold up.
-const resolveLimit = time.Second
+// What a slow or dead resolver can hold up. While an Envoy serves, that is only the next state; while none does, it is all
+// that comes in, and a client's first retransmission, after a second, shall find the next one.
+const (
+	resolveLimit      = time.Second
+	resolveLimitAlone = 250 * time.Millisecond
+)
 
 // resolve returns which hosts among the upstreams have an address now.
-func resolve(ctx context.Context, entries []schema.Egress) map[string]bool {
-	ctx, cancel := context.WithTimeout(ctx, resolveLimit)
+func resolve(ctx context.Context, entries []schema.Egress, serving bool) map[string]bool {
+	limit := resolveLimitAlone
+	if serving {
+		limit = resolveLimit
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	hosts := map[string]bool{}
 	for _, e := range entries {

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -297,6 +298,15 @@ func TestUnresolvedUpstream(t *testing.T) {
 			p.must(echo(p.dial(p.Host, listen("127.137.0.2:80"))))
 			if err := echo(p.dial(p.Host, listen("127.137.0.1:80"))); err == nil {
 				t.Error("the unknown name works")
+			}
+			p.ready()
+			old := p.envoy()
+			p.must(syscall.Kill(old, syscall.SIGKILL))
+			p.await("Envoy ends", func() bool { return syscall.Kill(old, 0) != nil })
+			began = time.Now()
+			p.dial(p.outside, netip.AddrPortFrom(p.IPv4, mtlsPort))
+			if took := time.Since(began); took > 2500*time.Millisecond { // SYNs come at 0 s, 1 s, 3 s
+				t.Errorf("it took %v to connect after Envoy died: a client's first retransmission was too early", took)
 			}
 			p.ready()
 			zone.set(map[string][]netip.Addr{"late-svc": upstream.Addrs()})

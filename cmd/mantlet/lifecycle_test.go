@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"strings"
@@ -150,6 +151,44 @@ func TestMantletIsKilled(t *testing.T) {
 	p.must(echo(outbound))
 }
 
+// TestEnvoyIsLeftBehind: an Envoy that is stopped when mantlet is killed outlives it. The next mantlet ends it before anything
+// comes in, and no other process.
+func TestEnvoyIsLeftBehind(t *testing.T) {
+	t.Parallel()
+	p := start(t, web)
+	innocent := exec.Command("sh", "-c", "sleep 86399; exit", "envoy", "--base-id", "1", "--restart-epoch", "0")
+	p.must(p.Start(innocent))
+	for _, directory := range []string{p.sidecar.RuntimeDirectory, t.TempDir()} {
+		left := p.envoy()
+		p.must(syscall.Kill(left, syscall.SIGSTOP))
+		p.must(p.sidecar.Signal(syscall.SIGKILL))
+		_ = p.sidecar.Wait()
+		if err := syscall.Kill(left, 0); err != nil {
+			t.Fatalf("no Envoy is left behind: %v", err)
+		}
+		p.besieged()
+		p.sidecar.RuntimeDirectory = directory
+		p.run()
+		p.ready()
+		if err := syscall.Kill(left, 0); !errors.Is(err, syscall.ESRCH) {
+			t.Errorf("Envoy %d is still there: %v", left, err)
+		}
+		for range 10 {
+			for _, addr := range p.Addrs() {
+				p.must(p.exchange(netip.AddrPortFrom(addr, mtlsPort), p.client.ClientConfig("pod")))
+			}
+		}
+	}
+	p.must(innocent.Process.Kill())
+	if err := innocent.Wait(); err.Error() != "signal: killed" {
+		t.Errorf("another process ended with %v", err)
+	}
+	if got := p.log.count("left behind"); got != 2 {
+		t.Errorf("it was said %d times, want 2", got)
+	}
+	p.besieged()
+}
+
 // TestMantletIsKilledWhileEnvoyStarts: Envoy asks for its end itself only once it runs.
 func TestMantletIsKilledWhileEnvoyStarts(t *testing.T) {
 	t.Parallel()
@@ -182,7 +221,8 @@ func (p *pod) dialBriefly(to netip.AddrPort) (net.Conn, error) {
 	return p.outside.Dial(ctx, "tcp", to.String())
 }
 
-// leavesNothing checks that mantlet is gone, and with it all but the rules and what belongs to the user.
+// leavesNothing checks that mantlet is gone, and with it all but the rules, what belongs to the user and what the next mantlet
+// may need.
 func (p *pod) leavesNothing() {
 	p.t.Helper()
 	files, err := os.ReadDir(p.sidecar.RuntimeDirectory)
@@ -287,6 +327,30 @@ func TestSIGTERM(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestSIGTERMAfterHotRestart: connections of an Envoy that drains get their time as all others do, and no more than they need.
+func TestSIGTERMAfterHotRestart(t *testing.T) {
+	t.Parallel()
+	p, m, others, concerned := reloadable(t, "MANTLET_ENVOY_DRAIN_TIME=60s")
+	m.write("egress: [{listen: '127.137.0.1:8081', upstream: '192.0.2.1:1'}]")
+	p.await("there was a hot restart", func() bool { return p.log.count("Envoy is live") == 2 })
+	p.ready()
+	began := time.Now()
+	p.must(p.sidecar.Signal(syscall.SIGTERM))
+	p.unready("mantlet is stopping")
+	p.besieged() // many times as long as the count takes
+	for _, conn := range append(others, concerned...) {
+		p.must(echo(conn))
+		p.must(conn.Close())
+	}
+	if err := p.sidecar.Wait(); err != nil {
+		t.Errorf("mantlet ended: %v", err)
+	}
+	if took := time.Since(began); took > 30*time.Second {
+		t.Errorf("it took %v, and no connection was left", took)
+	}
+	p.leavesNothing()
 }
 
 // TestEnvoyHangs: an Envoy that does nothing any more makes the pod unready, and lets nothing in either.

@@ -110,9 +110,9 @@ func (p *pod) tryPlain(addr netip.Addr) (net.Conn, error) {
 }
 
 // reloadable runs a pod with an override file that says nothing, and makes connections from outside through the mesh.
-func reloadable(t *testing.T) (p *pod, m *mounted, others, concerned []*tls.Conn) {
+func reloadable(t *testing.T, env ...string) (p *pod, m *mounted, others, concerned []*tls.Conn) {
 	t.Helper()
-	p = newPod(t, web)
+	p = newPod(t, append(env, web)...)
 	m = p.mount()
 	m.write("{}")
 	p.sidecar.Env = append(p.sidecar.Env, "MANTLET_CONFIG="+m.file())

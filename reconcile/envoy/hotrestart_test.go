@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -447,8 +449,8 @@ func TestDrainingEpochDies(t *testing.T) {
 			until(t, "it is told to end", func() bool { return strings.Contains(s.log.String(), "shutting down parent after drain") })
 			if !replaced {
 				<-serving.exited
-				if err := serving.Err(); !strings.Contains(err.Error(), "signal: aborted") {
-					t.Error(err)
+				if err := serving.Err(); !strings.Contains(err.Error(), "signal: aborted") || !strings.Contains(err.Error(), "sendmsg() failed") {
+					t.Errorf("%v; want what it said before its backtrace", err)
 				}
 				return
 			}
@@ -510,6 +512,105 @@ func TestAllEpochsDie(t *testing.T) {
 	s.start()
 	s.start()
 	s.run(0, 1)
+}
+
+// TestConnections: they are counted in each epoch, also where one can't be asked any more.
+func TestConnections(t *testing.T) {
+	s := newStage(t)
+	counted := func(want int) {
+		t.Helper()
+		var got int
+		until(t, fmt.Sprintf("%d connections are open", want), func() (is bool) {
+			var err error
+			got, err = s.Connections(t.Context())
+			return err == nil && got == want
+		})
+	}
+	s.start() // each leaves one open
+	counted(1)
+	old := s.connect()
+	counted(2)
+	hung := s.hung()
+	s.liveLimit = 2 * time.Second
+	s.refuses(t.Context(), hung, "it is not live after 2s")
+	counted(2) // by the kernel, from here on
+	_ = s.connect().Close()
+	other := s.connect()
+	counted(3)
+	s.liveLimit = 0
+	s.start()
+	counted(4)
+	third := s.connect()
+	counted(5)
+	for i, c := range []connection{other, third, old} {
+		_ = c.Close()
+		counted(4 - i)
+	}
+	s.Stop()
+	counted(0)
+}
+
+// TestParentHangs: a parent that never answers can't be relieved; it is replaced, once that is known.
+func TestParentHangs(t *testing.T) {
+	s := newStage(t)
+	serving := s.start()
+	old := s.connect()
+	resume := hang(t, serving)
+	s.liveLimit = 2 * time.Second
+	s.refuses(t.Context(), s.state, "it is not live after 2s")
+	old.talk() // by a thread of its own, which goes on
+	if s.serving() != serving {
+		t.Errorf("epochs %v run", s.epochs())
+	}
+	s.liveLimit = 0
+	plain := s.start()
+	old.awaitCut()
+	if plain.Epoch != 0 || plain.base == serving.base {
+		t.Errorf("epoch %d of base %d after %d of %d", plain.Epoch, plain.base.id, serving.Epoch, serving.base.id)
+	}
+	if said := s.since(); !strings.Contains(said, "a plain restart of Envoy") || !strings.Contains(said, "answered nobody") {
+		t.Error("the log does not say why there was a plain restart")
+	}
+	s.run(0)
+	resume()
+
+	// One that hung for a while would give the next the answers that were due to the one before it.
+	serving = s.start()
+	old = s.connect()
+	resume = hang(t, serving)
+	s.liveLimit = 2 * time.Second
+	s.refuses(t.Context(), s.state, "it is not live after 2s")
+	resume()
+	s.liveLimit = 0
+	s.start()
+	old.awaitCut()
+	s.run(0)
+}
+
+// hang stops an Envoy's main thread alone, as a deadlock would, until resume is called or the test ends.
+func hang(t testing.TB, p *Process) (resume func()) {
+	t.Helper()
+	stopped, resumed, ended := make(chan error), make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		runtime.LockOSThread() // the tracer; its end would let the tracee go
+		err := unix.PtraceSeize(p.PID())
+		if err == nil {
+			err = unix.PtraceInterrupt(p.PID())
+		}
+		if err == nil {
+			_, err = unix.Wait4(p.PID(), nil, unix.WALL|unix.WUNTRACED, nil)
+		}
+		stopped <- err
+		<-resumed
+		_ = unix.PtraceDetach(p.PID()) // it may have been killed
+	}()
+	resume = sync.OnceFunc(func() { close(resumed); <-ended })
+	t.Cleanup(resume)
+	if err := <-stopped; err != nil {
+		t.Fatal(err)
+	}
+	return resume
 }
 
 // TestThirdEpoch: it ends the first, whose connections are cut, and no other.

@@ -91,8 +91,28 @@ func (p *Process) Check(ctx context.Context) error {
 	return nil
 }
 
-// Connections returns how many connections are open to the workload and to upstreams.
-func (p *Process) Connections(ctx context.Context) (int, error) { return p.admin.connections(ctx) }
+// connections returns how many connections go through the process. One that was relieved, or whose relief failed, has no
+// admin interface any more; of that the kernel tells. What it can't tell is which handshakes are not done: those are cut
+// soon, and such a process accepts no more, or fails for a while.
+func (p *Process) connections(ctx context.Context) (int, error) {
+	if open, err := p.admin.connections(ctx); err == nil {
+		return open, nil
+	}
+	s, err := p.sockets()
+	return (s.open + 1) / 2, err // each has one on either side
+}
+
+// deafLimit is much more than the milliseconds in which a busy Envoy answers.
+const deafLimit = 2 * time.Second
+
+// isDeaf reports whether the process has its admin interface and does not answer there: its main thread hangs. One that
+// gave the interface up refuses at once.
+func (p *Process) isDeaf() bool {
+	ctx, cancel := context.WithTimeout(context.Background(), deafLimit)
+	defer cancel()
+	_, err := p.admin.info(ctx)
+	return p.alive() && (errors.Is(err, context.DeadlineExceeded) || errors.Is(err, syscall.EAGAIN)) // EAGAIN: too many wait already
+}
 
 // alive reports whether the process has not ended yet.
 func (p *Process) alive() bool {

@@ -58,7 +58,7 @@ func TestStart(t *testing.T) {
 		t.Errorf("Envoy has an abstract socket (%v):\n%s", err, abstract)
 	}
 
-	open, err := p.Connections(t.Context())
+	open, err := r.Connections(t.Context())
 	if err != nil || open != 0 {
 		t.Errorf("%d connections, %v", open, err)
 	}

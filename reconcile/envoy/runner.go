@@ -86,6 +86,11 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 		<-p.exited
 		if parent != nil {
 			parent.base.stuck = parent.base.clearInitializing()
+			if parent.isDeaf() {
+				// Also once it answers again: the answers to the one that failed would go to the next, which would take
+				// the socket of one listener for that of another.
+				parent.base.stuck = errors.New("the Envoy that serves answered nobody")
+			}
 		}
 		return nil, err
 	}
@@ -133,6 +138,20 @@ func (r *Runner) Running() []*Process {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return slices.DeleteFunc(slices.Clone(r.running), func(p *Process) bool { return !p.alive() })
+}
+
+// Connections returns how many connections would be cut if all processes were stopped now.
+func (r *Runner) Connections(ctx context.Context) (int, error) {
+	sum := 0
+	var errs []error
+	for _, p := range r.Running() {
+		open, err := p.connections(ctx)
+		if err != nil && p.alive() {
+			errs = append(errs, fmt.Errorf("counting connections of epoch %d: %w", p.Epoch, err))
+		}
+		sum += open
+	}
+	return sum, errors.Join(errs...)
 }
 
 // caReads returns how often the Envoy that serves has read the mesh CA; 0 where none does.
@@ -220,6 +239,11 @@ func (r *Runner) next(parent *Process) (*Process, error) {
 	b, err := newBase(r.Running())
 	if err != nil {
 		return nil, err
+	}
+	if r.bases == nil {
+		if err := r.evict(); err != nil {
+			return nil, err
+		}
 	}
 	r.bases = append(slices.DeleteFunc(r.bases, func(old *base) bool { return old.id == b.id }), b)
 	return &Process{base: b}, nil
