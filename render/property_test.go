@@ -322,7 +322,7 @@ func TestGenerations(t *testing.T) {
 func chainFor(m render.Map, port uint16, rules string) string {
 	for _, e := range m.Elements {
 		if e.Ports.Contains(port) {
-			return e.Goto
+			return e.Verdict.Goto
 		}
 	}
 	_, name, _ := strings.Cut(rules[strings.LastIndex(rules, "goto "):], " ")

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	"mantlet/schema"
@@ -72,6 +73,7 @@ func (g Generations) At(port uint16) Generation {
 type Ruleset struct {
 	Maps   []Map
 	Chains []Chain
+	Others []string // what no rendered ruleset has and a live one may: flags of the table, other sets, counters
 }
 
 // Map sends ports to chains: type inet_service : verdict, with intervals. Elements are sorted and do not overlap.
@@ -82,8 +84,8 @@ type Map struct {
 
 // Element sends a range of ports to the chain that it is handled in.
 type Element struct {
-	Ports schema.Ports
-	Goto  string
+	Ports   schema.Ports
+	Verdict Verdict
 }
 
 // Chain is a list of rules. A chain with a hook is where the kernel starts; others are reached by goto.
@@ -93,11 +95,26 @@ type Chain struct {
 	Rules []Rule
 }
 
-// Hook says where in the kernel's packet path a base chain stands, always with priority mangle (-150): after conntrack
-// (-200), before NAT and routing.
+// Hook says where in the kernel's packet path a base chain stands. The zero Hook is that of a chain which is none.
 type Hook struct {
-	Name   string // prerouting, output; "" for a chain that is none
-	Policy VerdictKind
+	Type     string // filter
+	Name     string // prerouting, output
+	Priority int32
+	Policy   VerdictKind
+}
+
+// mangle is the priority of all base chains here: after conntrack (-200), before NAT and routing.
+const mangle = -150
+
+func filter(hook string, policy VerdictKind) Hook { return Hook{"filter", hook, mangle, policy} }
+
+// Text returns the hook as nft prints it.
+func (h Hook) Text() string {
+	priority := strconv.Itoa(int(h.Priority))
+	if h.Priority == mangle {
+		priority = "mangle"
+	}
+	return fmt.Sprintf("type %s hook %s priority %s; policy %s;", h.Type, h.Name, priority, h.Policy)
 }
 
 // Rule is a list of matches, then actions.
@@ -172,8 +189,8 @@ const (
 // Here packets are dropped rather than reset: connections that a mantlet before this one let in pass again once the
 // desired state is in force.
 func DenyAll(replies bool) Ruleset {
-	in := Chain{Name: ingressChain, Hook: Hook{"prerouting", Drop}, Rules: []Rule{{Loopback{}, accept}}}
-	out := Chain{Name: egressChain, Hook: Hook{"output", Accept}, Rules: []Rule{{Loopback{Output: true}, accept}}}
+	in := Chain{Name: ingressChain, Hook: filter("prerouting", Drop), Rules: []Rule{{Loopback{}, accept}}}
+	out := Chain{Name: egressChain, Hook: filter("output", Accept), Rules: []Rule{{Loopback{Output: true}, accept}}}
 	if replies {
 		in.Rules = append(in.Rules, answersToThePod(drop)...)
 		out.Rules = append(append(out.Rules, madeByThePod()...), Rule{Count{}, drop})
@@ -220,8 +237,8 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 			used[part.wrapped] = true
 			in, out = part.in(), part.out()
 		}
-		modes.Elements = append(modes.Elements, Element{part.ports, in})
-		answers.Elements = append(answers.Elements, Element{part.ports, out})
+		modes.Elements = append(modes.Elements, Element{part.ports, goTo(in)})
+		answers.Elements = append(answers.Elements, Element{part.ports, goTo(out)})
 	}
 	r := Ruleset{
 		Maps: []Map{modes, answers},
@@ -285,7 +302,7 @@ func ingress(other schema.OtherProtocols) Chain {
 	if other == schema.OtherProtocolsAccept {
 		rules = append(rules, Rule{notTCP, accept})
 	}
-	return Chain{Name: ingressChain, Hook: Hook{"prerouting", Drop}, Rules: append(rules, Rule{goTo(portsChain)})}
+	return Chain{Name: ingressChain, Hook: filter("prerouting", Drop), Rules: append(rules, Rule{goTo(portsChain)})}
 }
 
 // over ends connections that were let in under another mode.
@@ -318,7 +335,7 @@ func (w wrapped) ingress() Chain {
 // egress is the second line: it ends connections that are older than the rules, and whatever answers on a protected port
 // without having come through Envoy.
 func egress(standard wrapped) Chain {
-	return Chain{Name: egressChain, Hook: Hook{"output", Accept}, Rules: append(
+	return Chain{Name: egressChain, Hook: filter("output", Accept), Rules: append(
 		append([]Rule{{Loopback{Output: true}, accept}}, madeByThePod()...),
 		Rule{TCPFlags{Value: RST, Mask: RST}, accept},
 		Rule{Invalid{}, Count{}, drop},
@@ -351,7 +368,7 @@ func (r Ruleset) Text() string {
 		b.WriteString(separator)
 		fmt.Fprintf(&b, "\tchain %s {\n", c.Name)
 		if c.Hook.Name != "" {
-			fmt.Fprintf(&b, "\t\ttype filter hook %s priority mangle; policy %s;\n", c.Hook.Name, c.Hook.Policy)
+			fmt.Fprintf(&b, "\t\t%s\n", c.Hook.Text())
 		}
 		for _, rule := range c.Rules {
 			fmt.Fprintf(&b, "\t\t%s\n", rule.Text())
@@ -362,6 +379,8 @@ func (r Ruleset) Text() string {
 	b.WriteString("}\n")
 	return b.String()
 }
+
+func (e Element) text() string { return e.Ports.String() + " : " + e.Verdict.Text() }
 
 // elements breaks the lines where nft does: after every fifth element of a map with inet_service keys.
 func (m Map) elements(b *strings.Builder) {
@@ -377,7 +396,7 @@ func (m Map) elements(b *strings.Builder) {
 		default:
 			b.WriteString(", ")
 		}
-		fmt.Fprintf(b, "%s : goto %s", e.Ports, e.Goto)
+		b.WriteString(e.text())
 	}
 	b.WriteString(" }\n")
 }

@@ -224,10 +224,10 @@ func (Reset) Text() string { return "reject with tcp reset" }
 // Verdict ends the evaluation of a packet, or goes on in a chain from which there is no return.
 type Verdict struct {
 	Kind VerdictKind
-	Goto string // a chain, for Goto
+	Goto string // a chain, for Goto, and for jump in a live rule
 }
 
-// VerdictKind is accept, drop or goto.
+// VerdictKind is accept, drop or goto. Live rules may have others: jump, continue, return.
 type VerdictKind string
 
 // The verdicts.
@@ -239,8 +239,17 @@ const (
 
 // Text implements Statement.
 func (v Verdict) Text() string {
-	if v.Kind == Goto {
-		return "goto " + v.Goto
+	if v.Goto != "" {
+		return string(v.Kind) + " " + v.Goto
 	}
 	return string(v.Kind)
 }
+
+// Other is what a live rule has and no rendered one: an expression of the kernel's.
+type Other struct {
+	Readable string // for people
+	Raw      string // all of it
+}
+
+// Text implements Statement.
+func (o Other) Text() string { return o.Readable }

@@ -27,6 +27,7 @@ type batch struct {
 	conn  *nftables.Conn
 	table *nftables.Table
 	maps  map[string]*nftables.Set
+	named bool   // sets and maps have their names already: nothing is added
 	sets  uint32 // how many there are, which is the last one's ID; the library's own count is no one's who runs concurrently
 }
 
@@ -160,6 +161,9 @@ func (b *batch) protocol(op render.Op, numbers ...uint8) ([]expr.Any, error) {
 	if len(numbers) == 1 {
 		return []expr.Any{load, compare(op, numbers)}, nil
 	}
+	if b.named {
+		return []expr.Any{load, &expr.Lookup{SourceRegister: reg1, SetName: setName(numbers), Invert: op == render.NotEqual}}, nil
+	}
 	b.sets++
 	set := &nftables.Set{
 		ID: b.sets, Name: "__set%d", // the kernel puts a number there
@@ -177,6 +181,9 @@ func (b *batch) protocol(op render.Op, numbers ...uint8) ([]expr.Any, error) {
 	}, nil
 }
 
+// setName stands for an anonymous set, whose own name is a number: sets of the same content are the same.
+func setName(numbers []uint8) string { return fmt.Sprintf("{%x}", numbers) }
+
 // tproxy limits the rule to the listener's family and to TCP: the kernel refuses the expression otherwise.
 func tproxy(to netip.AddrPort) []expr.Any {
 	family := byte(unix.NFPROTO_IPV4)
@@ -193,6 +200,9 @@ func tproxy(to netip.AddrPort) []expr.Any {
 
 func (b *batch) lookUp(l render.LookUp) ([]expr.Any, error) {
 	set, ok := b.maps[l.Map]
+	if b.named {
+		set, ok = &nftables.Set{Name: l.Map}, true
+	}
 	if !ok {
 		return nil, fmt.Errorf("there is no map %q", l.Map)
 	}

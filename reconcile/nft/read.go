@@ -2,6 +2,7 @@ package nft
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -12,40 +13,76 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mantlet/render"
+	"mantlet/schema"
 )
 
-// live is the table as the kernel tells it, in raw attributes: the library leaves out what it does not know when it reads
-// rules, tproxy and socket among it. What changes without anybody's doing is left out: counters, handles, use counts.
-type live struct {
-	table    []byte            // its flags, dormant and the owner's among them; nil where the table is not there
-	chains   map[string][]byte // hook, priority, policy, type, flags
-	rules    map[string][]byte // by chain, in order
-	elements map[string][]byte // by map
+// Read returns the table as it is in the kernel: the zero Ruleset where it is not there. What changes without anybody's
+// doing is left out: counters, handles, use counts; and so are comments and the table's owner.
+func (t *Table) Read() (render.Ruleset, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r, _, err := t.read()
+	if err != nil {
+		return render.Ruleset{}, fmt.Errorf("reading the table inet %s: %w", render.Table, t.explain(err))
+	}
+	return r, nil
+}
+
+// Check returns nil if the table holds what Replace put there last, and otherwise an error that says what differs.
+func (t *Table) Check() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	found, err := t.differences()
+	if err != nil {
+		return fmt.Errorf("reading the table inet %s: %w", render.Table, t.explain(err))
+	}
+	if len(found) > 0 {
+		return fmt.Errorf("the table inet %s was changed from outside: %s", render.Table, strings.Join(found, "; "))
+	}
+	return nil
+}
+
+// differences returns what the table has otherwise than Replace put it there last. While the kernel numbers no further
+// transaction, whosever, it needs no second look.
+func (t *Table) differences() ([]string, error) {
+	now, err := t.generation()
+	if err != nil || now == t.intact {
+		return nil, err
+	}
+	have, at, err := t.read()
+	if err != nil {
+		return nil, err
+	}
+	found := render.Diff(t.want, have)
+	if len(found) == 0 {
+		t.intact = at
+	}
+	return found, nil
 }
 
 // read returns the table, and the number of the last transaction that it shows.
-func (t *Table) read() (live, uint32, error) {
+func (t *Table) read() (render.Ruleset, uint32, error) {
 	for range attempts {
 		before, err := t.generation()
 		if err != nil {
-			return live{}, 0, err
+			return render.Ruleset{}, 0, err
 		}
-		l, err := t.dumpTable()
+		r, err := t.dump()
 		if err != nil {
-			return live{}, 0, err
+			return render.Ruleset{}, 0, err
 		}
 		after, err := t.generation()
 		if err != nil {
-			return live{}, 0, err
+			return render.Ruleset{}, 0, err
 		}
 		if after == before {
-			return l, after, nil
+			return r, after, nil
 		}
 	}
-	return live{}, 0, errBusy
+	return render.Ruleset{}, 0, errBusy
 }
 
-// generation returns the number of the last transaction in this network namespace, whosever.
+// generation returns the number of the last transaction in this network namespace, whosever. It is never 0.
 func (t *Table) generation() (generation uint32, err error) {
 	err = t.request(unix.NFT_MSG_GETGEN, netlink.Request, nil, func(a attributes) error {
 		generation = binary.BigEndian.Uint32(a[unix.NFTA_GEN_ID])
@@ -57,86 +94,68 @@ func (t *Table) generation() (generation uint32, err error) {
 	return generation, err
 }
 
-func (t *Table) dumpTable() (live, error) {
-	l := live{chains: map[string][]byte{}, rules: map[string][]byte{}, elements: map[string][]byte{}}
-	for _, dump := range []struct {
-		of   uint16
-		name uint16 // the attribute that names the table
-		each func(attributes) error
+// dump reads the table in raw attributes: the library leaves out what it does not know when it reads rules, tproxy and
+// socket among it.
+func (t *Table) dump() (render.Ruleset, error) {
+	r := newReader()
+	for _, part := range []struct {
+		of    uint16
+		table uint16 // the attribute that names the table
+		each  func(attributes) error
 	}{
-		{unix.NFT_MSG_GETTABLE, unix.NFTA_TABLE_NAME, l.addTable},
-		{unix.NFT_MSG_GETCHAIN, unix.NFTA_CHAIN_TABLE, l.addChain},
-		{unix.NFT_MSG_GETSET, unix.NFTA_SET_TABLE, l.addSet},
-		{unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE, l.addRule},
+		{unix.NFT_MSG_GETTABLE, unix.NFTA_TABLE_NAME, r.addTable},
+		{unix.NFT_MSG_GETCHAIN, unix.NFTA_CHAIN_TABLE, r.addChain},
+		{unix.NFT_MSG_GETSET, unix.NFTA_SET_TABLE, r.addSet},
+		{unix.NFT_MSG_GETOBJ, unix.NFTA_OBJ_TABLE, r.addOther("object", unix.NFTA_OBJ_NAME)},
+		{unix.NFT_MSG_GETFLOWTABLE, flowtableTable, r.addOther("flowtable", flowtableName)},
 	} {
-		if err := t.request(dump.of, netlink.Request|netlink.Dump, []netlink.Attribute{text(dump.name, render.Table)}, func(a attributes) error {
-			if a.text(dump.name) != render.Table {
-				return nil
-			}
-			return dump.each(a)
-		}); err != nil {
-			return live{}, err
+		if err := t.list(part.of, part.table, part.each); err != nil {
+			return render.Ruleset{}, err
 		}
 	}
-	for set := range l.elements {
+	for _, s := range r.sets {
 		request := []netlink.Attribute{
-			text(unix.NFTA_SET_ELEM_LIST_TABLE, render.Table), text(unix.NFTA_SET_ELEM_LIST_SET, set),
+			text(unix.NFTA_SET_ELEM_LIST_TABLE, render.Table), text(unix.NFTA_SET_ELEM_LIST_SET, s.name),
 		}
-		if err := t.request(unix.NFT_MSG_GETSETELEM, netlink.Request|netlink.Dump, request, func(a attributes) error {
-			l.elements[set] = append(l.elements[set], a[unix.NFTA_SET_ELEM_LIST_ELEMENTS]...)
+		if err := t.request(unix.NFT_MSG_GETSETELEM, netlink.Request|netlink.Dump, request, s.addElements); err != nil {
+			return render.Ruleset{}, err
+		}
+	}
+	if err := t.list(unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE, r.addRule); err != nil {
+		return render.Ruleset{}, err
+	}
+	return r.ruleset(), nil
+}
+
+// NFTA_FLOWTABLE_TABLE and NFTA_FLOWTABLE_NAME (include/uapi/linux/netfilter/nf_tables.h).
+const (
+	flowtableTable = 1
+	flowtableName  = 2
+)
+
+// list calls each for each of the table's objects of a kind.
+func (t *Table) list(kind, table uint16, each func(attributes) error) error {
+	about := []netlink.Attribute{text(table, render.Table)}
+	return t.request(kind, netlink.Request|netlink.Dump, about, func(a attributes) error {
+		if a.text(table) != render.Table {
 			return nil
-		}); err != nil {
-			return live{}, err
 		}
-	}
-	return l, nil
-}
-
-// differences names what is not in h as it is in l.
-func (l live) differences(h live) []string {
-	var names []string
-	if h.table == nil {
-		return []string{"the table is not there"}
-	}
-	if !bytes.Equal(l.table, h.table) {
-		names = append(names, "the table's flags")
-	}
-	for kind, pair := range map[string][2]map[string][]byte{
-		"chain": {l.chains, h.chains}, "rules of chain": {l.rules, h.rules}, "elements of": {l.elements, h.elements},
-	} {
-		for name, want := range pair[0] {
-			if have, ok := pair[1][name]; !ok || !bytes.Equal(want, have) {
-				names = append(names, kind+" "+name)
-			}
-		}
-		for name := range pair[1] {
-			if _, ok := pair[0][name]; !ok {
-				names = append(names, kind+" "+name)
-			}
-		}
-	}
-	slices.Sort(names)
-	return names
-}
-
-// Check returns nil if the table holds what Replace put there last, and otherwise an error that names what differs.
-func (t *Table) Check() error {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	have, _, err := t.read()
-	if err != nil {
-		return fmt.Errorf("reading the table inet %s: %w", render.Table, t.explain(err))
-	}
-	if names := t.applied.differences(have); len(names) > 0 {
-		return fmt.Errorf("the table inet %s was changed from outside: %s", render.Table, strings.Join(names, ", "))
-	}
-	return nil
+		return each(a)
+	})
 }
 
 // attributes are those of one object. Flags of the type (nested, byte order) are taken off.
 type attributes map[uint16][]byte
 
 func (a attributes) text(kind uint16) string { return string(bytes.TrimRight(a[kind], "\x00")) }
+
+// u32 reads a number in network byte order; 0 where there is none.
+func (a attributes) u32(kind uint16) uint32 {
+	if len(a[kind]) != 4 {
+		return 0
+	}
+	return binary.BigEndian.Uint32(a[kind])
+}
 
 func text(kind uint16, s string) netlink.Attribute {
 	return netlink.Attribute{Type: kind, Data: []byte(s + "\x00")}
@@ -179,46 +198,263 @@ func (t *Table) request(
 	return nil
 }
 
-func (l *live) addTable(a attributes) error {
-	l.table = a[unix.NFTA_TABLE_FLAGS]
+// reader collects what the kernel tells of the table.
+type reader struct {
+	chains   []render.Chain
+	sets     []*set
+	others   []string
+	numbers  map[string][]uint8 // of anonymous sets, by setName
+	compiler batch
+	fixed    []translated // the statements that have but one form
+}
+
+// translated is a statement, and the expressions that it is compiled to.
+type translated struct {
+	statement   render.Statement
+	expressions []expression
+}
+
+func newReader() *reader {
+	r := &reader{numbers: map[string][]uint8{}, compiler: batch{named: true}}
+	for _, s := range []render.Statement{
+		render.Loopback{},
+		render.Loopback{Output: true},
+		render.Forwarded{},
+		render.OwnSource{},
+		render.Reply(false), render.Reply(true),
+		render.Invalid{},
+		render.SourceTranslated{},
+		render.BoundSocket{},
+		render.Count{},
+		render.Reset{},
+	} {
+		r.fixed = append(r.fixed, translated{s, r.compile(s)})
+	}
+	return r
+}
+
+// ruleset returns what was collected.
+func (r *reader) ruleset() render.Ruleset {
+	rules := render.Ruleset{Chains: r.chains, Others: r.others}
+	for _, s := range r.sets {
+		switch m, ok := s.asMap(); {
+		case ok:
+			rules.Maps = append(rules.Maps, m)
+			for _, e := range s.elements {
+				if e.more {
+					rules.Others = append(rules.Others, fmt.Sprintf("map %s, element %x: it has more than a verdict", s.name, e.key))
+				}
+			}
+		case s.flags&unix.NFT_SET_ANONYMOUS == 0:
+			rules.Others = append(rules.Others, "set "+s.name)
+		}
+	}
+	return rules
+}
+
+// The owner's flags are set or not as Own could.
+func (r *reader) addTable(a attributes) error {
+	flags := a.u32(unix.NFTA_TABLE_FLAGS) &^ (tableOwner | tablePersist)
+	switch {
+	case flags == unix.NFT_TABLE_F_DORMANT:
+		r.others = append(r.others, "table flag dormant, which switches every rule off")
+	case flags != 0:
+		r.others = append(r.others, fmt.Sprintf("table flags %#x", flags))
+	}
 	return nil
 }
 
-func (l *live) addChain(a attributes) error {
-	l.chains[a.text(unix.NFTA_CHAIN_NAME)] = slices.Concat(
-		a[unix.NFTA_CHAIN_HOOK], a[unix.NFTA_CHAIN_POLICY], a[unix.NFTA_CHAIN_TYPE], a[chainFlags])
+func (r *reader) addOther(kind string, name uint16) func(attributes) error {
+	return func(a attributes) error {
+		r.others = append(r.others, kind+" "+a.text(name))
+		return nil
+	}
+}
+
+// chainFlags is NFTA_CHAIN_FLAGS (include/uapi/linux/netfilter/nf_tables.h); chainBase is the one that a hook brings along.
+const (
+	chainFlags = 10
+	chainBase  = 1
+)
+
+func (r *reader) addChain(a attributes) error {
+	hook, err := readHook(a)
+	if err != nil {
+		return err
+	}
+	r.chains = append(r.chains, render.Chain{Name: a.text(unix.NFTA_CHAIN_NAME), Hook: hook})
 	return nil
 }
 
-// chainFlags is NFTA_CHAIN_FLAGS (include/uapi/linux/netfilter/nf_tables.h).
-const chainFlags = 10
+func readHook(a attributes) (render.Hook, error) {
+	flags := a.u32(chainFlags) &^ chainBase
+	if a[unix.NFTA_CHAIN_HOOK] == nil {
+		if flags != 0 {
+			return render.Hook{Name: fmt.Sprintf("none, flags %#x", flags)}, nil
+		}
+		return render.Hook{}, nil
+	}
+	hook, err := unpack(a[unix.NFTA_CHAIN_HOOK])
+	if err != nil {
+		return render.Hook{}, err
+	}
+	h := render.Hook{
+		Type:     a.text(unix.NFTA_CHAIN_TYPE),
+		Name:     hookName(hook.u32(unix.NFTA_HOOK_HOOKNUM)),
+		Priority: int32(hook.u32(unix.NFTA_HOOK_PRIORITY)),
+		Policy:   verdictKind(int32(a.u32(unix.NFTA_CHAIN_POLICY))),
+	}
+	if device := hook.text(unix.NFTA_HOOK_DEV); device != "" {
+		h.Name += " device " + device
+	}
+	if flags != 0 {
+		h.Name += fmt.Sprintf(" flags %#x", flags)
+	}
+	return h, nil
+}
 
-func (l *live) addSet(a attributes) error {
-	l.elements[a.text(unix.NFTA_SET_NAME)] = nil
+// hookName names the hooks of the families ip, ip6 and inet.
+func hookName(number uint32) string {
+	names := []string{"prerouting", "input", "forward", "output", "postrouting", "ingress"}
+	if int(number) < len(names) {
+		return names[number]
+	}
+	return fmt.Sprint(number)
+}
+
+// verdictKind names the kernel's verdict (include/uapi/linux/netfilter.h, netfilter/nf_tables.h).
+func verdictKind(code int32) render.VerdictKind {
+	names := map[int32]render.VerdictKind{
+		0: render.Drop, 1: render.Accept, unix.NFT_CONTINUE: "continue", unix.NFT_BREAK: "break",
+		unix.NFT_JUMP: "jump", unix.NFT_GOTO: render.Goto, unix.NFT_RETURN: "return",
+	}
+	if name, ok := names[code]; ok {
+		return name
+	}
+	return render.VerdictKind(fmt.Sprintf("verdict %d", code))
+}
+
+// set is a map, a set or an anonymous set.
+type set struct {
+	name               string
+	flags, keyLen      uint32
+	keyType, valueType uint32
+	elements           []element
+}
+
+type element struct {
+	key     []byte
+	end     bool // of an interval: the key is the first after it
+	verdict render.Verdict
+	more    bool // than a key and a verdict: a timeout, a limit
+}
+
+func (r *reader) addSet(a attributes) error {
+	r.sets = append(r.sets, &set{
+		name: a.text(unix.NFTA_SET_NAME), flags: a.u32(unix.NFTA_SET_FLAGS), keyLen: a.u32(unix.NFTA_SET_KEY_LEN),
+		keyType: a.u32(unix.NFTA_SET_KEY_TYPE), valueType: a.u32(unix.NFTA_SET_DATA_TYPE),
+	})
 	return nil
 }
 
-// addRule appends a rule's expressions, each as its name, length and data.
-func (l *live) addRule(a attributes) error {
+func (s *set) addElements(a attributes) error {
+	list, err := netlink.UnmarshalAttributes(a[unix.NFTA_SET_ELEM_LIST_ELEMENTS])
+	if err != nil {
+		return err
+	}
+	for _, item := range list {
+		fields, err := flatten("element", item.Data)
+		if err != nil {
+			return err
+		}
+		e := element{
+			key:     fields["1.1"],
+			end:     fields.u32("3")&unix.NFT_SET_ELEM_INTERVAL_END != 0,
+			verdict: fields.verdict("2.2"),
+		}
+		for path := range fields {
+			e.more = e.more || !slices.Contains([]string{"1.1", "2.2.1", "2.2.2", "3", elementComment}, path)
+		}
+		s.elements = append(s.elements, e)
+	}
+	return nil
+}
+
+// elementComment is NFTA_SET_ELEM_USERDATA.
+const elementComment = "6"
+
+// asMap returns what the set is as a map of ports to verdicts, if it is one.
+func (s *set) asMap() (render.Map, bool) {
+	m := render.Map{Name: s.name}
+	const verdictType = 0xffffff00 // NFT_DATA_VERDICT
+	if s.flags != unix.NFT_SET_MAP|unix.NFT_SET_INTERVAL || s.keyType != servicePort || s.keyLen != 2 || s.valueType != verdictType {
+		return m, false
+	}
+	slices.SortFunc(s.elements, func(a, b element) int {
+		return cmp.Or(bytes.Compare(a.key, b.key), cmp.Compare(start(a), start(b)))
+	})
+	for i, e := range s.elements {
+		if e.end {
+			continue
+		}
+		ports := schema.Ports{First: binary.BigEndian.Uint16(e.key), Last: maxPort}
+		if i+1 < len(s.elements) {
+			ports.Last = binary.BigEndian.Uint16(s.elements[i+1].key) - 1
+		}
+		m.Elements = append(m.Elements, render.Element{Ports: ports, Verdict: e.verdict})
+	}
+	return m, true
+}
+
+// servicePort is nft's number for the type inet_service.
+const servicePort = 13
+
+// start sorts the start of an interval behind the end of another one at the same key.
+func start(e element) int {
+	if e.end {
+		return 0
+	}
+	return 1
+}
+
+// protocols returns the content of an anonymous set of transport protocols, ascending.
+func (r *reader) protocols(name string) []uint8 {
+	i := slices.IndexFunc(r.sets, func(s *set) bool { return s.name == name })
+	if i < 0 || r.sets[i].flags != unix.NFT_SET_ANONYMOUS|unix.NFT_SET_CONSTANT || r.sets[i].keyLen != 1 {
+		return nil
+	}
+	var numbers []uint8
+	for _, e := range r.sets[i].elements {
+		numbers = append(numbers, e.key...)
+	}
+	slices.Sort(numbers)
+	return numbers
+}
+
+func (r *reader) addRule(a attributes) error {
 	list, err := netlink.UnmarshalAttributes(a[unix.NFTA_RULE_EXPRESSIONS])
 	if err != nil {
 		return err
 	}
-	chain := a.text(unix.NFTA_RULE_CHAIN)
-	rule := []byte("rule")
-	for _, e := range list {
-		parts, err := unpack(e.Data)
+	var all []expression
+	for _, item := range list {
+		e, err := parseExpression(item.Data)
 		if err != nil {
 			return err
 		}
-		name, data := parts.text(unix.NFTA_EXPR_NAME), parts[unix.NFTA_EXPR_DATA]
-		if name == "counter" {
-			data = nil
+		if e.name == "lookup" {
+			if numbers := r.protocols(e.data.text("1")); numbers != nil {
+				r.numbers[setName(numbers)] = numbers
+				e.data["1"] = []byte(setName(numbers) + "\x00")
+			}
 		}
-		rule = append(rule, name...)
-		rule = binary.BigEndian.AppendUint32(rule, uint32(len(data)))
-		rule = append(rule, data...)
+		all = append(all, e)
 	}
-	l.rules[chain] = append(l.rules[chain], rule...)
+	name := a.text(unix.NFTA_RULE_CHAIN)
+	for i := range r.chains {
+		if r.chains[i].Name == name {
+			r.chains[i].Rules = append(r.chains[i].Rules, r.rule(all))
+		}
+	}
 	return nil
 }

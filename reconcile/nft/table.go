@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 
 	"github.com/google/nftables"
@@ -25,9 +26,12 @@ type Table struct {
 	raw   *netlink.Conn // conn's own socket, for messages that the library cannot send
 	table *nftables.Table
 
-	mu      sync.Mutex // the socket holds one conversation at a time
-	owned   bool
-	applied live // as the kernel told it right after the last Replace
+	subscribe func() (subscription, error) // to the kernel's notes; tests have others
+
+	mu     sync.Mutex // the socket holds one conversation at a time
+	owned  bool
+	want   render.Ruleset // what Replace put there last
+	intact uint32         // the generation of the kernel's rules at which the table was seen to hold that; 0 for none
 }
 
 // bufferSize holds a transaction's messages, and the kernel's acknowledgement of each. Some 70 messages of rules and the
@@ -36,7 +40,7 @@ const bufferSize = 16 << 20
 
 // Open connects to the network namespace of the calling thread. It changes nothing.
 func Open() (*Table, error) {
-	t := &Table{table: &nftables.Table{Name: render.Table, Family: nftables.TableFamilyINet}}
+	t := &Table{table: &nftables.Table{Name: render.Table, Family: nftables.TableFamilyINet}, subscribe: subscribe}
 	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
 		t.raw = c
 		// Else an acknowledgement that is an error would repeat its message.
@@ -142,31 +146,43 @@ func (t *Table) DenyAll() error {
 // attempts bounds how often a change or a dump is begun anew because another process changed nftables in the meantime.
 const attempts = 10
 
-// Replace makes the table hold r and nothing else, in one transaction. Where it fails, the rules are as they were.
-//
-// What the kernel then tells is what Check compares with, so it must be r: where any process changed anything in nftables
-// around the transaction, and the table has no owner, it might be theirs, and the change is made again.
+// Replace makes the table hold r and nothing else, in one transaction. Where it fails, the rules are as they were. The
+// table is read back; where it has something else already, another process did that, and the change is made again.
 func (t *Table) Replace(r render.Ruleset) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	return t.put(r)
+}
+
+func (t *Table) put(r render.Ruleset) error {
+	var found []string
 	for range attempts {
-		before, err := t.generation()
-		if err == nil {
-			err = t.transaction(func(b *batch) error { return t.replace(b, r) })
-		}
+		err := t.transaction(func(b *batch) error { return t.replace(b, r) })
 		if err != nil {
 			return fmt.Errorf("replacing the table inet %s: %w", render.Table, t.explain(err))
 		}
-		applied, after, err := t.read()
-		if err != nil {
+		t.want, t.intact = r, 0
+		if found, err = t.differences(); err != nil {
 			return fmt.Errorf("reading the table inet %s back: %w", render.Table, t.explain(err))
 		}
-		if t.owned || after == before+1 {
-			t.applied = applied
+		if len(found) == 0 {
 			return nil
 		}
 	}
-	return fmt.Errorf("replacing the table inet %s: %w", render.Table, errBusy)
+	return fmt.Errorf("replacing the table inet %s: %w; in the end: %s", render.Table, errBusy, strings.Join(found, "; "))
+}
+
+// Mend puts back what Replace put there last where the table holds something else, and returns what differed.
+func (t *Table) Mend() (found []string, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if found, err = t.differences(); err != nil {
+		return nil, fmt.Errorf("reading the table inet %s: %w", render.Table, t.explain(err))
+	}
+	if len(found) == 0 {
+		return nil, nil
+	}
+	return found, t.put(t.want)
 }
 
 var errBusy = fmt.Errorf("other processes changed nftables at the same time, %d times in a row", attempts)
@@ -267,8 +283,8 @@ func (b *batch) chain(c render.Chain) *nftables.Chain {
 	if c.Hook.Name == "" {
 		return chain
 	}
-	chain.Type = nftables.ChainTypeFilter
-	chain.Priority = nftables.ChainPriorityMangle
+	chain.Type = nftables.ChainType(c.Hook.Type)
+	chain.Priority = nftables.ChainPriorityRef(nftables.ChainPriority(c.Hook.Priority))
 	chain.Hooknum = nftables.ChainHookPrerouting
 	if c.Hook.Name == "output" {
 		chain.Hooknum = nftables.ChainHookOutput
@@ -311,7 +327,7 @@ func (b *batch) addMap(m render.Map) error {
 
 // interval gives the start of a range and the first port after it. A range up to the last port has no end.
 func interval(e render.Element) []nftables.SetElement {
-	start := nftables.SetElement{Key: port(e.Ports.First), VerdictData: verdict(render.Verdict{Kind: render.Goto, Goto: e.Goto})}
+	start := nftables.SetElement{Key: port(e.Ports.First), VerdictData: verdict(e.Verdict)}
 	if e.Ports.Last == maxPort {
 		return []nftables.SetElement{start}
 	}

@@ -14,8 +14,10 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/mdlayher/netlink"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
@@ -101,7 +103,7 @@ func loadRules(t *testing.T, host *lab.Host, r render.Ruleset) {
 		for chunk := range slices.Chunk(m.Elements[n:], most) {
 			var elements []string
 			for _, e := range chunk {
-				elements = append(elements, fmt.Sprintf("%s : goto %s", e.Ports, e.Goto))
+				elements = append(elements, fmt.Sprintf("%s : %s", e.Ports, e.Verdict.Text()))
 			}
 			rest = append(rest, fmt.Sprintf("add element inet mantlet %s { %s }", m.Name, strings.Join(elements, ", ")))
 		}
@@ -491,29 +493,65 @@ func TestCheckNamesWhatDiffers(t *testing.T) {
 		t.Fatalf("no tproxy rule in chain %s", chain)
 		return ""
 	}
+	const (
+		syn   = "tcp flags syn / fin,syn,rst,ack meta nfproto ipv4 meta l4proto tcp"
+		taken = "socket wildcard 0 ct mark set ct mark & 0xf01fffff | 0x00100000 accept"
+	)
+	marked := func(mark render.Mark, op string) string {
+		return fmt.Sprintf("ct mark & 0x0ff00000 %s 0x%08x", op, uint32(mark))
+	}
 	for _, test := range []struct {
 		change func() string
 		names  string
 	}{
-		{func() string { return "delete element inet mantlet modes { 7890 }" }, "elements of modes"},
-		{func() string { return "add element inet mantlet answers { 1 : goto passthrough_out }" }, "elements of answers"},
-		{func() string { return tproxy("mtls_in") }, "rules of chain mtls_in"},
-		{func() string { return "insert rule inet mantlet ingress accept" }, "rules of chain ingress"},
-		{func() string { return "flush chain inet mantlet egress" }, "rules of chain egress"},
-		{func() string { return "chain inet mantlet ingress { policy accept; }" }, "chain ingress"},
-		{func() string { return "add chain inet mantlet own { type filter hook input priority 0; }" }, "chain own"},
-		{func() string { return "add set inet mantlet own { type inet_service; }" }, "elements of own"},
-		{func() string { return "add table inet mantlet { flags dormant; }" }, "the table's flags"},
-		{func() string { return "delete table inet mantlet" }, "the table is not there"},
+		{func() string { return "delete element inet mantlet modes { 7890 }" }, "map modes: `7890 : goto passthrough_in` missing"},
+		{
+			func() string { return "add element inet mantlet answers { 1 : goto passthrough_out }" },
+			"map answers: `1 : goto passthrough_out` not mantlet's",
+		},
+		{func() string { return "add element inet mantlet modes { 9000-9099 : accept }" }, "map modes: `9000-9099 : accept` not mantlet's"},
+		{
+			func() string { return tproxy("mtls_in") },
+			"chain mtls_in rule 3: have `" + syn + " tproxy ip to 127.0.0.1:15007 " + taken + "`, want `" + syn + " tproxy ip to 127.0.0.1:15006 " + taken + "`",
+		},
+		{func() string { return "insert rule inet mantlet ingress accept" }, "chain ingress rule 1: `accept` not mantlet's"},
+		{
+			func() string { return "insert rule inet mantlet ingress tcp dport 22 jump mtls_in" },
+			"chain ingress rule 1: `meta l4proto tcp @th,16,16 == 0x0016 jump mtls_in` not mantlet's",
+		},
+		{
+			func() string { return "flush chain inet mantlet passthrough_in" },
+			"chain passthrough_in rule 1: `meta l4proto tcp " + marked(0, "!=") + " " + marked(render.MarkPassthrough, "!=") + " counter reject with tcp reset` missing; " +
+				"chain passthrough_in rule 2: `" + render.SetMark{Mark: render.MarkPassthrough}.Text() + " accept` missing",
+		},
+		{
+			func() string { return "chain inet mantlet ingress { policy accept; }" },
+			"chain ingress: have `type filter hook prerouting priority mangle; policy accept;`, want `type filter hook prerouting priority mangle; policy drop;`",
+		},
+		{
+			func() string { return "add chain inet mantlet own { type filter hook prerouting priority -300; }" },
+			"chain own (type filter hook prerouting priority -300; policy accept;): not mantlet's",
+		},
+		{func() string { return "add chain inet mantlet own" }, "chain own: not mantlet's"},
+		{func() string { return "add set inet mantlet own { type inet_service; }" }, "set own: not mantlet's"},
+		{func() string { return "add counter inet mantlet own" }, "object own: not mantlet's"},
+		{func() string { return "add table inet mantlet { flags dormant; }" }, "table flag dormant, which switches every rule off: not mantlet's"},
+		{func() string { return "delete table inet mantlet" }, "the table inet mantlet is not there, or empty"},
+		{func() string { return "flush ruleset" }, "the table inet mantlet is not there, or empty"},
 	} {
 		p.replace(want)
 		p.check()
 		change := test.change()
 		nft(t, p.pod, change)
 		err := p.table.Check()
-		if err == nil || !strings.HasSuffix(err.Error(), ": "+test.names) {
-			t.Errorf("after %q, Check returned %v, want that it names %q alone", change, err, test.names)
+		if err == nil || !strings.HasSuffix(err.Error(), " from outside: "+test.names) {
+			t.Errorf("after %q, Check returned\n\t%v\nwant that it names\n\t%s", change, err, test.names)
 		}
+		found, err := p.table.Mend()
+		if err != nil || strings.Join(found, "; ") != test.names {
+			t.Errorf("after %q, Mend returned %q, %v", change, found, err)
+		}
+		p.check()
 	}
 	p.replace(want)
 	if diff := cmp.Diff(want.Text(), listing(t, p.pod)); diff != "" {
@@ -559,31 +597,140 @@ func TestMissing(t *testing.T) {
 	})
 }
 
+// hear returns the next note of a Watch.
+func (p *place) hear(notes <-chan string) string {
+	p.t.Helper()
+	select {
+	case who := <-notes:
+		return who
+	case <-time.After(limit):
+		p.t.Fatal("no note came")
+		return ""
+	}
+}
+
 func TestWatchNamesWhoChangedTheRules(t *testing.T) {
 	t.Parallel()
 	p := newPlace(t)
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	var changes <-chan string
-	if err := p.pod.Do(func() error { changes = p.table.Watch(ctx); return nil }); err != nil {
-		t.Fatal(err)
+	p.replace(rules())
+	notes := p.table.Watch(t.Context())
+	p.replace(render.DenyAll(true))
+	nft(t, p.pod, "add table inet other")
+	if who := p.hear(notes); who != "" { // and nothing of the Table's own change
+		t.Errorf("a change to another table is %q's", who)
 	}
-	comm, err := os.ReadFile("/proc/self/comm")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for who, change := range map[string]func(){
-		"nft":                           func() { nft(t, p.pod, "add table inet other") },
-		strings.TrimSpace(string(comm)): func() { p.replace(rules()) },
+	for _, change := range []string{
+		"add table inet mantlet { flags dormant; }", "insert rule inet mantlet ingress accept", "add set inet mantlet s { type mark; }",
+		"add element inet mantlet s { 1 }", "flush chain inet mantlet ingress", "delete table inet mantlet", "add table inet mantlet", "flush ruleset",
 	} {
-		change()
-		until(t, "the change by "+who+" is told", func() bool {
-			select {
-			case got := <-changes:
-				return got == who
-			default:
-				return false
-			}
-		})
+		nft(t, p.pod, change)
+		if who := p.hear(notes); who != "nft" {
+			t.Errorf("after %q the note is %q", change, who)
+		}
 	}
+	// What nobody took yet is one note, with the names of all.
+	m := monitor{notes: make(chan string, 1)}
+	for _, who := range []string{"", "a", "", "b", "a"} {
+		m.note(who)
+	}
+	if who := <-m.notes; who != "a, b" {
+		t.Errorf("the notes are %q", who)
+	}
+}
+
+// faulty is a subscription that ends with an error.
+type faulty struct {
+	subscription
+
+	err error
+}
+
+func (f *faulty) Receive() ([]netlink.Message, error) {
+	if f.err == nil {
+		return f.subscription.Receive()
+	}
+	if errors.Is(f.err, unix.ENOBUFS) { // a transaction is lost
+		const end = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWGEN
+		for over := false; !over; {
+			messages, err := f.subscription.Receive()
+			if err != nil {
+				return nil, err
+			}
+			over = slices.ContainsFunc(messages, func(m netlink.Message) bool { return m.Header.Type == end })
+		}
+	}
+	err := f.err
+	f.err = nil
+	return nil, err
+}
+
+// TestWatchGoesOn: after an error of any kind, of the subscription itself too, there are notes again; and one that tells that
+// something may have been missed.
+func TestWatchGoesOn(t *testing.T) {
+	t.Parallel()
+	p := newPlace(t)
+	p.replace(rules())
+	errs := []error{unix.EIO, unix.EMFILE, unix.ENOMEM, unix.ENOBUFS}
+	dial := p.table.subscribe
+	p.table.subscribe = func() (subscription, error) {
+		if len(errs) == 0 {
+			return dial()
+		}
+		err := errs[0]
+		errs = errs[1:]
+		if errors.Is(err, unix.EMFILE) {
+			return nil, err
+		}
+		conn, failed := dial()
+		return &faulty{conn, err}, failed
+	}
+	notes := p.table.Watch(t.Context())
+	for range 3 { // each time that it subscribes anew
+		if who := p.hear(notes); who != "" {
+			t.Errorf("the note is %q", who)
+		}
+	}
+	nft(t, p.pod, "add table inet mantlet { flags dormant; }")
+	if who := p.hear(notes); who != "" {
+		t.Errorf("a note that was lost is %q's", who)
+	}
+	nft(t, p.pod, "flush chain inet mantlet ingress")
+	if who := p.hear(notes); who != "nft" {
+		t.Errorf("the note is %q", who)
+	}
+}
+
+// TestWatchOverflows: a process that changes more than the socket's buffer holds is noticed all the same.
+func TestWatchOverflows(t *testing.T) {
+	t.Parallel()
+	p := newPlace(t)
+	p.replace(rules())
+	held := make(chan struct{})
+	dial := p.table.subscribe
+	p.table.subscribe = func() (subscription, error) {
+		conn, err := dial()
+		if err == nil {
+			err = conn.(*netlink.Conn).SetReadBuffer(1)
+		}
+		return &slow{conn, held}, err
+	}
+	notes := p.table.Watch(t.Context())
+	loadRules(t, p.pod, many(300))
+	close(held)
+	p.hear(notes)
+	if found, err := p.table.Mend(); err != nil || len(found) < 300 {
+		t.Errorf("Mend found %d differences: %v", len(found), err)
+	}
+}
+
+// slow is a subscription that is not read until held is closed.
+type slow struct {
+	subscription
+
+	held chan struct{}
+}
+
+func (s *slow) Receive() ([]netlink.Message, error) {
+	<-s.held
+	return s.subscription.Receive()
 }

@@ -78,6 +78,10 @@ func open(t *testing.T, host *lab.Host) *Table {
 	if err := host.Do(func() (err error) { table, err = Open(); return err }); err != nil {
 		t.Fatal(err)
 	}
+	table.subscribe = func() (conn subscription, err error) { // on whichever thread
+		err = host.Do(func() (err error) { conn, err = subscribe(); return err })
+		return conn, err
+	}
 	t.Cleanup(func() { _ = table.Close() })
 	return table
 }
