@@ -25,8 +25,10 @@ type Kernel interface {
 	Replace(render.Ruleset) error
 	// Check returns nil if the table holds what Replace put there last, and otherwise an error that says what differs.
 	Check() error
-	// Watch sends the name of whoever changed rules in the kernel, this program among them, until ctx ends. It may miss
-	// changes.
+	// Mend puts back what Replace put there last where the table holds something else, and returns what differed.
+	Mend() (found []string, err error)
+	// Watch sends a note when another process changed rules in the kernel, until ctx ends: its name where it changed the
+	// table, else "". It may miss changes.
 	Watch(ctx context.Context) <-chan string
 }
 
@@ -84,6 +86,10 @@ type Daemon struct {
 	notBefore time.Time // the next start
 	drained   time.Time // until then the connections of the epoch before have their drain time
 
+	repairs  []Repair // the last ones
+	repaired int      // how many there were
+	unmended error    // why the rules could not be looked at or put back; guard alone has it
+
 	// Why the daemon is not where it should be, each nil where it is not the reason.
 	badConfig, badCertificates, down error
 }
@@ -95,25 +101,22 @@ type desired struct {
 	generations render.Generations
 }
 
-const (
-	// ticketLife bounds how long a client can resume a TLS session after its certificate expired: publishing anew ends all
-	// tickets. An hour costs each client one full handshake an hour.
-	ticketLife = time.Hour
-	// resync is how often the rules are looked at although no event came.
-	resync = 30 * time.Second
-)
+// ticketLife bounds how long a client can resume a TLS session after its certificate expired: publishing anew ends all
+// tickets. An hour costs each client one full handshake an hour.
+const ticketLife = time.Hour
 
 // Run brings the desired state about and keeps it until ctx ends; then it lets connections end, for at most the drain
 // time or until abort is closed, and stops Envoy. The rules stay whatever happens. A note on reload makes it read its inputs.
 func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 	watching, stopWatching := context.WithCancel(context.Background())
+	var guarding sync.WaitGroup
+	guarding.Go(func() { d.guard(watching) })
+	defer guarding.Wait()
 	defer stopWatching()
 	certificates := watch(watching, d.Environment.Process.TLSDirectory, d.Log)
 	config := d.watchConfig(watching)
-	rules := d.Kernel.Watch(watching)
-	tickets, look := time.NewTicker(ticketLife), time.NewTicker(resync)
+	tickets := time.NewTicker(ticketLife)
 	defer tickets.Stop()
-	defer look.Stop()
 	var first sync.WaitGroup // each takes as long as a tenth of Envoy's own start
 	first.Go(d.readConfig)
 	first.Go(func() { d.readCertificates(ctx) })
@@ -138,10 +141,6 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 			if err := d.Secrets.Renew(); err != nil {
 				d.Log.Error("session tickets live on", "error", err)
 			}
-		case who := <-rules:
-			d.repair(who)
-		case <-look.C:
-			d.repair("")
 		case <-d.exited():
 			d.ended()
 		case <-again:
@@ -256,22 +255,6 @@ func (d *Daemon) ended() {
 	d.Log.Error("Envoy ended; new connections wait until it is back", "error", err, "restart_in", delay.String())
 	d.notBefore = time.Now().Add(delay)
 	d.locked(func() { d.process, d.down = nil, fmt.Errorf("Envoy is down: %w", err) })
-}
-
-// repair puts the rules back where somebody changed them.
-func (d *Daemon) repair(who string) {
-	if d.have == nil {
-		return
-	}
-	found := d.Kernel.Check()
-	if found == nil {
-		return
-	}
-	if err := d.Kernel.Replace(d.have.state.Ruleset); err != nil {
-		d.Log.Error("rules were changed from outside and could not be put back", "by", who, "found", found, "error", err)
-		return
-	}
-	d.Log.Warn("rules were changed from outside and are put back", "by", who, "found", found)
 }
 
 // readCertificates passes on a new generation of certificates. A bad one is reported, and the last good one stays.

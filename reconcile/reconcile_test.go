@@ -102,6 +102,19 @@ func (w *world) Check() error {
 	return w.found
 }
 
+func (w *world) Mend() ([]string, error) {
+	w.mu.Lock()
+	found, err := w.found, w.rulesErr
+	if found != nil {
+		w.did = append(w.did, "mend")
+	}
+	w.mu.Unlock()
+	if found == nil {
+		return nil, err
+	}
+	return []string{found.Error()}, err
+}
+
 func (w *world) Watch(context.Context) <-chan string { return w.changes }
 
 func (w *world) Update(context.Context) (revoked bool, err error) {
@@ -367,16 +380,40 @@ func TestRepair(t *testing.T) {
 		w.set(func() { w.found = errors.New("a rule is missing") })
 		ready(t, w, "a rule is missing")
 		w.changes <- "nft"
-		expect(t, w, "rules")
+		expect(t, w, "mend")
 		if log := w.logged(); !strings.Contains(log, "by=nft") || !strings.Contains(log, "a rule is missing") {
 			t.Errorf("the log:\n%s", log)
 		}
 		time.Sleep(resync)
-		expect(t, w, "rules") // also without an event
-		w.set(func() { w.found = nil })
+		expect(t, w, "mend") // also without an event
+		last, count := w.Repairs()
+		if count != 2 || len(last) != 2 || last[0].By != "nft" || last[1].By != "" || !slices.Equal(last[1].Found, []string{"a rule is missing"}) {
+			t.Errorf("repairs: %d, %+v", count, last)
+		}
+		w.set(func() { w.rulesErr = errors.New("no memory") })
+		time.Sleep(resync)
+		expect(t, w, "mend") // in vain
+		if last, count := w.Repairs(); count != 2 || last[2].Error != "no memory" {
+			t.Errorf("repairs: %d, %+v", count, last)
+		}
+		w.set(func() { w.found, w.rulesErr = nil, nil })
 		time.Sleep(resync)
 		expect(t, w)
 		ready(t, w, "")
+	})
+}
+
+// TestRepairWhileEnvoyStarts: nothing that takes long keeps the rules from being put back, deny-all among them.
+func TestRepairWhileEnvoyStarts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.startTake = time.Minute
+		w.run(t)
+		expect(t, w, "start Envoy")
+		w.set(func() { w.found = errors.New("the table is not there") })
+		w.changes <- "nft"
+		expect(t, w, "mend")
+		w.set(func() { w.found = nil })
 	})
 }
 

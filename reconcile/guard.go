@@ -1,0 +1,83 @@
+package reconcile
+
+import (
+	"context"
+	"slices"
+	"time"
+)
+
+// Repair is one time that somebody changed the rules in the kernel, and they were put back.
+type Repair struct {
+	Time  time.Time `json:"time"`
+	By    string    `json:"by,omitempty"`    // the name of the process, as the kernel tells it; "" where no event told
+	Found []string  `json:"found"`           // what differed, a line each; at most maxFound
+	Error string    `json:"error,omitempty"` // why they could not be put back; it is tried again
+}
+
+const (
+	// resync is how often the rules are looked at although no event came. Where nothing changed it costs one question to the
+	// kernel.
+	resync = time.Second
+	// keptRepairs is how many of the last repairs are kept.
+	keptRepairs = 20
+	// maxFound is how many lines of what differed are kept of each: a map can have 65,536 elements.
+	maxFound = 20
+)
+
+// Repairs returns the last repairs, the newest last, and how many there were in all.
+func (d *Daemon) Repairs() (last []Repair, count int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.repairs), d.repaired
+}
+
+// guard keeps the rules as they were put last until ctx ends. Nothing holds it up: a start of Envoy may take long, and
+// deny-all is to be kept too.
+func (d *Daemon) guard(ctx context.Context) {
+	changes := d.Kernel.Watch(ctx)
+	look := time.NewTicker(resync)
+	defer look.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case who := <-changes:
+			d.mend(who)
+		case <-look.C:
+			d.mend("")
+		}
+	}
+}
+
+// mend puts the rules back where somebody changed them.
+func (d *Daemon) mend(who string) {
+	found, err := d.Kernel.Mend()
+	if len(found) == 0 {
+		if err != nil && !same(err, d.unmended) {
+			d.Log.Error("the rules can't be looked at", "error", err)
+		}
+		d.unmended = err
+		return
+	}
+	r := Repair{Time: time.Now(), By: who, Found: found}
+	if len(found) > maxFound {
+		r.Found = found[:maxFound]
+	}
+	switch {
+	case err == nil:
+		d.Log.Warn("rules were changed from outside and are put back", "by", who, "found", r.Found, "differences", len(found))
+	case same(err, d.unmended):
+		return // it is said already
+	default:
+		r.Error = err.Error()
+		d.Log.Error("rules were changed from outside and could not be put back", "by", who, "found", r.Found, "differences", len(found), "error", err)
+	}
+	d.unmended = err
+	d.locked(func() {
+		d.repairs = append(d.repairs, r)
+		d.repairs = d.repairs[max(0, len(d.repairs)-keptRepairs):]
+		if err == nil {
+			d.repaired++
+		}
+	})
+}
