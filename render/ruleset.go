@@ -199,6 +199,32 @@ func DenyAll(replies bool) Ruleset {
 	return Ruleset{Chains: []Chain{in, out}}
 }
 
+// OnlyStatus returns DenyAll's rules but for the port of mantlet's own status: whoever probes must be able to tell a mantlet
+// that waits for its inputs from one that hangs.
+func OnlyStatus(port uint16) Ruleset {
+	ports := schema.Ports{First: port, Last: port}
+	r := DenyAll(true)
+	r.Maps = []Map{
+		{Name: modesMap, Elements: []Element{{ports, goTo(passthroughIn)}}},
+		{Name: answersMap, Elements: []Element{{ports, goTo(passthroughOut)}}},
+	}
+	for i, rules := range [][]Rule{append(notForThePod(), Rule{Forwarded{}, drop}, Rule{LookUp{Map: modesMap}}), {{LookUp{Source: true, Map: answersMap}}}} {
+		chain := &r.Chains[i]
+		chain.Rules = slices.Insert(chain.Rules, len(chain.Rules)-1, rules...)
+	}
+	r.Chains = append(r.Chains, passthrough()...)
+	return r
+}
+
+// notForThePod drops what is meant for loopback: with net.ipv4.conf.*.route_localnet=1 peers could otherwise reach services
+// there, Envoy's among them.
+func notForThePod() []Rule {
+	return []Rule{
+		{Destination{netip.MustParsePrefix("127.0.0.0/8")}, drop},
+		{Destination{netip.MustParsePrefix("::1/128")}, drop},
+	}
+}
+
 // neighbours lets in ICMP, without which IPv6 finds no neighbour and no path MTU.
 var neighbours = Rule{Protocol{Numbers: []uint8{ICMP, ICMPv6}}, accept}
 
@@ -255,14 +281,20 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 				{Count{}, drop}, // UDP, SCTP, …
 			}},
 			egress(standard),
-			{Name: passthroughIn, Rules: []Rule{over(MarkPassthrough), {SetMark{MarkPassthrough}, accept}}},
-			{Name: passthroughOut, Rules: answered(MarkPassthrough)},
 		},
 	}
+	r.Chains = append(r.Chains, passthrough()...)
 	for _, w := range slices.SortedFunc(maps.Keys(used), wrapped.compare) {
 		r.Chains = append(r.Chains, w.ingress(), Chain{Name: w.out(), Rules: answered(w.mark())})
 	}
 	return r
+}
+
+func passthrough() []Chain {
+	return []Chain{
+		{Name: passthroughIn, Rules: []Rule{over(MarkPassthrough), {SetMark{MarkPassthrough}, accept}}},
+		{Name: passthroughOut, Rules: answered(MarkPassthrough)},
+	}
 }
 
 // part is a range of ports that are handled alike.
@@ -280,9 +312,15 @@ func parts(mesh schema.Mesh, generations Generations) []part {
 	for _, g := range generations.Ports {
 		ranges = append(ranges, g.Ports)
 	}
+	if mesh.StatusPort != 0 {
+		ranges = append(ranges, schema.Ports{First: mesh.StatusPort, Last: mesh.StatusPort})
+	}
 	var all []part
 	for _, ports := range schema.Cut(ranges) {
 		mode := schema.PolicyOf(mesh.Ingress, ports.First).Mode
+		if ports.First == mesh.StatusPort {
+			mode = schema.ModePassthrough // by the time that it is the first, it is the only one
+		}
 		all = append(all, part{ports, wrapped{mode, generations.At(ports.First)}})
 	}
 	return all
@@ -290,13 +328,8 @@ func parts(mesh schema.Mesh, generations Generations) []part {
 
 // ingress sees every packet that arrives in the pod's network namespace.
 func ingress(other schema.OtherProtocols) Chain {
-	rules := []Rule{
-		{Loopback{}, accept},
-		// With net.ipv4.conf.*.route_localnet=1 peers could otherwise reach services on loopback, Envoy's among them.
-		{Destination{netip.MustParsePrefix("127.0.0.0/8")}, drop},
-		{Destination{netip.MustParsePrefix("::1/128")}, drop},
-		{Forwarded{}, goTo(forwardedChain)}, // to nested containers, or from them: not for the pod
-	}
+	rules := append([]Rule{{Loopback{}, accept}}, notForThePod()...)
+	rules = append(rules, Rule{Forwarded{}, goTo(forwardedChain)}) // to nested containers, or from them: not for the pod
 	rules = append(rules, answersToThePod(goTo(portsChain))...)
 	rules = append(rules, neighbours)
 	if other == schema.OtherProtocolsAccept {

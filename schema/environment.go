@@ -4,6 +4,8 @@ import (
 	"encoding/hex"
 	"fmt"
 	"maps"
+	"net"
+	"net/netip"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -29,6 +31,8 @@ const (
 	overridesVariable = "MANTLET_OVERRIDES"
 )
 
+const statusVariable = "MANTLET_STATUS_ADDRESS"
+
 // Overrides says what the override file may do.
 type Overrides string
 
@@ -44,6 +48,7 @@ type Process struct {
 	EnvoyPath        string // found on PATH where it has no slash
 	TLSDirectory     string // holds certChain.pem, key.pem and mesh-ca.pem
 	RuntimeDirectory string // private to mantlet; comes to hold the key
+	StatusAddress    string // where the status is served over TCP, an IP address or nothing before the port; empty for nowhere
 	LogLevel         string // mantlet's own: debug, info, warn or error
 	ConfigFile       string // the override file; none if empty
 	ConfigDigest     string // the SHA-256 that the file's content must have, in lower-case hex; any if empty
@@ -58,6 +63,7 @@ func (p *Process) variables() map[string]processVariable {
 		"MANTLET_LOG_LEVEL": {&p.LogLevel, func(text string) (string, string) {
 			return oneOf(text, []string{"debug", "info", "warn", "error"})
 		}},
+		statusVariable: {&p.StatusAddress, listenAnywhere},
 		fileVariable:   {&p.ConfigFile, absolute},
 		digestVariable: {&p.ConfigDigest, digest},
 		overridesVariable: {(*string)(&p.Overrides), func(text string) (string, string) {
@@ -79,6 +85,69 @@ func absolute(text string) (string, string) {
 		return "", "must be an absolute path"
 	}
 	return filepath.Clean(text), ""
+}
+
+// listenAnywhere reads an address of the pod's own, or all of them, and a port that is nobody else's.
+func listenAnywhere(text string) (string, string) {
+	const right = "must be :port, or an IP address and a port, as :9901 or [::1]:9901"
+	host, portText, err := net.SplitHostPort(text)
+	if err != nil {
+		return "", right
+	}
+	port, reason := parsePort(portText)
+	switch {
+	case reason != "":
+		return "", right
+	case port == IngressMTLSPort || port == IngressTLSPort:
+		return "", reservedPorts()
+	case host == "":
+		return text, ""
+	}
+	addr, err := netip.ParseAddr(host)
+	if err != nil || addr.Zone() != "" {
+		return "", right
+	}
+	return netip.AddrPortFrom(addr.Unmap(), port).String(), ""
+}
+
+// status returns the status address, with the zero Addr where it is all of the pod's, and false where there is none.
+func (p Process) status() (netip.AddrPort, bool) {
+	host, port, _ := strings.Cut(p.StatusAddress, ":")
+	if host == "" && port != "" {
+		return netip.AddrPortFrom(netip.Addr{}, uint16(number(port))), true
+	}
+	addr, err := netip.ParseAddrPort(p.StatusAddress)
+	return addr, err == nil
+}
+
+// StatusPort returns the port at which peers may reach the status; 0 where there is none.
+func (p Process) StatusPort() uint16 {
+	if addr, ok := p.status(); ok && !addr.Addr().IsLoopback() {
+		return addr.Port()
+	}
+	return 0
+}
+
+// checkStatus reports entries that mean the port of the status address for something else.
+func (p Process) checkStatus(c Config, r *report) {
+	own, ok := p.status()
+	if !ok {
+		return
+	}
+	taken := fmt.Sprintf("port %d is where mantlet's own status is served (%s); choose another for one of them", own.Port(), statusVariable)
+	for _, in := range c.Mesh.Ingress {
+		if in.Ports.Contains(own.Port()) {
+			key := in.Ports.String()
+			r.add(c.merged.entries("ingress")[key].origin, "ingress["+key+"]", "", taken)
+		}
+	}
+	for _, out := range c.Mesh.Egress {
+		everywhere := !own.Addr().IsValid() || own.Addr().IsUnspecified()
+		if out.Listen.Port() == own.Port() && (everywhere || out.Listen.Addr() == own.Addr()) {
+			key := out.Listen.String()
+			r.add(c.merged.entries("egress")[key].origin, "egress["+key+"]", "", taken)
+		}
+	}
 }
 
 func digest(text string) (string, string) {
@@ -122,7 +191,7 @@ func ParseEnvironment(environ []string) (*Environment, error) {
 	if inline := p.values[inlineVariable]; inline != "" {
 		env.layers = append(env.layers, fromYAML(inlineVariable, []byte(inline), &p.report))
 	}
-	env.base, env.bad = build(&p.report, env.layers...)
+	env.base, env.bad = build(&p.report, env.Process, env.layers...)
 	return env, env.bad
 }
 

@@ -69,7 +69,7 @@ func (e *Environment) Merge(content []byte) (Config, error) {
 		return Config{}, r.err()
 	}
 	over := fromYAML(file, content, &r)
-	config, err := build(&r, append(slices.Clone(e.layers), over)...)
+	config, err := build(&r, e.Process, append(slices.Clone(e.layers), over)...)
 	if err != nil || e.Process.Overrides != OverridesTighten {
 		return config, err
 	}
@@ -128,8 +128,8 @@ func kindOf(mode os.FileMode) string {
 	}
 }
 
-// build merges layers into a mesh and reports what only shows once they are together.
-func build(r *report, layers ...layer) (Config, error) {
+// build merges layers into a mesh and reports what only shows once they are together, and beside what the process is.
+func build(r *report, process Process, layers ...layer) (Config, error) {
 	merged, err := merge(layers...)
 	if err != nil {
 		return Config{}, err
@@ -148,8 +148,10 @@ func build(r *report, layers ...layer) (Config, error) {
 		},
 		OtherProtocols: OtherProtocols(text("otherProtocols")),
 		AccessLog:      AccessLog(text("accessLog")),
+		StatusPort:     process.StatusPort(),
 	}
 	timings(merged, r)
+	process.checkStatus(c, r)
 	if err := r.err(); err != nil {
 		return Config{}, err
 	}

@@ -21,6 +21,9 @@ type Mesh struct {
 	Envoy          Envoy
 	OtherProtocols OtherProtocols
 	AccessLog      AccessLog
+	// StatusPort is where peers may reach mantlet's own status; 0 for nowhere. No entry contains it. It is the process's and
+	// not a matter of the override file.
+	StatusPort uint16
 }
 
 // Ingress says what happens to connections from outside the pod to a range of its ports. Ports that no entry names are

@@ -936,6 +936,20 @@ func TestDenyAll(t *testing.T) {
 			return x.passes(server, client)
 		})
 	})
+	// The one port that may be open while nothing else is.
+	t.Run("status", func(t *testing.T) {
+		whole := render.OnlyStatus(9901)
+		works(t, whole, without(t, without(t, whole, "ingress", "vmap"), "egress", "vmap"), func(x *trial) bool {
+			x.serve(lab.Service{Address: ":9901"})
+			x.apply()
+			return x.happens(func() bool { return x.answers(x.target(9901)) })
+		})
+		stops(t, whole, render.OnlyStatus(9000), func(x *trial) bool {
+			x.serve(lab.Service{Address: ":9000"})
+			x.apply()
+			return x.happens(func() bool { return x.answers(x.target(9000)) })
+		})
+	})
 	// It drops and does not reset: what an earlier mantlet let in waits, and goes on where the desired state allows it still.
 	t.Run("connections of the mesh wait", func(t *testing.T) {
 		works(t, rules(), rules(port1(9000, schema.ModeTLS)), func(x *trial) bool {

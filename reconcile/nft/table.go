@@ -143,6 +143,9 @@ func (t *Table) DenyAll() error {
 	return nil
 }
 
+// OnlyStatus is DenyAll, but for the port of mantlet's own status. Where the kernel lacks what that takes, it stays closed too.
+func (t *Table) OnlyStatus(port uint16) error { return t.Replace(render.OnlyStatus(port)) }
+
 // attempts bounds how often a change or a dump is begun anew because another process changed nftables in the meantime.
 const attempts = 10
 
