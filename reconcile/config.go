@@ -2,6 +2,7 @@ package reconcile
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -45,7 +46,9 @@ func (d *Daemon) readConfig() {
 	if d.want == nil {
 		what = "waiting for a good override file; nothing comes in until then"
 	}
-	d.complain(&d.badConfig, what, err)
+	if d.complain(&d.badConfig, what, err) {
+		d.failed(checkConfig, err)
+	}
 }
 
 // load reads the override file, if there is one to read, and renders what it makes of the environment.
@@ -57,8 +60,18 @@ func (d *Daemon) load() (content []byte, next *desired, err error) {
 	if content, err = d.Environment.Read(); err != nil {
 		return nil, nil, err
 	}
-	next, err = d.render(d.Environment.Merge(content))
+	next, err = d.merge(content)
 	return content, next, err
+}
+
+// merge renders what a content of the override file makes of the environment.
+func (d *Daemon) merge(content []byte) (*desired, error) {
+	next, err := d.render(d.Environment.Merge(content))
+	if err != nil {
+		return nil, err
+	}
+	next.source, next.sourceDigest = d.Environment.Process.ConfigFile, fmt.Sprintf("%x", sha256.Sum256(content))
+	return next, nil
 }
 
 func (d *Daemon) render(config schema.Config, err error) (*desired, error) {
@@ -69,7 +82,7 @@ func (d *Daemon) render(config schema.Config, err error) (*desired, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &desired{mesh: config.Mesh, state: state}, nil
+	return &desired{mesh: config.Mesh, state: state, source: "environment"}, nil
 }
 
 // accept makes a good configuration the wanted one, unless it means the same.
@@ -83,7 +96,11 @@ func (d *Daemon) accept(next *desired) {
 		}
 	}
 	d.pause, d.notBefore = backoff{}, time.Time{} // what failed was another state
-	d.locked(func() { d.want = next })
+	d.locked(func() {
+		d.accepted++
+		next.number = d.accepted
+		d.want = next
+	})
 }
 
 // kept is the last good override file, in the runtime directory, and the digest of the environment that it was merged
@@ -134,5 +151,5 @@ func (d *Daemon) restore() (*desired, error) {
 	if digest != last.Environment {
 		return nil, errors.New("it was merged with another environment")
 	}
-	return d.render(d.Environment.Merge(last.Content))
+	return d.merge(last.Content)
 }

@@ -38,6 +38,7 @@ func (d *Daemon) guard(ctx context.Context) {
 	look := time.NewTicker(resync)
 	defer look.Stop()
 	for {
+		d.locked(func() { d.looked = time.Now() })
 		select {
 		case <-ctx.Done():
 			return

@@ -8,10 +8,11 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
-	"slices"
+	"reflect"
 	"sync"
 	"time"
 
+	"golang.org/x/sync/singleflight"
 	"google.golang.org/protobuf/proto"
 
 	"mantlet/render"
@@ -41,6 +42,10 @@ type Secrets interface {
 	Renew() error
 	// Expires returns when what Envoy has expires; the zero time where it has nothing.
 	Expires() time.Time
+	// Valid returns why peers do not accept, at a time, what Envoy has; nil where they do, or where it has nothing.
+	Valid(now time.Time) error
+	// Certificates returns what Envoy has, without LeftSeconds. It may be called at any time.
+	Certificates() []Certificate
 }
 
 // Process is an Envoy that is live, or was.
@@ -59,34 +64,15 @@ type Proxy interface {
 	Start(context.Context, render.State, schema.Envoy) (Process, error)
 	// Connections returns how many connections would be cut if all that Start made were stopped now.
 	Connections(context.Context) (int, error)
+	// Epochs returns the Envoys that run. It may be called at any time.
+	Epochs(context.Context) []Epoch
 	// Stop ends all that Start made, and returns when they are gone.
 	Stop()
-	// Refusals returns the connections that came to nothing last, the newest last, and how many there were since the start.
-	Refusals() ([]Refusal, []RefusalCount)
-}
-
-// Refusal is a connection that came to nothing; Count of them if the same happened to the same peer again.
-type Refusal struct {
-	Time        time.Time `json:"time"` // of the last one
-	Count       int       `json:"count"`
-	Direction   string    `json:"direction"`   // ingress or egress
-	Peer        string    `json:"peer"`        // the address that dialled
-	Destination string    `json:"destination"` // the address and port that it dialled
-	SANs        []string  `json:"sans,omitempty"`
-	Code        string    `json:"code"`   // a name that stays, as san_not_allowed
-	Reason      string    `json:"reason"` // in words
-	Detail      string    `json:"detail"` // as Envoy says it
-}
-
-// RefusalCount is how many connections came to nothing for one reason.
-type RefusalCount struct {
-	Direction string `json:"direction"`
-	Code      string `json:"code"`
-	Count     int    `json:"count"`
 }
 
 // Daemon is one run of mantlet. Its exported fields are set before Run.
 type Daemon struct {
+	Version     string
 	Environment *schema.Environment
 	Place       render.Place
 	Kernel      Kernel
@@ -103,10 +89,11 @@ type Daemon struct {
 	handover bool      // to another Envoy: meanwhile the one that serves does not answer
 	stopping bool
 
-	revoked   bool      // a mesh CA was taken away, and the rules do not end its connections yet
-	pause     backoff   // of starts that fail, and of Envoys that die
-	notBefore time.Time // the next start
-	drained   time.Time // until then the connections of the epoch before have their drain time
+	given     []Certificate // that Envoy has
+	revoked   bool          // a mesh CA was taken away, and the rules do not end its connections yet
+	pause     backoff       // of starts that fail, and of Envoys that die
+	notBefore time.Time     // the next start
+	drained   time.Time     // until then the connections of the epoch before have their drain time
 
 	repairs  []Repair // the last ones
 	repaired int      // how many there were
@@ -114,6 +101,16 @@ type Daemon struct {
 
 	// Why the daemon is not where it should be, each nil where it is not the reason.
 	badConfig, badCertificates, down error
+
+	// What Status tells beside that.
+	started   time.Time
+	turned    time.Time // when the last turn of Run's loop began
+	looked    time.Time // and the last one of guard's
+	accepted  uint64    // how many configurations were
+	lastError *Failure
+	unserved  error // why the status address is not served
+	applies   applies
+	flight    singleflight.Group // of requests that ask the same
 }
 
 // desired is a desired state and what it was rendered from.
@@ -121,6 +118,9 @@ type desired struct {
 	mesh        schema.Mesh
 	state       render.State
 	generations render.Generations
+
+	number               uint64 // of the accepted configuration
+	source, sourceDigest string // the override file, if one was read
 }
 
 // ticketLife bounds how long a client can resume a TLS session after its certificate expired: publishing anew ends all
@@ -130,6 +130,7 @@ const ticketLife = time.Hour
 // Run brings the desired state about and keeps it until ctx ends; then it lets connections end, for at most the drain
 // time or until abort is closed, and stops Envoy. The rules stay whatever happens. A note on reload makes it read its inputs.
 func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
+	d.locked(func() { d.started, d.turned = time.Now(), time.Now() })
 	watching, stopWatching := context.WithCancel(context.Background())
 	var guarding sync.WaitGroup
 	guarding.Go(func() { d.guard(watching) })
@@ -144,6 +145,7 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 	first.Go(func() { d.readCertificates(ctx) })
 	first.Wait()
 	for {
+		d.locked(func() { d.turned = time.Now() })
 		var again <-chan time.Time
 		if wait := d.converge(ctx); wait > 0 {
 			again = time.After(wait)
@@ -191,6 +193,7 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 		err = errors.Join(err, d.fallBack(ctx))
 	}
 	d.locked(func() { d.down = err })
+	d.failed(placeOf(err), err)
 	now := time.Now()
 	wait := max(d.pause.next(now), time.Millisecond) // at once, but not before other inputs had their turn
 	d.notBefore = now.Add(wait)
@@ -225,12 +228,22 @@ func (d *Daemon) apply(ctx context.Context, want *desired) error {
 	}
 	next.state.Ruleset = render.Rules(want.mesh, next.generations)
 	if d.have == nil || next.state.Ruleset.Text() != d.have.state.Ruleset.Text() {
-		if err := d.Kernel.Replace(next.state.Ruleset); err != nil {
+		if err := d.replace(next.state.Ruleset); err != nil {
 			return err
 		}
 		d.Log.Info("rules are in force", "ingress_entries", len(want.mesh.Ingress), "egress_entries", len(want.mesh.Egress))
 	}
 	d.locked(func() { d.have, d.revoked = &next, false })
+	return nil
+}
+
+func (d *Daemon) replace(rules render.Ruleset) error {
+	began := time.Now()
+	err := d.Kernel.Replace(rules)
+	d.applied(applyRules, time.Since(began), err)
+	if err != nil {
+		return located{checkRules, err}
+	}
 	return nil
 }
 
@@ -258,9 +271,16 @@ func (d *Daemon) start(ctx context.Context, want *desired) error {
 	state := want.state
 	state.Bootstrap = proto.CloneOf(state.Bootstrap)
 	render.WaitFor(state.Bootstrap, resolve(ctx, want.mesh.Egress, d.process != nil))
+	kind, began := applyStart, time.Now()
+	if d.process != nil {
+		kind = applyHotRestart
+	}
 	d.locked(func() { d.handover = true })
 	process, err := d.Proxy.Start(ctx, state, want.mesh.Envoy)
 	d.locked(func() { d.handover = false })
+	if ctx.Err() == nil {
+		d.applied(kind, time.Since(began), err)
+	}
 	if err != nil {
 		return err
 	}
@@ -276,19 +296,29 @@ func (d *Daemon) ended() {
 	err, delay := d.process.Err(), d.pause.next(time.Now())
 	d.Log.Error("Envoy ended; new connections wait until it is back", "error", err, "restart_in", delay.String())
 	d.notBefore = time.Now().Add(delay)
-	d.locked(func() { d.process, d.down = nil, fmt.Errorf("Envoy is down: %w", err) })
+	err = fmt.Errorf("Envoy is down: %w", err)
+	d.locked(func() { d.process, d.down = nil, err })
+	d.failed(checkEnvoy, err)
 }
 
 // readCertificates passes on a new generation of certificates. A bad one is reported, and the last good one stays.
 func (d *Daemon) readCertificates(ctx context.Context) {
+	began := time.Now()
 	revoked, err := d.Secrets.Update(ctx)
 	expires := d.Secrets.Expires()
+	if given := d.Secrets.Certificates(); !reflect.DeepEqual(given, d.given) {
+		d.given = given
+		d.applied(applyCertificates, time.Since(began), nil)
+	}
 	if err != nil {
 		what := "the certificates are not good; the last good ones stay"
 		if expires.IsZero() {
 			what = "waiting for certificates; nothing comes in until then"
 		}
-		d.complain(&d.badCertificates, what, err)
+		if d.complain(&d.badCertificates, what, err) {
+			d.failed(checkCertificates, err)
+			d.applied(applyCertificates, time.Since(began), err)
+		}
 	}
 	d.locked(func() {
 		d.expires, d.revoked = expires, d.revoked || revoked
@@ -298,13 +328,15 @@ func (d *Daemon) readCertificates(ctx context.Context) {
 	})
 }
 
-// complain notes a reason why the daemon is not where it should be, and logs it when it is new.
-func (d *Daemon) complain(reason *error, what string, err error) {
+// complain notes a reason why the daemon is not where it should be. It logs it when it is new, and reports whether it is.
+func (d *Daemon) complain(reason *error, what string, err error) bool {
 	err = fmt.Errorf("%s: %w", what, err)
-	if !same(err, *reason) {
+	isNew := !same(err, *reason)
+	if isNew {
 		d.Log.Warn("an input is not good", "reason", err)
 	}
 	d.locked(func() { *reason = err })
+	return isNew
 }
 
 func same(err, other error) bool { return err != nil && other != nil && err.Error() == other.Error() }
@@ -355,64 +387,6 @@ func (d *Daemon) drain(limit time.Duration, abort <-chan struct{}) {
 		case <-ctx.Done():
 		}
 	}
-}
-
-// checkLimit is when an Envoy that does not answer becomes the reason: less than a probe waits.
-const checkLimit = 2 * time.Second
-
-// Unready returns the reasons why the sidecar is not ready; none if it is. Everything is tried, nothing remembered. An input
-// that is not good does not count while a good one is in force.
-func (d *Daemon) Unready(ctx context.Context) []error {
-	d.mu.Lock()
-	expires, process, have, handover := d.expires, d.process, d.have, d.handover
-	var reasons []error
-	if have == nil {
-		reasons = append(reasons, d.badConfig, d.badCertificates)
-	}
-	if process == nil || have == nil {
-		reasons = append(reasons, d.down)
-	}
-	if d.stopping {
-		reasons = append(reasons, errors.New("mantlet is stopping"))
-	}
-	d.mu.Unlock()
-	if !expires.IsZero() && time.Now().After(expires) {
-		reasons = append(reasons, fmt.Errorf("the certificates expired at %s", expires.Format(time.RFC3339)))
-	}
-	var checks sync.WaitGroup
-	var envoy, rules error
-	if process != nil {
-		checks.Go(func() {
-			ctx, cancel := context.WithTimeout(ctx, checkLimit)
-			defer cancel()
-			envoy = process.Check(ctx)
-		})
-	}
-	if have != nil {
-		checks.Go(func() { rules = d.Kernel.Check() })
-	}
-	checks.Wait()
-	d.locked(func() {
-		// An Envoy that is being relieved serves, and does not answer any more.
-		if handover || d.handover || d.process != nil && d.process != process {
-			envoy = nil
-		}
-	})
-	reasons = append(reasons, envoy, rules)
-	reasons = slices.DeleteFunc(reasons, func(err error) bool { return err == nil })
-	if len(reasons) == 0 && have == nil {
-		reasons = append(reasons, errors.New("mantlet is starting"))
-	}
-	return reasons
-}
-
-// Notes returns what is not as it should be although it does not make the sidecar unready: an input that is not good while
-// the last good one is in force, or a state that could not be put in force while the one before it serves.
-func (d *Daemon) Notes() []error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	notes := []error{d.badConfig, d.badCertificates, d.down}
-	return slices.DeleteFunc(notes, func(err error) bool { return err == nil })
 }
 
 func (d *Daemon) locked(change func()) {

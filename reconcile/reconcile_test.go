@@ -29,17 +29,18 @@ type world struct {
 	end    context.CancelFunc
 	reload chan struct{}
 
-	mu        sync.Mutex
-	log       bytes.Buffer
-	did       []string
-	startErr  error
-	startTake time.Duration
-	rulesErr  error
-	found     error // what is not as it should be with the rules in the kernel
-	secretErr error
-	expiry    time.Time
-	latest    *process
-	open      func(context.Context) (int, error) // how many connections are
+	mu           sync.Mutex
+	log          bytes.Buffer
+	did          []string
+	startErr     error
+	startTake    time.Duration
+	rulesErr     error
+	update, mend chan struct{} // what Update and Mend wait for
+	found        error         // what is not as it should be with the rules in the kernel
+	secretErr    error
+	expiry       time.Time
+	latest       *process
+	open         func(context.Context) (int, error) // how many connections are
 
 	changes chan string // of rules in the kernel
 }
@@ -108,7 +109,11 @@ func (w *world) Mend() ([]string, error) {
 	if found != nil {
 		w.did = append(w.did, "mend")
 	}
+	hang := w.mend
 	w.mu.Unlock()
+	if hang != nil {
+		<-hang
+	}
 	if found == nil {
 		return nil, err
 	}
@@ -118,6 +123,12 @@ func (w *world) Mend() ([]string, error) {
 func (w *world) Watch(context.Context) <-chan string { return w.changes }
 
 func (w *world) Update(context.Context) (revoked bool, err error) {
+	w.mu.Lock()
+	hang := w.update
+	w.mu.Unlock()
+	if hang != nil {
+		<-hang
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return false, w.secretErr
@@ -136,9 +147,18 @@ func (w *world) Expires() time.Time {
 
 func (w *world) Connections(ctx context.Context) (int, error) { return w.open(ctx) }
 
-func (w *world) Stop() { w.note("stop Envoy") }
+func (w *world) Valid(now time.Time) error {
+	if expiry := w.Expires(); !expiry.IsZero() && now.After(expiry) {
+		return fmt.Errorf("certificate 1 expired at %s", expiry)
+	}
+	return nil
+}
 
-func (w *world) Refusals() ([]Refusal, []RefusalCount) { return nil, nil }
+func (w *world) Certificates() []Certificate { return nil }
+
+func (w *world) Epochs(context.Context) []Epoch { return nil }
+
+func (w *world) Stop() { w.note("stop Envoy") }
 
 func (w *world) Start(ctx context.Context, _ render.State, _ schema.Envoy) (Process, error) {
 	w.note("start Envoy")
@@ -363,7 +383,7 @@ func TestBadCertificates(t *testing.T) {
 		time.Sleep(time.Minute)
 		w.set(func() { w.secretErr = errors.New("another's key") })
 		time.Sleep(10 * time.Minute)
-		ready(t, w, "the certificates expired at ")
+		ready(t, w, "certificate 1 expired at ")
 		if n := strings.Count(w.logged(), "another's key"); n != 2 {
 			t.Errorf("reported %d times", n)
 		}
@@ -478,6 +498,48 @@ func TestStopWhileStarting(t *testing.T) {
 			t.Errorf("it took %v", took)
 		}
 	})
+}
+
+// TestDead: a loop that hangs is the one thing that a restart helps against; one that waits or stops is alive.
+func TestDead(t *testing.T) {
+	for what, hangs := range map[string]func(*world, chan struct{}){
+		"loop":               func(w *world, until chan struct{}) { w.update = until },
+		"guard of the rules": func(w *world, until chan struct{}) { w.mend = until },
+	} {
+		t.Run(what, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				w.run(t)
+				time.Sleep(time.Hour)
+				if err := w.Dead(); err != nil {
+					t.Errorf("while all is well: %v", err)
+				}
+				until := make(chan struct{})
+				w.set(func() { hangs(w, until) })
+				time.Sleep(stuck - poll)
+				if err := w.Dead(); err != nil {
+					t.Errorf("before its time: %v", err)
+				}
+				time.Sleep(2 * poll)
+				if err := w.Dead(); err == nil || !strings.Contains(err.Error(), what+" hangs") {
+					t.Errorf("it hangs and is alive: %v", err)
+				}
+				w.set(func() { hangs(w, nil) })
+				close(until)
+				synctest.Wait()
+				if err := w.Dead(); err != nil {
+					t.Errorf("after it went on: %v", err)
+				}
+				w.open = func(context.Context) (int, error) { return 1, nil }
+				w.want.mesh.Envoy.DrainTime = time.Hour
+				w.end()
+				time.Sleep(2 * stuck)
+				if err := w.Dead(); err != nil {
+					t.Errorf("while it stops: %v", err)
+				}
+			})
+		})
+	}
 }
 
 func TestBackoff(t *testing.T) {

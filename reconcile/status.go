@@ -4,55 +4,296 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
-	"net/http"
-	"os"
-	"path/filepath"
+	"slices"
+	"sync"
 	"time"
 )
 
-// StatusSocket returns the path of the socket that a running mantlet answers at.
-func StatusSocket(runtimeDirectory string) string {
-	return filepath.Join(runtimeDirectory, "mantlet.sock")
+// Status is what a running mantlet says of itself. Its JSON is stable: fields are added, and none changes its meaning.
+type Status struct {
+	Version string    `json:"version"`
+	Started time.Time `json:"started"`
+	Ready   bool      `json:"ready"`
+	Unready []Reason  `json:"unready"` // why it is not ready; empty if it is
+	// Problems are all that is not as it should be, in words; empty when all is well. Those beside Unready do not keep the
+	// sidecar from its work: an input that is not good while the last good one is in force, say.
+	Problems     []string      `json:"problems"`
+	Desired      *Summary      `json:"desired"` // what is wanted; null until there is a good configuration
+	Applied      *Summary      `json:"applied"` // what is in force; null until something is
+	LastError    *Failure      `json:"lastError"`
+	Epochs       []Epoch       `json:"epochs"`       // the Envoys that run: those that drain, then the one that serves
+	Certificates []Certificate `json:"certificates"` // what Envoy was given
+	Applies      []Applies     `json:"applies"`
 }
 
-// Serve answers /livez and /readyz on the status socket until ctx ends.
-func (d *Daemon) Serve(ctx context.Context) error {
-	path := StatusSocket(d.Environment.Process.RuntimeDirectory)
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("removing the socket of a mantlet before this one: %w", err)
+// Summary is a desired state in few words.
+type Summary struct {
+	Generation   uint64 `json:"generation"` // counts the configurations that this mantlet accepted
+	Digest       string `json:"digest"`     // of Envoy's bootstrap
+	Ingress      int    `json:"ingress"`    // entries
+	Egress       int    `json:"egress"`
+	Source       string `json:"source"`                 // the override file, or "environment"
+	SourceDigest string `json:"sourceDigest,omitempty"` // SHA-256 of the file's content
+}
+
+// Failure is something that did not work.
+type Failure struct {
+	Time  time.Time `json:"time"`
+	Place string    `json:"place"` // one of the checks' names
+	Text  string    `json:"text"`
+}
+
+// Epoch is an Envoy that runs.
+type Epoch struct {
+	Epoch       int       `json:"epoch"`
+	PID         int       `json:"pid"`
+	Serving     bool      `json:"serving"` // else it drains
+	Since       time.Time `json:"since"`   // when it began to serve, or to drain
+	Digest      string    `json:"digest"`
+	Connections *int      `json:"connections"`           // open to the workload and to upstreams; null where it does not say
+	LeftSeconds float64   `json:"leftSeconds,omitempty"` // until what still drains is cut
+}
+
+// Certificate is one that Envoy was given.
+type Certificate struct {
+	Role        string    `json:"role"` // leaf, intermediate, mesh CA
+	Subject     string    `json:"subject"`
+	SANs        []string  `json:"sans"`
+	NotBefore   time.Time `json:"notBefore"`
+	NotAfter    time.Time `json:"notAfter"`
+	LeftSeconds float64   `json:"leftSeconds"` // until it expires; negative once it has
+}
+
+// The checks of readiness: places where something can be wrong.
+const (
+	checkMantlet      = "mantlet"      // it is starting, or stopping
+	checkConfig       = "config"       // environment and override file
+	checkCertificates = "certificates" // of the TLS directory
+	checkEnvoy        = "envoy"        // it runs with the state, and has all listeners
+	checkRules        = "rules"        // in the kernel
+)
+
+// Checks are the names of all checks.
+func Checks() []string {
+	return []string{checkMantlet, checkConfig, checkCertificates, checkEnvoy, checkRules}
+}
+
+// Reason is why the sidecar is not ready.
+type Reason struct {
+	Check string `json:"check"`
+	Text  string `json:"reason"`
+}
+
+func (r Reason) Error() string { return r.Text }
+
+// located is an error that knows its place.
+type located struct {
+	place string
+	error
+}
+
+func (l located) Unwrap() error { return l.error }
+
+// placeOf returns where an error is; Envoy is what most is about.
+func placeOf(err error) string {
+	if l, ok := errors.AsType[located](err); ok {
+		return l.place
 	}
-	listener, err := net.Listen("unix", path)
-	if err != nil {
-		return fmt.Errorf("opening the status socket: %w", err)
+	return checkEnvoy
+}
+
+// checkLimit is when an Envoy that does not answer becomes the reason: less than a probe waits.
+const checkLimit = 2 * time.Second
+
+// Unready returns the reasons why the sidecar is not ready; none if it is. Everything is tried, nothing remembered. An input
+// that is not good does not count while a good one is in force.
+func (d *Daemon) Unready(ctx context.Context) []Reason {
+	d.mu.Lock()
+	process, have, handover := d.process, d.have, d.handover
+	var reasons []Reason
+	because := func(check string, err error) {
+		if err != nil {
+			reasons = append(reasons, Reason{check, err.Error()})
+		}
 	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		return fmt.Errorf("closing the status socket to others: %w", err)
+	if d.stopping {
+		because(checkMantlet, errors.New("mantlet is stopping"))
 	}
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { answer(w, nil, nil) })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) { answer(w, d.Unready(r.Context()), d.Notes()) })
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
-	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
-	defer stop()
-	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serving the status socket: %w", err)
+	if have == nil {
+		because(checkConfig, d.badConfig)
+		because(checkCertificates, d.badCertificates)
+	}
+	if process == nil || have == nil {
+		because(placeOf(d.down), d.down)
+	}
+	d.mu.Unlock()
+	var checks sync.WaitGroup
+	var certificates, envoy, rules error
+	checks.Go(func() { certificates = d.Secrets.Valid(time.Now()) })
+	if process != nil && !handover {
+		checks.Go(func() {
+			ctx, cancel := context.WithTimeout(ctx, checkLimit)
+			defer cancel()
+			envoy = process.Check(ctx)
+		})
+	}
+	if have != nil {
+		checks.Go(func() { rules = d.Kernel.Check() })
+	}
+	checks.Wait()
+	d.locked(func() {
+		if d.handover || d.process != nil && d.process != process {
+			envoy = nil
+		}
+	})
+	because(checkCertificates, certificates)
+	because(checkEnvoy, envoy)
+	because(checkRules, rules)
+	if len(reasons) == 0 && have == nil {
+		because(checkMantlet, errors.New("mantlet is starting"))
+	}
+	return reasons
+}
+
+// stuck is how long the loop may take for one turn. It starts two Envoys at most, each with a preflight, and each of those
+// four gets 20 s; then come resolving, the end of Envoys that hang, and waiting for the next look at the TLS directory.
+const stuck = 3*time.Minute + poll
+
+// Dead returns why mantlet should be killed and started again, or nil: only where a loop of it hangs. All else it mends by
+// itself, or a new one could not either.
+func (d *Daemon) Dead() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.stopping {
+		return nil
+	}
+	for what, last := range map[string]time.Time{"loop": d.turned, "guard of the rules": d.looked} {
+		if since := time.Since(last); !last.IsZero() && since > stuck {
+			return fmt.Errorf("mantlet's %s hangs: its last turn began %s ago", what, since.Round(time.Second))
+		}
 	}
 	return nil
 }
 
-// answer writes what Kubernetes' own components answer at these paths: ok, or the reasons, one a line. What is worth a
-// look although it is ok follows it.
-func answer(w http.ResponseWriter, reasons, notes []error) {
-	if len(reasons) == 0 {
-		_, _ = fmt.Fprintln(w, "ok")
-		for _, note := range notes {
-			_, _ = fmt.Fprintln(w, note)
-		}
-		return
+// Notes returns what is not as it should be although it does not make the sidecar unready: an input that is not good while
+// the last good one is in force, or a state that could not be put in force while the one before it serves.
+func (d *Daemon) Notes() []error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	notes := []error{d.badConfig, d.badCertificates, d.down, d.unserved}
+	return slices.DeleteFunc(notes, func(err error) bool { return err == nil })
+}
+
+// Status tries everything that there is to be said.
+func (d *Daemon) Status(ctx context.Context) Status {
+	s := Status{
+		Version:      d.Version,
+		Unready:      append([]Reason{}, d.Unready(ctx)...),
+		Problems:     []string{},
+		Epochs:       append([]Epoch{}, d.Proxy.Epochs(ctx)...),
+		Certificates: []Certificate{},
 	}
-	w.WriteHeader(http.StatusServiceUnavailable)
-	for _, reason := range reasons {
-		_, _ = fmt.Fprintln(w, reason)
+	s.Ready = len(s.Unready) == 0
+	for _, r := range s.Unready {
+		s.Problems = append(s.Problems, r.Check+": "+r.Text)
+	}
+	for _, note := range d.Notes() {
+		if !slices.ContainsFunc(s.Unready, func(r Reason) bool { return r.Text == note.Error() }) {
+			s.Problems = append(s.Problems, note.Error())
+		}
+	}
+	for _, c := range d.Secrets.Certificates() {
+		c.LeftSeconds = seconds(time.Until(c.NotAfter))
+		s.Certificates = append(s.Certificates, c)
+	}
+	d.locked(func() {
+		s.Started = d.started
+		s.Desired, s.Applied = d.want.summary(), d.have.summary()
+		s.LastError = d.lastError
+		s.Applies = d.applies.all()
+	})
+	return s
+}
+
+// seconds is a duration as JSON has it: in whole milliseconds.
+func seconds(d time.Duration) float64 { return d.Round(time.Millisecond).Seconds() }
+
+func (w *desired) summary() *Summary {
+	if w == nil {
+		return nil
+	}
+	return &Summary{
+		Generation: w.number, Digest: w.state.Digest, Ingress: len(w.mesh.Ingress), Egress: len(w.mesh.Egress),
+		Source: w.source, SourceDigest: w.sourceDigest,
+	}
+}
+
+// failed takes note of the last thing that did not work.
+func (d *Daemon) failed(place string, err error) {
+	d.locked(func() { d.lastError = &Failure{time.Now(), place, err.Error()} })
+}
+
+// The kinds of what is applied.
+const (
+	applyRules        = "rules"
+	applyCertificates = "certificates"
+	applyStart        = "start" // of an Envoy where none served
+	applyHotRestart   = "hot_restart"
+)
+
+// Applies counts what was applied, by its kind.
+type Applies struct {
+	Kind      string  `json:"kind"`
+	Succeeded uint64  `json:"succeeded"`
+	Failed    uint64  `json:"failed"`
+	Seconds   float64 `json:"seconds"` // all of them took together
+	// Within counts those that took no longer than each of ApplySeconds.
+	Within []uint64 `json:"within"`
+}
+
+// ApplySeconds returns the bounds that durations of applying are counted by: rules take some milliseconds, Envoy 50 to 100,
+// and 20 s are its limit.
+func ApplySeconds() []float64 {
+	return []float64{0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25}
+}
+
+// applies counts by kind.
+type applies map[string]*Applies
+
+func (a applies) all() []Applies {
+	all := []Applies{}
+	for _, kind := range []string{applyRules, applyCertificates, applyStart, applyHotRestart} {
+		one := Applies{Kind: kind, Within: make([]uint64, len(ApplySeconds()))}
+		if counted := a[kind]; counted != nil {
+			one = *counted
+			one.Within = slices.Clone(counted.Within)
+		}
+		all = append(all, one)
+	}
+	return all
+}
+
+// applied counts something that was applied, or could not be.
+func (d *Daemon) applied(kind string, took time.Duration, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.applies == nil {
+		d.applies = applies{}
+	}
+	a := d.applies[kind]
+	if a == nil {
+		a = &Applies{Kind: kind, Within: make([]uint64, len(ApplySeconds()))}
+		d.applies[kind] = a
+	}
+	if err != nil {
+		a.Failed++
+	} else {
+		a.Succeeded++
+	}
+	a.Seconds += took.Seconds()
+	for i, bound := range ApplySeconds() {
+		if took.Seconds() <= bound {
+			a.Within[i]++
+		}
 	}
 }

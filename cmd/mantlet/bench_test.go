@@ -1,8 +1,6 @@
 package main
 
 import (
-	"context"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -14,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"mantlet/reconcile"
 	"mantlet/render"
 )
 
@@ -109,12 +108,7 @@ func median[T ~int | ~int64](all []T) T {
 // answers waits until an HTTP server at a unix socket answers 200 with this text.
 func (p *pod) answers(socket, path, text string) {
 	p.t.Helper()
-	client := &http.Client{Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-		},
-	}}
+	client := reconcile.OverSocket(socket)
 	p.await(path+" says "+text, func() bool {
 		response, err := client.Get("http://unix" + path)
 		if err != nil {

@@ -29,7 +29,7 @@ func execute(args []string, stdout, stderr io.Writer) int {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(runCommand(), renderCommand(), validateCommand(), diffCommand(), probeCommand(), schemaCommand(), versionCommand())
+	root.AddCommand(runCommand(), renderCommand(), validateCommand(), diffCommand(), statusCommand(), probeCommand(), schemaCommand(), versionCommand())
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.SetArgs(args)
 	root.SetOut(stdout)
@@ -67,11 +67,14 @@ func versionCommand() *cobra.Command {
 		Short: "Print the version",
 		Args:  cobra.NoArgs,
 		Run: func(cmd *cobra.Command, _ []string) {
-			v := version
-			if info, ok := debug.ReadBuildInfo(); ok && v == "" {
-				v = info.Main.Version
-			}
-			_, _ = fmt.Fprintln(cmd.OutOrStdout(), "mantlet", v)
+			_, _ = fmt.Fprintln(cmd.OutOrStdout(), "mantlet", versionText())
 		},
 	}
+}
+
+func versionText() string {
+	if info, ok := debug.ReadBuildInfo(); ok && version == "" {
+		return info.Main.Version
+	}
+	return version
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"time"
@@ -49,22 +48,16 @@ func probeCommand() *cobra.Command {
 
 // probe asks for a path of the status socket and returns whether the answer was 200, and its text.
 func probe(ctx context.Context, socket, path string) (ok bool, said string, err error) {
-	client := &http.Client{Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-		},
-	}}
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://mantlet"+path, nil)
 	if err != nil {
 		return false, "", err
 	}
-	response, err := client.Do(request)
+	response, err := reconcile.OverSocket(socket).Do(request)
 	if err != nil {
 		return false, "", err
 	}
 	defer func() { _ = response.Body.Close() }()
-	const most = 64 << 10
+	const most = 16 << 20
 	text, err := io.ReadAll(io.LimitReader(response.Body, most))
 	return response.StatusCode == http.StatusOK, string(text), err
 }

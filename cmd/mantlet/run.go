@@ -82,7 +82,13 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 		return err
 	}
 	runner := &envoy.Runner{Path: env.Process.EnvoyPath, RuntimeDirectory: directory, Log: log}
+	if port := env.Process.StatusPort(); port != 0 {
+		if err := table.OnlyStatus(port); err != nil {
+			log.Warn("the status address can't be reached until the desired state is in force", "error", err)
+		}
+	}
 	err = serve(ctx, &reconcile.Daemon{
+		Version:     versionText(),
 		Environment: env,
 		Place:       render.Place{RuntimeDirectory: directory, NoIPv6: !hasIPv6()},
 		Kernel:      table,
@@ -113,18 +119,6 @@ func (p proxy) Start(ctx context.Context, state render.State, settings schema.En
 		return nil, err
 	}
 	return process, nil
-}
-
-// Refusals implements reconcile.Proxy.
-func (p proxy) Refusals() (last []reconcile.Refusal, counts []reconcile.RefusalCount) {
-	refusals, numbers := p.Runner.Refusals()
-	for _, r := range refusals {
-		last = append(last, reconcile.Refusal(r))
-	}
-	for _, n := range numbers {
-		counts = append(counts, reconcile.RefusalCount(n))
-	}
-	return last, counts
 }
 
 // closePod puts the deny-all rules in place.

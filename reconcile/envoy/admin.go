@@ -5,10 +5,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 
+	"mantlet/reconcile"
 	"mantlet/render"
 )
 
@@ -19,18 +19,13 @@ type Info struct {
 	Digest string // of the bootstrap that it runs
 }
 
-// admin asks the process behind one admin socket. Connections are not kept: an idle one could stay with an old epoch.
+// admin asks the process behind one admin socket.
 type admin struct {
 	client *http.Client
 }
 
 func newAdmin(socket string) admin {
-	return admin{&http.Client{Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-		},
-	}}}
+	return admin{reconcile.OverSocket(socket)}
 }
 
 // maxAnswer bounds what is read of an answer: statistics of some thousand listeners take about a MiB.

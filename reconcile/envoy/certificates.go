@@ -16,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -24,6 +25,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"mantlet/reconcile"
 	"mantlet/render"
 )
 
@@ -41,7 +43,15 @@ type Secrets struct {
 	Runner           *Runner
 	Log              *slog.Logger
 
-	published *Certificates
+	mu        sync.Mutex
+	published *Certificates // never changed again; another one takes its place
+}
+
+// has returns what Envoy has; nil for nothing.
+func (s *Secrets) has() *Certificates {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.published
 }
 
 // Update publishes the generation that is in the TLS directory, if it is good and not published yet. Where it is not good
@@ -51,19 +61,22 @@ type Secrets struct {
 // as Envoy tells: a connection that it lets in from then on is not by the old CA.
 func (s *Secrets) Update(ctx context.Context) (revoked bool, err error) {
 	read, err := readCertificates(s.TLSDirectory)
-	if err != nil || read.Equal(s.published) { // as a rule: a look at the bytes spares the signatures
+	published := s.has()
+	if err != nil || read.Equal(published) { // as a rule: a look at the bytes spares the signatures
 		return false, err
 	}
 	if err := read.check(s.TLSDirectory, time.Now()); err != nil {
 		return false, err
 	}
-	revoked = s.published != nil && !read.trustsAllOf(s.published)
+	revoked = published != nil && !read.trustsAllOf(published)
 	seen := s.Runner.caReads(ctx)
 	if err := Publish(read, s.RuntimeDirectory, time.Now()); err != nil {
 		return false, err
 	}
+	s.mu.Lock()
 	s.published = read
-	s.Log.Info("certificates published", "subject", read.leaf.Subject.String(), "sans", read.leaf.DNSNames, "expires", read.expires)
+	s.mu.Unlock()
+	s.Log.Info("certificates published", "subject", read.certs[0].Subject.String(), "sans", read.certs[0].DNSNames, "expires", read.expires)
 	if revoked {
 		s.Log.Info("a mesh CA was taken away: connections that were let in before end")
 		s.awaitRead(ctx, seen)
@@ -91,25 +104,70 @@ func (s *Secrets) awaitRead(ctx context.Context, seen int) {
 
 // Renew publishes the last generation once more. That ends all TLS session tickets, see Publish.
 func (s *Secrets) Renew() error {
-	if s.published == nil {
+	published := s.has()
+	if published == nil {
 		return nil
 	}
-	return Publish(s.published, s.RuntimeDirectory, time.Now())
+	return Publish(published, s.RuntimeDirectory, time.Now())
 }
 
 // Expires returns when the first certificate of what Envoy has does; the zero time where it has nothing.
 func (s *Secrets) Expires() time.Time {
-	if s.published == nil {
+	published := s.has()
+	if published == nil {
 		return time.Time{}
 	}
-	return s.published.expires
+	return published.expires
+}
+
+// Valid returns why peers do not accept, at a time, what Envoy has; nil where they do, or where it has nothing.
+func (s *Secrets) Valid(now time.Time) error {
+	published := s.has()
+	if published == nil {
+		return nil
+	}
+	return published.verify(now)
+}
+
+// Certificates describes what Envoy has: the chain, then the mesh CAs.
+func (s *Secrets) Certificates() []reconcile.Certificate {
+	published := s.has()
+	if published == nil {
+		return nil
+	}
+	var all []reconcile.Certificate
+	describe := func(role string, c *x509.Certificate) {
+		all = append(all, reconcile.Certificate{
+			Role: role, Subject: c.Subject.String(), SANs: sans(c), NotBefore: c.NotBefore, NotAfter: c.NotAfter,
+		})
+	}
+	for i, c := range published.certs {
+		if i == 0 {
+			describe("leaf", c)
+		} else {
+			describe("intermediate", c)
+		}
+	}
+	for _, c := range published.anchors {
+		describe("mesh CA", c)
+	}
+	return all
+}
+
+// sans returns a certificate's names, those that mantlet and Envoy look at.
+func sans(c *x509.Certificate) []string {
+	names := append([]string{}, c.DNSNames...)
+	for _, uri := range c.URIs {
+		names = append(names, uri.String())
+	}
+	return names
 }
 
 // Certificates is one matched generation of the TLS directory: what LoadCertificates returned without an error, and so
 // what peers will accept until it expires.
 type Certificates struct {
 	chain, key, meshCA []byte
-	leaf               *x509.Certificate
+	certs              []*x509.Certificate // of the chain, the leaf first
 	anchors            []*x509.Certificate
 	expires            time.Time // the first certificate of the chain that does
 }
@@ -171,7 +229,13 @@ func (c *Certificates) check(directory string, now time.Time) error {
 	if err := usable(pair.PrivateKey); err != nil {
 		return in(keyFile, err)
 	}
-	if err := c.verify(chain, anchors, now); err != nil {
+	c.certs, c.anchors, c.expires = chain, anchors, chain[0].NotAfter
+	for _, cert := range chain {
+		if cert.NotAfter.Before(c.expires) {
+			c.expires = cert.NotAfter
+		}
+	}
+	if err := c.verify(now); err != nil {
 		return in(chainFile, err)
 	}
 	return nil
@@ -196,31 +260,28 @@ func usable(key any) error {
 	return nil
 }
 
-func (c *Certificates) verify(chain, anchors []*x509.Certificate, now time.Time) error {
-	c.leaf, c.anchors, c.expires = chain[0], anchors, chain[0].NotAfter
+// verify does what a peer does with the chain at a time.
+func (c *Certificates) verify(now time.Time) error {
 	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
-	for _, cert := range anchors {
+	for _, cert := range c.anchors {
 		roots.AddCert(cert)
 	}
-	for i, cert := range chain {
+	for i, cert := range c.certs {
 		if now.After(cert.NotAfter) {
 			return fmt.Errorf("certificate %d (%s) expired at %s", i+1, cert.Subject, cert.NotAfter.Format(time.RFC3339))
 		}
 		if now.Before(cert.NotBefore) {
 			return fmt.Errorf("certificate %d (%s) is not valid before %s: is the clock right?", i+1, cert.Subject, cert.NotBefore.Format(time.RFC3339))
 		}
-		if cert.NotAfter.Before(c.expires) {
-			c.expires = cert.NotAfter
-		}
 		if i > 0 {
 			intermediates.AddCert(cert)
 		}
 	}
-	_, err := chain[0].Verify(x509.VerifyOptions{
+	_, err := c.certs[0].Verify(x509.VerifyOptions{
 		Roots: roots, Intermediates: intermediates, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	})
 	if err != nil {
-		return fmt.Errorf("the leaf (%s) does not verify up to %s: %w", chain[0].Subject, meshCAFile, err)
+		return fmt.Errorf("the leaf (%s) does not verify up to %s: %w", c.certs[0].Subject, meshCAFile, err)
 	}
 	return nil
 }

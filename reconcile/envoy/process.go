@@ -18,7 +18,9 @@ type Process struct {
 	Digest    string                 // of the state that it was started with
 
 	base   *base
-	drains bool // another one was live after it; Start alone looks at it
+	since  time.Time     // that it serves or, once another one was live after it, drains
+	drains bool          // another one was live after it
+	most   time.Duration // how long it may drain
 	cmd    *exec.Cmd
 	admin  admin
 	logs   *logs

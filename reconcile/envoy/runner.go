@@ -22,6 +22,7 @@ import (
 	"github.com/google/renameio/v2"
 	"google.golang.org/protobuf/proto"
 
+	"mantlet/reconcile"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -36,8 +37,6 @@ type Runner struct {
 	spawner  spawner
 	standIns sync.WaitGroup
 	bases    []*base // that Envoys were given
-
-	refused refusals
 
 	liveLimit time.Duration // defaultLiveLimit where it is 0
 
@@ -99,9 +98,8 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 	for _, old := range slices.Backward(abandoned) {
 		old.Stop()
 	}
-	r.add(p)
+	r.add(p, parent, settings.ParentShutdownTime)
 	if parent != nil {
-		parent.drains = true
 		r.standIns.Go(func() { r.standIn(parent, p) })
 	}
 	return p, nil
@@ -122,10 +120,15 @@ func reach(socket string) error {
 	return conn.Close()
 }
 
-// add makes a process the one that serves, and removes the files of those that have ended.
-func (r *Runner) add(p *Process) {
+// add makes a process the one that serves, and its parent one that drains, for a time at most. It removes the files of those
+// that have ended.
+func (r *Runner) add(p, parent *Process, most time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	p.since = time.Now()
+	if parent != nil && !parent.drains {
+		parent.drains, parent.since, parent.most = true, p.since, most
+	}
 	r.running = append(slices.DeleteFunc(r.running, func(old *Process) bool {
 		if !old.alive() && old.Epoch != p.Epoch {
 			_ = os.Remove(render.AdminSocket(r.RuntimeDirectory, old.Epoch))
@@ -155,6 +158,41 @@ func (r *Runner) Connections(ctx context.Context) (int, error) {
 	}
 	return sum, errors.Join(errs...)
 }
+
+// Epochs describes the processes that have not ended, the one that serves last.
+func (r *Runner) Epochs(ctx context.Context) []reconcile.Epoch {
+	r.mu.Lock()
+	running := slices.Clone(r.running)
+	var all []reconcile.Epoch
+	for _, p := range running {
+		e := reconcile.Epoch{Epoch: p.Epoch, PID: p.PID(), Serving: !p.drains, Since: p.since, Digest: p.Digest}
+		if p.drains {
+			e.LeftSeconds = max(0, time.Until(p.since.Add(p.most))).Round(time.Millisecond).Seconds()
+		}
+		all = append(all, e)
+	}
+	r.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, askLimit)
+	defer cancel()
+	var asked sync.WaitGroup
+	for i, p := range running {
+		asked.Go(func() {
+			if open, err := p.connections(ctx); err == nil {
+				all[i].Connections = &open
+			}
+		})
+	}
+	asked.Wait()
+	for i := len(running) - 1; i >= 0; i-- {
+		if !running[i].alive() {
+			all = slices.Delete(all, i, i+1)
+		}
+	}
+	return all
+}
+
+// askLimit bounds what a status takes of an Envoy that hangs.
+const askLimit = time.Second
 
 // caReads returns how often the Envoy that serves has read the mesh CA; 0 where none does.
 func (r *Runner) caReads(ctx context.Context) int {
@@ -275,7 +313,7 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Proc
 		return nil, fmt.Errorf("removing the admin socket of an Envoy before this one: %w", err)
 	}
 	p.admin = newAdmin(socket)
-	p.logs = &logs{to: r.Log.With("epoch", p.Epoch), refused: &r.refused}
+	p.logs = &logs{to: r.Log.With("epoch", p.Epoch)}
 	p.exited = make(chan struct{})
 	p.cmd = exec.Command(r.Path, arguments(config, r.socket(), p.base.id, p.Epoch, settings)...)
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{

@@ -1,0 +1,199 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"mantlet/reconcile"
+	"mantlet/schema"
+)
+
+func statusCommand() *cobra.Command {
+	var watch bool
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Say how the running mantlet is; exit 0 ready and no problems, 1 not so, 2 it does not answer",
+		Args:  cobra.NoArgs,
+	}
+	output := outputFlag(cmd, "how to say it:", "text", "json")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		env, err := schema.ParseEnvironment(os.Environ())
+		if err != nil {
+			return fmt.Errorf("the configuration is not valid, so no mantlet runs with it: %w", err)
+		}
+		show := func(ctx context.Context) error {
+			return showStatus(ctx, cmd.OutOrStdout(), reconcile.StatusSocket(env.Process.RuntimeDirectory), *output)
+		}
+		if watch {
+			return watchStatus(cmd.Context(), cmd.OutOrStdout(), show)
+		}
+		return show(cmd.Context())
+	}
+	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "say it again and again, until interrupted")
+	return cmd
+}
+
+// statusLimit is more than mantlet takes where Envoy hangs.
+const statusLimit = 10 * time.Second
+
+// showStatus prints what mantlet says. The error is errNot where that is not all well.
+func showStatus(ctx context.Context, to io.Writer, socket, output string) error {
+	ctx, cancel := context.WithTimeout(ctx, statusLimit)
+	defer cancel()
+	ok, text, err := probe(ctx, socket, "/status")
+	if err == nil && !ok {
+		err = errors.New(strings.TrimSpace(text))
+	}
+	var status reconcile.Status
+	if err == nil {
+		err = json.Unmarshal([]byte(text), &status)
+	}
+	if err != nil {
+		return fmt.Errorf("it does not answer: %w", err)
+	}
+	if output == "json" {
+		err = printData(to, json.RawMessage(text), "json")
+	} else {
+		err = printStatus(to, status, time.Now())
+	}
+	if err == nil && (!status.Ready || len(status.Problems) > 0) {
+		return errNot
+	}
+	return err
+}
+
+// watchPause is what people take in.
+const watchPause = 2 * time.Second
+
+// watchStatus shows it until it is interrupted: on a terminal always in the same place.
+func watchStatus(ctx context.Context, to io.Writer, show func(context.Context) error) error {
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	clear := ""
+	if file, ok := to.(*os.File); ok && term.IsTerminal(int(file.Fd())) {
+		clear = "\x1b[H\x1b[2J" // ECMA-48: cursor to the top, erase the page
+	}
+	for {
+		if _, err := io.WriteString(to, clear); err != nil {
+			return err
+		}
+		err := show(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil && !errors.Is(err, errNot) { // it may come back
+			if _, err := fmt.Fprintln(to, "mantlet:", err); err != nil {
+				return err
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(watchPause):
+		}
+	}
+}
+
+// printStatus prints a status for people, as of now.
+func printStatus(to io.Writer, s reconcile.Status, now time.Time) error {
+	p := &page{Writer: tabwriter.NewWriter(to, 0, 0, 3, ' ', 0), now: now}
+	verdict := "ready"
+	if !s.Ready {
+		verdict = "NOT READY"
+	}
+	p.line("mantlet %s: %s, runs for %s", s.Version, verdict, p.ago(s.Started))
+	for _, problem := range s.Problems {
+		p.line("  %s", strings.ReplaceAll(problem, "\n", "\n    "))
+	}
+	if e := s.LastError; e != nil {
+		p.line("last error, %s ago, %s: %s", p.ago(e.Time), e.Place, strings.ReplaceAll(e.Text, "\n", "\n    "))
+	}
+	p.state(s)
+	p.epochs(s.Epochs)
+	p.certificates(s.Certificates)
+	return p.Flush()
+}
+
+// page is a status being printed. Errors show at Flush.
+type page struct {
+	*tabwriter.Writer
+	now time.Time
+}
+
+func (p *page) line(format string, args ...any) { _, _ = fmt.Fprintf(p, format+"\n", args...) }
+
+// head starts a table; columns of different ones are no matter of each other.
+func (p *page) head(columns ...string) {
+	_ = p.Flush()
+	p.line("")
+	p.row(columns...)
+}
+
+func (p *page) row(cells ...string) { p.line("%s", strings.Join(cells, "\t")) }
+
+func (p *page) ago(t time.Time) string { return p.now.Sub(t).Round(time.Second).String() }
+
+func (p *page) state(s reconcile.Status) {
+	p.head("", "GENERATION", "DIGEST", "INGRESS", "EGRESS", "SOURCE")
+	for _, row := range []struct {
+		name  string
+		state *reconcile.Summary
+	}{{"desired", s.Desired}, {"applied", s.Applied}} {
+		if row.state == nil {
+			p.row(row.name, "none", "", "", "", "")
+			continue
+		}
+		source := row.state.Source
+		if row.state.SourceDigest != "" {
+			source += " (SHA-256 " + short(row.state.SourceDigest) + ")"
+		}
+		p.row(row.name, strconv.FormatUint(row.state.Generation, 10), short(row.state.Digest),
+			strconv.Itoa(row.state.Ingress), strconv.Itoa(row.state.Egress), source)
+	}
+}
+
+// short is as much of a digest as tells two apart.
+func short(digest string) string { return digest[:min(len(digest), 12)] }
+
+func (p *page) epochs(epochs []reconcile.Epoch) {
+	p.head("EPOCH", "PID", "STATE", "FOR", "CONNECTIONS", "LEFT")
+	for _, e := range epochs {
+		state, left, open := "serves", "", "?"
+		if !e.Serving {
+			state, left = "drains", lasts(e.LeftSeconds)
+		}
+		if e.Connections != nil {
+			open = strconv.Itoa(*e.Connections)
+		}
+		p.row(strconv.Itoa(e.Epoch), strconv.Itoa(e.PID), state, p.ago(e.Since), open, left)
+	}
+}
+
+func (p *page) certificates(all []reconcile.Certificate) {
+	p.head("CERTIFICATE", "SUBJECT", "SANS", "EXPIRES", "LEFT")
+	for _, c := range all {
+		p.row(c.Role, onLine(c.Subject), onLine(strings.Join(c.SANs, ", ")), c.NotAfter.Format(time.RFC3339), lasts(c.LeftSeconds))
+	}
+}
+
+// lasts prints seconds as a duration, in days where it is many.
+func lasts(seconds float64) string {
+	d := time.Duration(seconds * float64(time.Second)).Round(time.Second)
+	if days := d / (24 * time.Hour); days > 2 {
+		return fmt.Sprintf("%dd", days)
+	}
+	return d.String()
+}

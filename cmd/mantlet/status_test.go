@@ -1,0 +1,206 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"mantlet/reconcile"
+)
+
+const statusPort = 9901
+
+// get asks the status address from outside, and anyone's address does.
+func (p *pod) get(addr netip.Addr, method, path string) (code int, said string, err error) {
+	client := &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, network, to string) (net.Conn, error) {
+			return p.outside.Dial(ctx, network, to)
+		},
+	}}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, method, "http://"+netip.AddrPortFrom(addr, statusPort).String()+path, nil)
+	if err != nil {
+		return 0, "", err
+	}
+	response, err := client.Do(request)
+	if err != nil {
+		return 0, "", err
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	return response.StatusCode, string(text), err
+}
+
+// mantlet runs a command beside the sidecar.
+func (p *pod) mantlet(args ...string) (code int, stdout, stderr string) {
+	p.t.Helper()
+	cmd := p.sidecar.Command(args...)
+	var out, err bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &err
+	p.must(p.Start(cmd))
+	_ = cmd.Wait()
+	return cmd.ProcessState.ExitCode(), out.String(), err.String()
+}
+
+// status returns what `mantlet status -o json` prints.
+func (p *pod) status() (status reconcile.Status) {
+	p.t.Helper()
+	code, text, said := p.mantlet("status", "-o", "json")
+	if err := json.Unmarshal([]byte(text), &status); err != nil {
+		p.t.Fatalf("exit code %d, %v: %s%s", code, err, text, said)
+	}
+	if want := status.Ready && len(status.Problems) == 0; want != (code == 0) || code > 1 {
+		p.t.Errorf("exit code %d, of %s", code, text)
+	}
+	return status
+}
+
+// TestStatusAddress: whoever probes from outside gets answers from the first moment on, and nothing else comes in by them.
+func TestStatusAddress(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web, fmt.Sprintf("MANTLET_STATUS_ADDRESS=:%d", statusPort))
+	if code, _, said := p.mantlet("status"); code != 2 || !strings.Contains(said, "does not answer") {
+		t.Errorf("status where no mantlet runs: exit code %d: %s", code, said)
+	}
+	p.besiege()
+	p.run()
+	p.protect(tlsPort)
+	p.protect(mtlsPort)
+	asks := func(addr netip.Addr, path string, code int, parts ...string) {
+		t.Helper()
+		p.await(path+" says "+strings.Join(parts, ", "), func() bool {
+			got, said, err := p.get(addr, http.MethodGet, path)
+			return err == nil && got == code && !slices.ContainsFunc(parts, func(part string) bool { return !strings.Contains(said, part) })
+		})
+	}
+	for _, addr := range p.Addrs() {
+		asks(addr, "/livez", 200, "ok\n")
+		asks(addr, "/livez?verbose", 200, "[+]mantlet ok\nlivez check passed\n")
+		asks(addr, "/readyz", 503, "waiting for certificates")
+		asks(addr, "/readyz?verbose", 503, "[-]certificates failed: waiting for certificates", "[+]config ok\n", "readyz check failed\n")
+		asks(addr, "/readyz?exclude=certificates", 200, "ok\n")
+		asks(addr, "/status", 200, `"ready":false`, `"problems":["certificates: waiting`)
+	}
+	p.besieged()
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.ready()
+	for _, addr := range p.Addrs() {
+		asks(addr, "/readyz?verbose", 200, "[+]mantlet ok\n[+]config ok\n[+]certificates ok\n[+]envoy ok\n[+]rules ok\nreadyz check passed\n")
+		asks(addr, "/status", 200, `"ready":true`, `"problems":[]`)
+		for _, path := range []string{"/", "/debug/pprof/", "/server_info", "/status/..", "//"} {
+			if code, said, err := p.get(addr, http.MethodGet, path); err != nil || code/100 == 2 {
+				t.Errorf("%s: %d, %v: %s", path, code, err, said)
+			}
+		}
+		for _, method := range []string{http.MethodPost, http.MethodPut, http.MethodDelete, http.MethodOptions} {
+			if code, said, err := p.get(addr, method, "/status"); err != nil || code != http.StatusMethodNotAllowed {
+				t.Errorf("%s: %d, %v: %s", method, code, err, said)
+			}
+		}
+	}
+	p.crowded(p.IPv4)
+	asks(p.IPv6, "/livez", 200, "ok\n")
+	p.besieged()
+	for _, path := range []string{"/livez", "/readyz?verbose", "/status"} {
+		_, said, err := p.get(p.IPv6, http.MethodGet, path)
+		p.must(err)
+		for _, secret := range []string{"PRIVATE KEY", "BEGIN"} {
+			if strings.Contains(said, secret) {
+				t.Errorf("%s says %s", path, secret)
+			}
+		}
+	}
+}
+
+// crowded holds more connections to the status address than it serves, and wants an answer all the same.
+func (p *pod) crowded(addr netip.Addr) {
+	p.t.Helper()
+	for range 200 {
+		p.dial(p.outside, netip.AddrPortFrom(addr, statusPort))
+	}
+	p.await("a probe among silent connections", func() bool {
+		code, _, err := p.get(addr, http.MethodGet, "/readyz")
+		return err == nil && code == http.StatusOK
+	})
+}
+
+// TestStatusAddressIsTaken: the mesh goes on without, says so, and takes the port once it is free.
+func TestStatusAddressIsTaken(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web, fmt.Sprintf("MANTLET_STATUS_ADDRESS=127.0.0.1:%d", statusPort))
+	taken, err := p.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", statusPort))
+	p.must(err)
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.ready()
+	p.await("it says that the address is taken", func() bool {
+		return slices.ContainsFunc(p.status().Problems, func(text string) bool { return strings.Contains(text, "address already in use") })
+	})
+	p.must(taken.Close())
+	p.await("all is well", func() bool { return len(p.status().Problems) == 0 })
+}
+
+// TestStatus: what is said agrees with what is done.
+func TestStatus(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web, "MANTLET_ENVOY_PARENT_SHUTDOWN_TIME=60s")
+	m := p.mount()
+	m.write("{}")
+	p.sidecar.Env = append(p.sidecar.Env, "MANTLET_CONFIG="+m.file())
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.protect(mtlsPort)
+	p.ready()
+	s := p.status()
+	if !s.Ready || len(s.Problems) != 0 || s.Desired == nil || s.Applied == nil || *s.Desired != *s.Applied || s.Applied.Generation != 1 ||
+		s.Applied.Ingress != 2 || s.Applied.Source != m.file() || s.LastError != nil {
+		t.Errorf("at first: %+v", s)
+	}
+	if len(s.Epochs) != 1 || !s.Epochs[0].Serving || s.Epochs[0].PID != p.envoy() || s.Epochs[0].Connections == nil || *s.Epochs[0].Connections != 0 {
+		t.Errorf("epochs: %+v", s.Epochs)
+	}
+	leaf := s.Certificates[0]
+	if len(s.Certificates) != 3 || leaf.Role != "leaf" || !slices.Equal(leaf.SANs, []string{"pod"}) || leaf.LeftSeconds <= 0 {
+		t.Errorf("certificates: %+v", s.Certificates)
+	}
+
+	long, err := p.handshake(netip.AddrPortFrom(p.IPv4, mtlsPort), p.client.ClientConfig("pod"))
+	p.must(err)
+	p.must(echo(long))
+	if s := p.status(); *s.Epochs[0].Connections != 1 {
+		t.Errorf("with a connection: %+v", s.Epochs)
+	}
+	m.write("ingress: [{port: 9090, mode: mtsl}]")
+	p.await("a bad file is a problem", func() bool { return len(p.status().Problems) == 1 })
+	s = p.status()
+	if !s.Ready || !strings.Contains(s.Problems[0], "did you mean mtls?") || s.LastError == nil || s.LastError.Place != "config" {
+		t.Errorf("with a bad file: %+v", s)
+	}
+	m.write("ingress: [{port: 9090, allow: [client]}]")
+	p.await("a hot restart", func() bool { s = p.status(); return len(s.Epochs) == 2 && s.Epochs[1].Serving && len(s.Problems) == 0 })
+	if s.Epochs[0].Serving || s.Epochs[0].LeftSeconds <= 0 || s.Epochs[0].LeftSeconds > 60 || s.Applied.Generation != 2 {
+		t.Errorf("after a hot restart: %+v", s)
+	}
+	code, text, _ := p.mantlet("status")
+	for _, part := range []string{": ready,", "drains", "serves", "leaf", m.file(), "last error"} {
+		if code != 0 || !strings.Contains(text, part) {
+			t.Errorf("exit code %d, and %q is not in:\n%s", code, part, text)
+		}
+	}
+	t.Logf("mantlet status:\n%s", text)
+	p.must(p.sidecar.Stop())
+	if code, _, _ := p.mantlet("status", "--watch=false"); code != 2 {
+		t.Errorf("exit code %d once it has ended", code)
+	}
+}

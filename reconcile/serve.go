@@ -1,0 +1,196 @@
+package reconcile
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+)
+
+// StatusSocket returns the path of the socket that a running mantlet answers at.
+func StatusSocket(runtimeDirectory string) string {
+	return filepath.Join(runtimeDirectory, "mantlet.sock")
+}
+
+// OverSocket returns a client of the HTTP server at a unix socket. Connections are not kept: an idle one could stay with
+// whoever listened there before.
+func OverSocket(path string) *http.Client {
+	return &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", path)
+		},
+	}}
+}
+
+// Serve answers at the status socket, and at the status address if there is one, until ctx ends.
+func (d *Daemon) Serve(ctx context.Context) error {
+	path := StatusSocket(d.Environment.Process.RuntimeDirectory)
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("removing the socket of a mantlet before this one: %w", err)
+	}
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		return fmt.Errorf("opening the status socket: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return fmt.Errorf("closing the status socket to others: %w", err)
+	}
+	var tcp sync.WaitGroup
+	tcp.Go(func() { d.serveAddress(ctx) })
+	defer tcp.Wait()
+	if err := serve(ctx, listener, d.handler()); err != nil {
+		return fmt.Errorf("serving the status socket: %w", err)
+	}
+	return nil
+}
+
+// rebind is how often the status address is tried that is somebody else's.
+const rebind = time.Second
+
+// serveAddress serves the status address. Where it can't, the mesh goes on without, and it is tried again.
+func (d *Daemon) serveAddress(ctx context.Context) {
+	for address := d.Environment.Process.StatusAddress; address != "" && ctx.Err() == nil; sleep(ctx, rebind) {
+		listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
+		if err == nil {
+			d.locked(func() { d.unserved = nil })
+			err = serve(ctx, listener, d.handler())
+		}
+		if err == nil || ctx.Err() != nil {
+			return
+		}
+		err = fmt.Errorf("serving the status address: %w", err)
+		if !same(err, d.unserved) {
+			d.Log.Warn("the status address is not served", "error", err)
+		}
+		d.locked(func() { d.unserved = err })
+	}
+}
+
+// Limits of the server: whoever may connect must not be able to use up memory, nor to keep a probe from its answer.
+const (
+	maxConnections = 64
+	maxHeader      = 8 << 10
+	readLimit      = 5 * time.Second
+	writeLimit     = 15 * time.Second
+)
+
+func serve(ctx context.Context, listener net.Listener, handler http.Handler) error {
+	c := &crowd{}
+	server := &http.Server{
+		Handler: handler, ConnState: c.changed,
+		ReadTimeout: readLimit, WriteTimeout: writeLimit, MaxHeaderBytes: maxHeader,
+	}
+	server.SetKeepAlivesEnabled(false)
+	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
+	defer stop()
+	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// crowd bounds the connections of a server. Where one is too many, the oldest ends: a probe is served within milliseconds,
+// and those who hold connections for longer can't keep it out.
+type crowd struct {
+	mu    sync.Mutex
+	conns []net.Conn
+}
+
+func (c *crowd) changed(conn net.Conn, state http.ConnState) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch state {
+	case http.StateNew:
+		c.conns = append(c.conns, conn)
+		if len(c.conns) > maxConnections {
+			_ = c.conns[0].Close()
+			c.conns = c.conns[1:]
+		}
+	case http.StateClosed, http.StateHijacked:
+		c.conns = slices.DeleteFunc(c.conns, func(other net.Conn) bool { return other == conn })
+	default:
+	}
+}
+
+func (d *Daemon) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, r *http.Request) {
+		var reasons []Reason
+		if err := d.Dead(); err != nil {
+			reasons = append(reasons, Reason{checkMantlet, err.Error()})
+		}
+		answer(w, r, []string{checkMantlet}, reasons, nil)
+	})
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
+		answer(w, r, Checks(), once(d, "unready", d.Unready), d.Notes())
+	})
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		encoder := json.NewEncoder(w)
+		encoder.SetEscapeHTML(false)
+		_ = encoder.Encode(once(d, "status", d.Status)) // to a client that is gone
+	})
+	return mux
+}
+
+// once lets those who ask the same at the same time share one answer, so that no number of them takes more than one.
+func once[T any](d *Daemon, key string, ask func(context.Context) T) T {
+	answer, _, _ := d.flight.Do(key, func() (any, error) { return ask(context.Background()), nil })
+	return answer.(T)
+}
+
+// answer writes what Kubernetes' own components answer at these paths: ok, or the reasons, one a line; with ?verbose every
+// check. Those that ?exclude= names do not count. What is worth a look although it is ok follows it.
+func answer(w http.ResponseWriter, r *http.Request, checks []string, reasons []Reason, notes []error) {
+	query := r.URL.Query()
+	excluded := query["exclude"]
+	counts := slices.DeleteFunc(slices.Clone(reasons), func(reason Reason) bool { return slices.Contains(excluded, reason.Check) })
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	verdict := "passed"
+	if len(counts) > 0 {
+		verdict = "failed"
+		w.WriteHeader(http.StatusServiceUnavailable)
+	}
+	switch {
+	case query.Has("verbose"):
+		for _, check := range checks {
+			_, _ = fmt.Fprintln(w, verbose(check, reasons, slices.Contains(excluded, check)))
+		}
+		_, _ = fmt.Fprintf(w, "%s check %s\n", r.URL.Path[1:], verdict)
+	case len(counts) == 0:
+		_, _ = fmt.Fprintln(w, "ok")
+	default:
+		for _, reason := range counts {
+			_, _ = fmt.Fprintln(w, reason.Text)
+		}
+		return
+	}
+	for _, note := range notes {
+		_, _ = fmt.Fprintln(w, note)
+	}
+}
+
+// verbose is the line of one check.
+func verbose(check string, reasons []Reason, excluded bool) string {
+	if excluded {
+		return "[+]" + check + " excluded: ok"
+	}
+	line := "[+]" + check + " ok"
+	for i, reason := range slices.DeleteFunc(slices.Clone(reasons), func(r Reason) bool { return r.Check != check }) {
+		if i == 0 {
+			line = "[-]" + check + " failed: " + reason.Text
+		} else {
+			line += "; " + reason.Text
+		}
+	}
+	return line
+}
