@@ -107,6 +107,7 @@ type Leaf struct {
 	URIs       []string
 	NotBefore  time.Time // an hour ago if zero
 	NotAfter   time.Time // in a day if zero
+	ServerOnly bool      // of no use to a client
 }
 
 // Issue makes a key and a mesh certificate for it, good for both ends of a connection.
@@ -119,6 +120,9 @@ func (a *Authority) Issue(leaf Leaf) (*Identity, error) {
 		KeyUsage:              x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 		BasicConstraintsValid: true,
+	}
+	if leaf.ServerOnly {
+		template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
 	}
 	if leaf.CommonName == "" && len(leaf.DNSNames) > 0 {
 		template.Subject.CommonName = leaf.DNSNames[0]

@@ -68,6 +68,28 @@ type Proxy interface {
 	Epochs(context.Context) []Epoch
 	// Stop ends all that Start made, and returns when they are gone.
 	Stop()
+	// Refusals returns the connections that came to nothing last, the newest last, and how many there were since the start.
+	Refusals() ([]Refusal, []RefusalCount)
+}
+
+// Refusal is a connection that came to nothing; Count of them if the same happened to the same peer again.
+type Refusal struct {
+	Time        time.Time `json:"time"` // of the last one
+	Count       int       `json:"count"`
+	Direction   string    `json:"direction"`   // ingress or egress
+	Peer        string    `json:"peer"`        // the address that dialled
+	Destination string    `json:"destination"` // the address and port that it dialled
+	SANs        []string  `json:"sans,omitempty"`
+	Code        string    `json:"code"`   // a name that stays, as san_not_allowed
+	Reason      string    `json:"reason"` // in words
+	Detail      string    `json:"detail"` // as Envoy says it
+}
+
+// RefusalCount is how many connections came to nothing for one reason.
+type RefusalCount struct {
+	Direction string `json:"direction"`
+	Code      string `json:"code"`
+	Count     int    `json:"count"`
 }
 
 // Daemon is one run of mantlet. Its exported fields are set before Run.

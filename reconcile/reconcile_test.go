@@ -160,6 +160,8 @@ func (w *world) Epochs(context.Context) []Epoch { return nil }
 
 func (w *world) Stop() { w.note("stop Envoy") }
 
+func (w *world) Refusals() ([]Refusal, []RefusalCount) { return nil, nil }
+
 func (w *world) Start(ctx context.Context, _ render.State, _ schema.Envoy) (Process, error) {
 	w.note("start Envoy")
 	w.mu.Lock()

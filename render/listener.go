@@ -65,7 +65,7 @@ func (r *renderer) ingressChain(name string, mode schema.Mode, allow []string) *
 		Name:                          name,
 		TransportSocket:               r.downstreamTLS(mode, allow),
 		TransportSocketConnectTimeout: durationpb.New(handshakeTimeout),
-		Filters: []*listenerv3.Filter{r.proxy(&tcpproxyv3.TcpProxy{
+		Filters: []*listenerv3.Filter{r.proxy(r.ingressLog, &tcpproxyv3.TcpProxy{
 			StatPrefix:       name,
 			ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: workload},
 			// The default connects to the workload before any TLS: every silent client gave it a connection, and one
@@ -102,7 +102,7 @@ func (r *renderer) egress(e schema.Egress) *listenerv3.Listener {
 		TcpKeepalive:                  keepalive(),
 		FilterChains: []*listenerv3.FilterChain{{
 			Name: name,
-			Filters: []*listenerv3.Filter{r.proxy(&tcpproxyv3.TcpProxy{
+			Filters: []*listenerv3.Filter{r.proxy(r.egressLog, &tcpproxyv3.TcpProxy{
 				StatPrefix:         name,
 				ClusterSpecifier:   &tcpproxyv3.TcpProxy_Cluster{Cluster: name},
 				MaxConnectAttempts: wrapperspb.UInt32(connectAttempts),
@@ -112,38 +112,44 @@ func (r *renderer) egress(e schema.Egress) *listenerv3.Listener {
 }
 
 // proxy completes a TCP proxy: Envoy's default would cut connections that idle for an hour, as pools to databases do.
-func (r *renderer) proxy(p *tcpproxyv3.TcpProxy) *listenerv3.Filter {
+func (r *renderer) proxy(log []*accesslogv3.AccessLog, p *tcpproxyv3.TcpProxy) *listenerv3.Filter {
 	p.IdleTimeout = durationpb.New(0)
-	p.AccessLog = r.log
+	p.AccessLog = log
 	return &listenerv3.Filter{
 		Name:       "envoy.filters.network.tcp_proxy",
 		ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: r.pack(p)},
 	}
 }
 
-// refused is a CEL expression that is true of connections whose TLS handshake failed.
-const refused = `connection.transport_failure_reason != ""`
+// The sides of Envoy that speak TLS, as its command operators call them.
+const (
+	client   = "DOWNSTREAM" // of ingress
+	endpoint = "UPSTREAM"   // of egress
+)
 
-// accessLog writes lines of JSON to Envoy's standard output. Whoever starts Envoy reads them.
-func (r *renderer) accessLog() []*accesslogv3.AccessLog {
+// accessLog writes lines of JSON to Envoy's standard output. Whoever starts Envoy reads them, see package envoy. The peer is
+// the side that mutual TLS is spoken with.
+func (r *renderer) accessLog(direction, peer string) []*accesslogv3.AccessLog {
 	if r.mesh.AccessLog == schema.AccessLogNone {
 		return nil
 	}
 	fields := &structpb.Struct{Fields: map[string]*structpb.Value{}}
 	for name, operator := range map[string]string{
-		"listener":      "%FILTER_CHAIN_NAME%",
-		"peer":          "%DOWNSTREAM_REMOTE_ADDRESS%",
-		"destination":   "%DOWNSTREAM_LOCAL_ADDRESS%",
-		"peer_dns_sans": "%DOWNSTREAM_PEER_DNS_SAN%",
-		"peer_uri_sans": "%DOWNSTREAM_PEER_URI_SAN%",
-		"tls_version":   "%DOWNSTREAM_TLS_VERSION%",
-		"refused":       "%DOWNSTREAM_TRANSPORT_FAILURE_REASON%",
-		"upstream":      "%UPSTREAM_HOST%",
-		"failed":        "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
-		"flags":         "%RESPONSE_FLAGS%",
-		"bytes_in":      "%BYTES_RECEIVED%",
-		"bytes_out":     "%BYTES_SENT%",
-		"duration_ms":   "%DURATION%",
+		"direction":   direction,
+		"peer":        "%DOWNSTREAM_REMOTE_ADDRESS%",
+		"destination": "%DOWNSTREAM_LOCAL_ADDRESS%",
+		"upstream":    "%UPSTREAM_HOST%",
+		"dns_sans":    "%" + peer + "_PEER_DNS_SAN%",
+		"uri_sans":    "%" + peer + "_PEER_URI_SAN%",
+		"tls_version": "%" + peer + "_TLS_VERSION%",
+		"curve":       "%" + peer + "_TLS_GROUP%",
+		"refused":     "%DOWNSTREAM_TRANSPORT_FAILURE_REASON%",
+		"failed":      "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
+		"ended":       "%CONNECTION_TERMINATION_DETAILS%",
+		"flags":       "%RESPONSE_FLAGS%",
+		"bytes_in":    "%BYTES_RECEIVED%",
+		"bytes_out":   "%BYTES_SENT%",
+		"duration_ms": "%DURATION%",
 	} {
 		fields.Fields[name] = structpb.NewStringValue(operator)
 	}
@@ -156,14 +162,28 @@ func (r *renderer) accessLog() []*accesslogv3.AccessLog {
 		})},
 	}
 	if r.mesh.AccessLog == schema.AccessLogRefused {
-		log.Filter = &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_ExtensionFilter{
-			ExtensionFilter: &accesslogv3.ExtensionFilter{
-				Name: "envoy.access_loggers.extension_filters.cel",
-				ConfigType: &accesslogv3.ExtensionFilter_TypedConfig{
-					TypedConfig: r.pack(&celv3.ExpressionFilter{Expression: refused}),
-				},
-			},
-		}}
+		log.Filter = r.refused()
 	}
 	return []*accesslogv3.AccessLog{log}
+}
+
+// refused lets connections through to the log that came to nothing: the client's TLS handshake failed or took too long,
+// all attempts to connect onwards failed, or there was nowhere to connect to. The flag of a failed attempt alone (UF)
+// stays on a connection whose next attempt succeeded.
+func (r *renderer) refused() *accesslogv3.AccessLogFilter {
+	const handshake = `connection.transport_failure_reason != "" || connection.termination_details != ""`
+	filters := []*accesslogv3.AccessLogFilter{
+		{FilterSpecifier: &accesslogv3.AccessLogFilter_ExtensionFilter{ExtensionFilter: &accesslogv3.ExtensionFilter{
+			Name: "envoy.access_loggers.extension_filters.cel",
+			ConfigType: &accesslogv3.ExtensionFilter_TypedConfig{
+				TypedConfig: r.pack(&celv3.ExpressionFilter{Expression: handshake}),
+			},
+		}}},
+		{FilterSpecifier: &accesslogv3.AccessLogFilter_ResponseFlagFilter{
+			ResponseFlagFilter: &accesslogv3.ResponseFlagFilter{Flags: []string{"URX", "UH"}},
+		}},
+	}
+	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_OrFilter{
+		OrFilter: &accesslogv3.OrFilter{Filters: filters},
+	}}
 }

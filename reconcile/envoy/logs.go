@@ -10,8 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-
-	"golang.org/x/time/rate"
+	"time"
 )
 
 // logFormat makes Envoy write its level, the component and the message. Line breaks come escaped, and so would tabs.
@@ -19,7 +18,8 @@ const logFormat = "%l|%n|%v"
 
 // logs relays what an Envoy writes to mantlet's own log.
 type logs struct {
-	to *slog.Logger
+	to      *slog.Logger
+	refused *refusals
 
 	mu   sync.Mutex
 	last string
@@ -41,7 +41,7 @@ func level(name string) slog.Level {
 
 // messages relays standard error until it ends.
 func (l *logs) messages(from io.Reader) {
-	for line := range lines(from) {
+	for line := range lines(from, longestMessage) {
 		fields := strings.SplitN(line, "|", 3)
 		if len(fields) < 3 {
 			fields = []string{"info", "", line}
@@ -79,68 +79,56 @@ func (l *logs) lastError() string {
 	return l.last
 }
 
-// A burst of refusals is logged as it comes; a peer that goes on and on gets some lines a second.
-const (
-	refusalsPerSecond = 5
-	refusalsAtOnce    = 50
-)
-
-// access relays the access log, which Envoy writes to standard output as JSON. Refusals are limited: whoever is refused
-// must not be able to fill the log.
+// access relays the access log, which Envoy writes to standard output as JSON.
 func (l *logs) access(from io.Reader) {
-	limit := rate.NewLimiter(refusalsPerSecond, refusalsAtOnce)
-	left := 0
-	for line := range lines(from) {
-		var fields map[string]any
-		if json.Unmarshal([]byte(line), &fields) != nil {
-			l.to.Info("Envoy says", "text", line)
+	for text := range lines(from, longestAccess) {
+		var c accessLine
+		if json.Unmarshal([]byte(text), &c) != nil {
+			if leftOut, ok := l.refused.admit("", time.Now()); ok { // whoever makes lines that are too long must not fill the log
+				l.to.Info("Envoy says", "text", short(text), "left_out_before", leftOut)
+			}
 			continue
 		}
-		detail, refused := fields["refused"].(string)
-		switch {
-		case !refused:
-			l.to.Info("connection", "fields", fields)
-		case limit.Allow():
-			l.to.Warn("connection refused", "peer", fields["peer"], "destination", fields["destination"],
-				"reason", inWords(detail), "detail", detail, "peer_dns_sans", fields["peer_dns_sans"], "peer_uri_sans", fields["peer_uri_sans"],
-				"left_out_before", left)
-			left = 0
-		default:
-			left++
+		reason := c.reason()
+		if reason == "" {
+			l.to.LogAttrs(context.Background(), slog.LevelInfo, "connection", c.attrs()...)
+			continue
+		}
+		refusal := c.refusal(reason)
+		l.refused.note(refusal)
+		if leftOut, ok := l.refused.admit(c.Direction, refusal.Time); ok {
+			l.to.LogAttrs(context.Background(), slog.LevelWarn, "connection refused", append(c.attrs(), slog.String("reason", refusal.Reason),
+				slog.String("code", string(reason)), slog.String("detail", refusal.Detail), slog.Int("left_out_before", leftOut))...)
 		}
 	}
 }
 
-// inWords says what Envoy's transport failure, made of BoringSSL's reasons, means here.
-func inWords(detail string) string {
-	for _, r := range []struct{ reason, words string }{
-		{"PEER_DID_NOT_RETURN_A_CERTIFICATE", "no client certificate"},
-		{"CERTIFICATE_VERIFY_FAILED", "the client certificate is not of the mesh CA, is expired, or has no SAN that is allowed"},
-		{"WRONG_VERSION_NUMBER", "no TLS: plaintext"},
-		{"HTTP_REQUEST", "no TLS: plaintext HTTP"},
-		{"HTTPS_PROXY_REQUEST", "no TLS: plaintext HTTP"},
-		{"UNSUPPORTED_PROTOCOL", "the client's TLS version is too old"},
-		{"NO_SHARED_CIPHER", "no cipher in common"},
-		{"NO_SHARED_GROUP", "no curve in common"},
-	} {
-		if strings.Contains(detail, r.reason) {
-			return r.words
-		}
-	}
-	return "the TLS handshake failed"
-}
+// The longest lines that are taken whole. A peer's certificate, of 100 KiB at the most, comes twice in its access line.
+const (
+	longestMessage = 64 << 10
+	longestAccess  = 512 << 10
+)
 
-// lines yields lines until the stream ends. It goes on reading whatever comes: a full pipe would stop Envoy.
-func lines(from io.Reader) func(yield func(string) bool) {
+// lines yields lines until the stream ends, those that are too long in parts. It goes on reading whatever comes: a full pipe
+// would stop Envoy.
+func lines(from io.Reader, longest int) func(yield func(string) bool) {
 	return func(yield func(string) bool) {
-		reader := bufio.NewReaderSize(from, 64<<10)
+		reader := bufio.NewReader(from)
+		var line []byte
 		for {
-			line, err := reader.ReadSlice('\n')
+			part, err := reader.ReadSlice('\n')
+			line = append(line, part...)
+			if errors.Is(err, bufio.ErrBufferFull) && len(line) < longest {
+				continue
+			}
 			if text := strings.TrimRight(string(line), "\n"); text != "" && !yield(text) {
 				return
 			}
 			if err != nil && !errors.Is(err, bufio.ErrBufferFull) {
 				return
+			}
+			if line = line[:0]; cap(line) > longestMessage {
+				line = nil
 			}
 		}
 	}

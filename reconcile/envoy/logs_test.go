@@ -3,9 +3,13 @@ package envoy
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"log/slog"
+	"os"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -14,7 +18,7 @@ import (
 func relayed(t *testing.T, relay func(*logs)) (lines []map[string]any, l *logs) {
 	t.Helper()
 	var text bytes.Buffer
-	l = &logs{to: slog.New(slog.NewJSONHandler(&text, &slog.HandlerOptions{Level: slog.LevelDebug}))}
+	l = &logs{refused: &refusals{}, to: slog.New(slog.NewJSONHandler(&text, &slog.HandlerOptions{Level: slog.LevelDebug}))}
 	relay(l)
 	for line := range strings.Lines(text.String()) {
 		var fields map[string]any
@@ -56,29 +60,150 @@ func TestMessages(t *testing.T) {
 	}
 }
 
+const accessed = `{"direction": "ingress", "peer": "192.0.2.1:1", "destination": "192.0.2.2:9000", "upstream": "192.0.2.2:9000", "dns_sans": "a,b",` +
+	`"uri_sans": "spiffe://c", "tls_version": "TLSv1.3", "curve": "X25519", "refused": null, "failed": null, "flags": "-", "bytes_in": 1, "bytes_out": 2, "duration_ms": 3}`
+
 func TestAccessLog(t *testing.T) {
-	got, _ := relayed(t, func(l *logs) { l.access(strings.NewReader("{\"peer\": \"192.0.2.1:1\", \"bytes_in\": 0}\nno JSON\n")) })
+	abandoned := `{"direction": "ingress", "peer": "192.0.2.1:1", "destination": "192.0.2.2:9000", "tls_version": "TLSv1.2", "bytes_in": 0, "bytes_out": 0, "duration_ms": 0}`
+	got, l := relayed(t, func(l *logs) { l.access(strings.NewReader(accessed + "\nno JSON\n" + abandoned)) })
 	want := []map[string]any{
-		{"level": "INFO", "msg": "connection", "fields": map[string]any{"peer": "192.0.2.1:1", "bytes_in": 0.0}},
-		{"level": "INFO", "msg": "Envoy says", "text": "no JSON"},
+		{
+			"level": "INFO", "msg": "connection", "direction": "ingress", "peer": "192.0.2.1:1", "destination": "192.0.2.2:9000",
+			"peer_sans": []any{"a", "b", "spiffe://c"}, "tls_version": "1.3", "curve": "X25519", "bytes_in": 1.0, "bytes_out": 2.0, "duration_ms": 3.0,
+		},
+		{"level": "INFO", "msg": "Envoy says", "text": "no JSON", "left_out_before": 0.0},
+		{
+			"level": "INFO", "msg": "connection", "direction": "ingress", "peer": "192.0.2.1:1", "destination": "192.0.2.2:9000",
+			"bytes_in": 0.0, "bytes_out": 0.0, "duration_ms": 0.0,
+		},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}
+	if l.refused.last != nil || l.refused.counts != nil {
+		t.Errorf("nobody was refused: %+v", l.refused.last)
+	}
+}
+
+// refusedLine is what Envoy writes of a peer without a certificate.
+func refusedLine(direction, peer string) string {
+	return fmt.Sprintf(`{"direction": %q, "peer": %q, "destination": "192.0.2.2:9000", "refused": %q}`+"\n",
+		direction, peer, "TLS_error:|268435648:SSL_routines:OPENSSL_internal:PEER_DID_NOT_RETURN_A_CERTIFICATE:TLS_error_end")
 }
 
 func TestRefusals(t *testing.T) {
-	const refusal = `{"peer": "192.0.2.1:1", "destination": "192.0.2.2:9000", "refused": "TLS_error:|PEER_DID_NOT_RETURN_A_CERTIFICATE:TLS_error_end"}` + "\n"
-	got, _ := relayed(t, func(l *logs) { l.access(strings.NewReader(strings.Repeat(refusal, 10*refusalsAtOnce))) })
+	const many = 10 * refusalsAtOnce
+	got, l := relayed(t, func(l *logs) {
+		l.access(strings.NewReader(strings.Repeat(refusedLine("ingress", "192.0.2.1:1"), many) + refusedLine(egress, "127.0.0.1:1")))
+	})
 	if len(got) < refusalsAtOnce || len(got) > 2*refusalsAtOnce {
-		t.Errorf("%d refusals gave %d lines; want about %d", 10*refusalsAtOnce, len(got), refusalsAtOnce)
+		t.Errorf("%d refusals gave %d lines; want about %d", many, len(got), refusalsAtOnce)
 	}
 	want := map[string]any{
-		"level": "WARN", "msg": "connection refused", "peer": "192.0.2.1:1", "destination": "192.0.2.2:9000",
-		"reason": "no client certificate", "detail": "TLS_error:|PEER_DID_NOT_RETURN_A_CERTIFICATE:TLS_error_end",
-		"peer_dns_sans": nil, "peer_uri_sans": nil, "left_out_before": 0.0,
+		"level": "WARN", "msg": "connection refused", "direction": "ingress", "peer": "192.0.2.1:1", "destination": "192.0.2.2:9000",
+		"reason": "no client certificate", "code": "no_client_certificate",
+		"detail":   "TLS_error:|268435648:SSL_routines:OPENSSL_internal:PEER_DID_NOT_RETURN_A_CERTIFICATE:TLS_error_end",
+		"bytes_in": 0.0, "bytes_out": 0.0, "duration_ms": 0.0, "left_out_before": 0.0,
 	}
 	if diff := cmp.Diff(want, got[0]); diff != "" {
 		t.Error(diff)
+	}
+	if last := got[len(got)-1]; last["direction"] != egress {
+		t.Errorf("those who are refused hide what fails on the way out: the last line is %v", last)
+	}
+	// What is left out is counted: by the next line that is not, and by reason.
+	past := time.Now().Add(time.Minute)
+	if leftOut, ok := l.refused.admit("ingress", past); !ok || leftOut != many-len(got)+1 {
+		t.Errorf("%d of %d lines are said to be left out, and %d were logged", leftOut, many, len(got)-1)
+	}
+	r := &Runner{refused: refusals{last: l.refused.last, counts: l.refused.counts}}
+	last, counts := r.Refusals()
+	if diff := cmp.Diff([]RefusalCount{{egress, "no_client_certificate", 1}, {"ingress", "no_client_certificate", many}}, counts); diff != "" {
+		t.Error(diff)
+	}
+	if len(last) != 2 || last[0].Peer != "192.0.2.1" || last[0].Count != many || last[1].Count != 1 {
+		t.Errorf("what is kept is %+v", last)
+	}
+}
+
+// TestFloodOfRefusals shows that a scan, each line of it another, leaves the one refusal that somebody looks for.
+func TestFloodOfRefusals(t *testing.T) {
+	var r refusals
+	note := func(code Reason, port int) {
+		r.note(Refusal{Count: 1, Direction: "ingress", Destination: fmt.Sprintf("192.0.2.2:%d", port), Code: string(code)})
+	}
+	note(SANNotAllowed, 9000)
+	for port := range 1000 {
+		note(Plaintext, port)
+	}
+	note(UnknownCA, 9000)
+	var codes []string
+	for _, refusal := range r.last {
+		codes = append(codes, refusal.Code)
+	}
+	want := append(append([]string{"san_not_allowed"}, slices.Repeat([]string{"plaintext"}, lastRefusals-2)...), "unknown_ca")
+	if !slices.Equal(codes, want) || r.last[lastRefusals-2].Destination != "192.0.2.2:999" {
+		t.Errorf("what is kept is %v", codes)
+	}
+}
+
+// TestLongCertificates shows that what a stranger writes into a certificate fills neither log nor memory.
+func TestLongCertificates(t *testing.T) {
+	sans := strings.Repeat("x", 1000) + strings.Repeat(",abcdefgh", 10_000)
+	line := strings.Replace(refusedLine("ingress", "192.0.2.1:1"), `"destination"`, `"dns_sans": "`+sans+`", "destination"`, 1)
+	longer := strings.Replace(line, "x", strings.Repeat("x", longestAccess), 1)
+	got, l := relayed(t, func(l *logs) { l.access(strings.NewReader(line + longer)) })
+	if len(got) < 2 || got[0]["code"] != "no_client_certificate" || len(got[0]["peer_sans"].([]any)) != maxSANs+1 {
+		t.Errorf("the first line is %v", got[0])
+	}
+	for _, fields := range got {
+		if text := fmt.Sprint(fields); len(text) > 1000 {
+			t.Errorf("a line has %d characters: %s", len(text), text)
+		}
+	}
+	if kept := l.refused.last; len(kept) != 1 || len(fmt.Sprint(kept[0])) > 1000 {
+		t.Errorf("what is kept is %v", kept)
+	}
+}
+
+// TestReasonsAreDocumented finds each reason in the README with its words, and none beside them.
+func TestReasonsAreDocumented(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, _ := strings.Cut(string(readme), "| code | in words | what to do |\n|---|---|---|\n")
+	table, _, _ = strings.Cut(table, "\n\n")
+	documented := map[Reason]string{}
+	for row := range strings.Lines(table) {
+		cells := strings.Split(row, " | ")
+		if len(cells) != 3 || len(cells[2]) < 10 {
+			t.Fatalf("a row is %q", row)
+		}
+		documented[Reason(strings.Trim(cells[0], "| `"))] = cells[1]
+	}
+	if diff := cmp.Diff(words, documented); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// TestReasons shows that a peer does not choose the reason by what is in its certificate, nor by what else is odd.
+func TestReasons(t *testing.T) {
+	const verify = "TLS_error:|268435581:SSL_routines:OPENSSL_internal:CERTIFICATE_VERIFY_FAILED:verify_cert_failed:_"
+	for detail, want := range map[string]Reason{
+		verify + "SAN_matcher,_certificate_SANs_are_[PEER_DID_NOT_RETURN_A_CERTIFICATE,_certificate_has_expired]:TLS_error_end":      SANNotAllowed,
+		verify + "SAN_matcher,_certificate_SANs_are_[|1:SSL_routines:OPENSSL_internal:WRONG_VERSION_NUMBER:TLS_error_end]":           SANNotAllowed,
+		verify + "X509_verify_cert:_certificate_verification_error_at_depth_0:_certificate_has_expired:TLS_error_end":                Expired,
+		verify + "X509_verify_cert:_certificate_verification_error_at_depth_12:_certificate_has_expired:TLS_error_end":               Expired,
+		verify + "X509_verify_cert:_certificate_verification_error_at_depth_1:_unable_to_get_local_issuer_certificate:TLS_error_end": UnknownCA,
+		verify + "X509_verify_cert:_certificate_verification_error_at_depth_0:_unsupported_certificate_purpose:TLS_error_end":        BadCertificate,
+		verify + "something new:TLS_error_end": BadCertificate,
+		"TLS_error:|436207716:ECDSA_routines:OPENSSL_internal:BAD_SIGNATURE|268435570:SSL_routines:OPENSSL_internal:BAD_SIGNATURE:TLS_error_end": WrongKey,
+		"TLS_error:|1:SSL_routines:OPENSSL_internal:SOMETHING_NEW:TLS_error_end":                                                                 HandshakeFailed,
+		"something new": HandshakeFailed,
+	} {
+		if got := (accessLine{Refused: detail}).reason(); got != want {
+			t.Errorf("%s: the reason is %q, want %q", detail, got, want)
+		}
 	}
 }

@@ -38,6 +38,8 @@ type Runner struct {
 	standIns sync.WaitGroup
 	bases    []*base // that Envoys were given
 
+	refused refusals
+
 	liveLimit time.Duration // defaultLiveLimit where it is 0
 
 	mu      sync.Mutex
@@ -313,7 +315,7 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Proc
 		return nil, fmt.Errorf("removing the admin socket of an Envoy before this one: %w", err)
 	}
 	p.admin = newAdmin(socket)
-	p.logs = &logs{to: r.Log.With("epoch", p.Epoch)}
+	p.logs = &logs{to: r.Log.With("epoch", p.Epoch), refused: &r.refused}
 	p.exited = make(chan struct{})
 	p.cmd = exec.Command(r.Path, arguments(config, r.socket(), p.base.id, p.Epoch, settings)...)
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{

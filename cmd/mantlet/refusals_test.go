@@ -1,0 +1,325 @@
+package main
+
+import (
+	"crypto/tls"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"mantlet/lab"
+)
+
+// logLine is a line of mantlet's log about a connection.
+type logLine struct {
+	Level       string   `json:"level"`
+	Message     string   `json:"msg"`
+	Direction   string   `json:"direction"`
+	Peer        string   `json:"peer"`
+	Destination string   `json:"destination"`
+	Upstream    string   `json:"upstream"`
+	SANs        []string `json:"peer_sans"`
+	TLSVersion  string   `json:"tls_version"`
+	Curve       string   `json:"curve"`
+	BytesIn     int      `json:"bytes_in"`
+	BytesOut    int      `json:"bytes_out"`
+	Duration    int      `json:"duration_ms"`
+	Code        string   `json:"code"`
+	Reason      string   `json:"reason"`
+	Detail      string   `json:"detail"`
+}
+
+// logged waits for the line about a connection, and returns it.
+func (p *pod) logged(conn net.Conn) (line logLine) {
+	p.t.Helper()
+	p.await("a line in the log about "+conn.LocalAddr().String(), func() bool {
+		for text := range strings.Lines(p.log.String()) {
+			line = logLine{}
+			if json.Unmarshal([]byte(text), &line) == nil && line.Peer == conn.LocalAddr().String() {
+				return true
+			}
+		}
+		return false
+	})
+	return line
+}
+
+// refusals are those that the client of a connection can see to: what it does, and what mantlet must say of it.
+var refusals = []struct {
+	what, code, reason string
+	port               uint16
+	speak              func(p *pod, conn net.Conn)
+	sans               []string
+}{
+	{"no certificate", "no_client_certificate", "no client certificate", mtlsPort, speakTLS(nil), nil},
+	{"a foreign CA", "unknown_ca", "unknown CA: the client's certificate is not of the mesh CA", mtlsPort, speakTLS(foreign), []string{"stranger"}},
+	{"a foreign CA, for a port with a list", "unknown_ca", "unknown CA: the client's certificate is not of the mesh CA", listedPort, speakTLS(foreign), []string{"stranger"}},
+	{
+		"another SAN", "san_not_allowed", "SAN not in allow: no name in the client's certificate is allowed", listedPort,
+		speakTLS(of(lab.Leaf{DNSNames: []string{"cart", "cart.shop.svc"}, URIs: []string{"spiffe://mesh/cart"}})),
+		[]string{"cart", "cart.shop.svc", "spiffe://mesh/cart"},
+	},
+	{"no SAN", "san_not_allowed", "SAN not in allow: no name in the client's certificate is allowed", listedPort, speakTLS(of(lab.Leaf{CommonName: "frontend"})), nil},
+	{
+		"an expired certificate", "expired", "expired: the client's certificate, or the CA's, is not valid any more", mtlsPort,
+		speakTLS(of(lab.Leaf{DNSNames: []string{"late"}, NotBefore: time.Now().AddDate(0, 0, -2), NotAfter: time.Now().Add(-time.Hour)})),
+		[]string{"late"},
+	},
+	{
+		"an expired certificate, for a port with a list", "expired", "expired: the client's certificate, or the CA's, is not valid any more", listedPort,
+		speakTLS(of(lab.Leaf{DNSNames: []string{"late"}, NotBefore: time.Now().AddDate(0, 0, -2), NotAfter: time.Now().Add(-time.Hour)})),
+		[]string{"late"},
+	},
+	{
+		"a certificate of tomorrow", "not_yet_valid", "not yet valid: the client's certificate is from the future, or a clock is wrong", mtlsPort,
+		speakTLS(of(lab.Leaf{DNSNames: []string{"early"}, NotBefore: time.Now().AddDate(0, 0, 1), NotAfter: time.Now().AddDate(0, 0, 2)})),
+		[]string{"early"},
+	},
+	{"a certificate of somebody else", "wrong_key", "the client does not hold the key of its certificate", mtlsPort, speakTLS(func(p *pod, config *tls.Config) {
+		certificate := p.client.Certificate()
+		certificate.PrivateKey = p.identity.Key
+		show(config, certificate)
+	}), []string{"client"}},
+	{"a certificate for servers", "bad_certificate", "the client's certificate does not verify", mtlsPort, speakTLS(func(p *pod, config *tls.Config) {
+		identity, err := p.mesh.Issue(lab.Leaf{DNSNames: []string{"server"}, ServerOnly: true})
+		p.must(err)
+		show(config, identity.Certificate())
+	}), []string{"server"}},
+	{"plaintext", "plaintext", "no TLS: plaintext", mtlsPort, speakPlain("hello, is anybody there?"), nil},
+	{"HTTP", "plaintext", "no TLS: plaintext", mtlsPort, speakPlain("GET / HTTP/1.1\r\nHost: pod\r\n\r\n"), nil},
+	{"HTTP to a proxy", "plaintext", "no TLS: plaintext", mtlsPort, speakPlain("CONNECT pod:443 HTTP/1.1\r\n\r\n"), nil},
+	{"plaintext to a tls port", "plaintext", "no TLS: plaintext", tlsPort, speakPlain("hello, is anybody there?"), nil},
+	{"TLS 1.1", "tls_version", "the client's TLS version is too old", mtlsPort, speakTLS(func(p *pod, config *tls.Config) {
+		config.MinVersion, config.MaxVersion = tls.VersionTLS10, tls.VersionTLS11
+	}), nil},
+	{"a cipher of old", "no_shared_algorithm", "no TLS cipher, curve or signature in common", mtlsPort, speakTLS(func(p *pod, config *tls.Config) {
+		config.MaxVersion, config.CipherSuites = tls.VersionTLS12, []uint16{tls.TLS_RSA_WITH_AES_128_CBC_SHA256}
+	}), nil},
+	{"another curve", "no_shared_algorithm", "no TLS cipher, curve or signature in common", mtlsPort, speakTLS(func(p *pod, config *tls.Config) {
+		config.CurvePreferences = []tls.CurveID{tls.CurveP521}
+	}), nil},
+	{"a client of another mesh", "certificate_not_accepted", "the client does not accept this workload's certificate", mtlsPort, speakTLS(func(p *pod, config *tls.Config) {
+		other, err := lab.NewAuthority("other")
+		p.must(err)
+		config.RootCAs = other.Pool()
+	}), nil},
+	{"what is no handshake", "handshake_failed", "the TLS handshake failed", mtlsPort, speakPlain("\x16\x03\x01\x00\x05\x09\x09\x09\x09\x09"), nil},
+	{"silence", "handshake_timeout", "the TLS handshake was not finished in time", mtlsPort, speakPlain(""), nil},
+	{
+		"a port that nothing listens on", "workload_unreachable", "the client was let in, but the workload takes no connection at this port", 4444,
+		speakTLS(func(p *pod, config *tls.Config) { show(config, p.client.Certificate()) }),
+		[]string{"client"},
+	},
+}
+
+// listedPort is a port that lets in "frontend" alone.
+const listedPort = 9091
+
+func show(config *tls.Config, certificate tls.Certificate) {
+	config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &certificate, nil }
+}
+
+// of has a client show a certificate of the mesh.
+func of(leaf lab.Leaf) func(*pod, *tls.Config) {
+	return func(p *pod, config *tls.Config) {
+		identity, err := p.mesh.Issue(leaf)
+		p.must(err)
+		show(config, identity.Certificate())
+	}
+}
+
+// foreign has a client show a certificate of a CA that calls itself what the mesh CA is called.
+func foreign(p *pod, config *tls.Config) {
+	authority, err := lab.NewAuthority("mesh")
+	p.must(err)
+	identity, err := authority.Issue(lab.Leaf{DNSNames: []string{"stranger"}})
+	p.must(err)
+	show(config, identity.Certificate())
+}
+
+func speakTLS(change func(*pod, *tls.Config)) func(*pod, net.Conn) {
+	return func(p *pod, conn net.Conn) {
+		config := p.anonymous()
+		if change != nil {
+			change(p, config)
+		}
+		if err := echo(tls.Client(conn, config)); err == nil {
+			p.t.Error("the client is let in")
+		}
+	}
+}
+
+func speakPlain(text string) func(*pod, net.Conn) {
+	return func(p *pod, conn net.Conn) {
+		_, err := io.WriteString(conn, text)
+		p.must(err)
+		_ = conn.SetReadDeadline(time.Now().Add(limit))
+		_, _ = io.Copy(io.Discard, conn)
+	}
+}
+
+// TestRefusals is refused in each way that there is, at once. There is no prober: it would use up the lines that a second has.
+func TestRefusals(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web, "MANTLET_CONFIG_INLINE=ingress: [{port: 9091, allow: [frontend]}]")
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.protect(mtlsPort)
+	p.protect(tlsPort)
+	p.protect(listedPort)
+	p.ready()
+	for i, c := range refusals {
+		t.Run(c.what, func(t *testing.T) {
+			t.Parallel()
+			to := netip.AddrPortFrom(p.Addrs()[i%2], c.port)
+			conn := p.dial(p.outside, to)
+			c.speak(p, conn)
+			got := p.logged(conn)
+			if got.Code != c.code || got.Reason != c.reason || got.Message != "connection refused" || got.Level != "WARN" || got.Detail == "" {
+				t.Errorf("the line is %+v, want %s: %s", got, c.code, c.reason)
+			}
+			if got.Direction != "ingress" || got.Destination != to.String() || !slices.Equal(got.SANs, c.sans) {
+				t.Errorf("the line is %+v, want ingress to %s of %q", got, to, c.sans)
+			}
+		})
+	}
+}
+
+// TestEachRefusalIsTried shows that no row of the README's table goes untried.
+func TestEachRefusalIsTried(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, _ := strings.Cut(string(readme), "| code | in words | what to do |\n|---|---|---|\n")
+	table, _, _ = strings.Cut(table, "\n\n")
+	for row := range strings.Lines(table) {
+		code := strings.Split(row, "`")[1]
+		tried := slices.ContainsFunc(egressRefusals, func(r egressRefusal) bool { return r.code == code })
+		for _, r := range refusals {
+			tried = tried || r.code == code
+		}
+		if !tried {
+			t.Errorf("%s: nobody is refused for it here", code)
+		}
+	}
+}
+
+// egressRefusal is what mantlet must say of an endpoint.
+type egressRefusal struct {
+	code, reason, upstream string
+	sans                   []string
+}
+
+var egressRefusals = []egressRefusal{
+	{"unknown_ca", "unknown CA: the endpoint's certificate is not of the mesh CA", "peers:8001", nil},
+	{"expired", "expired: the endpoint's certificate, or the CA's, is not valid any more", "peers:8002", nil},
+	{"san_not_allowed", "SAN not in serverNames: no name in the endpoint's certificate is allowed", "peers:8003", []string{"peers", "peers.shop.svc"}},
+	{"plaintext", "no TLS: plaintext", "peers:8004", nil},
+	{"tls_version", "the endpoint's TLS version is too old", "peers:8005", nil},
+	{"certificate_not_accepted", "the endpoint does not accept this workload's certificate", "peers:8006", nil},
+	{"endpoint_unreachable", "the endpoint takes no connection, or does not finish the TLS handshake in time", "peers:8007", nil},
+	{"no_endpoint", "the upstream's name has no address", "nobody:8008", nil},
+}
+
+// TestEgressRefusals dials endpoints that are not who they should be, or not there.
+func TestEgressRefusals(t *testing.T) {
+	t.Parallel()
+	p := newPod(t)
+	peers := p.host("peers")
+	p.zone(&zone{hosts: map[string][]netip.Addr{"peers": peers.Addrs()}})
+	stranger, err := lab.NewAuthority("mesh")
+	p.must(err)
+	foreign, err := stranger.Issue(lab.Leaf{DNSNames: []string{"peers"}})
+	p.must(err)
+	late, err := p.mesh.Issue(lab.Leaf{DNSNames: []string{"peers"}, NotBefore: time.Now().AddDate(0, 0, -2), NotAfter: time.Now().Add(-time.Hour)})
+	p.must(err)
+	good := p.issue("peers", "peers.shop.svc")
+	picky := good.ServerConfig()
+	picky.ClientCAs = stranger.Pool()
+	for port, service := range map[int]lab.Service{
+		8001: {TLS: foreign.ServerConfig()},
+		8002: {TLS: late.ServerConfig()},
+		8003: {TLS: good.ServerConfig()},
+		8004: {Banner: "220 ready\r\n"},
+		8005: {TLS: only(tls.VersionTLS11, good.ServerConfig())},
+		8006: {TLS: only(tls.VersionTLS12, picky)},
+	} {
+		service.Address = fmt.Sprintf(":%d", port)
+		p.serve(peers, service)
+	}
+	inline := "MANTLET_CONFIG_INLINE=egress:\n"
+	for i, c := range egressRefusals {
+		names := ""
+		if c.code == "san_not_allowed" {
+			names = ", serverNames: [billing]"
+		}
+		inline += fmt.Sprintf("  - {listen: \"127.137.0.%d:80\", upstream: %q%s}\n", 1+i, c.upstream, names)
+	}
+	p.sidecar.Env = append(p.sidecar.Env, inline)
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.ready()
+	for i, c := range egressRefusals {
+		to := listen(fmt.Sprintf("127.137.0.%d:80", 1+i))
+		conn := p.dial(p.Host, to)
+		if err := echo(conn); err == nil {
+			t.Errorf("%s: the endpoint is accepted", c.code)
+		}
+		got := p.logged(conn)
+		if got.Code != c.code || got.Reason != c.reason || got.Direction != "egress" || got.Destination != to.String() || !slices.Equal(got.SANs, c.sans) {
+			t.Errorf("the line is %+v, want %s of %q: %s", got, c.code, c.sans, c.reason)
+		}
+	}
+}
+
+// TestConnectionLog has a line for every connection.
+func TestConnectionLog(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, "MANTLET_ACCESS_LOG=all")
+	peers := p.host("peers")
+	p.zone(&zone{hosts: map[string][]netip.Addr{"peers": append([]netip.Addr{netip.MustParseAddr("2001:db8::dead")}, peers.IPv4)}})
+	p.serve(peers, lab.Service{Address: ":8000", TLS: p.issue("peers", "peers.shop.svc").ServerConfig()})
+	p.sidecar.Env = append(p.sidecar.Env, `MANTLET_CONFIG_INLINE=egress: [{listen: "127.137.0.1:80", upstream: "peers:8000"}]`)
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.protect(mtlsPort)
+	p.ready()
+	for _, addr := range p.Addrs() {
+		to := netip.AddrPortFrom(addr, mtlsPort)
+		conn := p.dial(p.outside, to)
+		p.must(echo(tls.Client(conn, p.client.ClientConfig("pod"))))
+		p.must(conn.Close())
+		want := logLine{
+			Level: "INFO", Message: "connection", Direction: "ingress", Peer: conn.LocalAddr().String(), Destination: to.String(),
+			SANs: []string{"client"}, TLSVersion: "1.3", Curve: "X25519MLKEM768", BytesIn: 5, BytesOut: 5,
+		}
+		p.logs(t, conn, want)
+	}
+	// An attempt at an address that is dead, before the one that is not, makes no refusal.
+	for range 4 {
+		conn := p.dial(p.Host, listen("127.137.0.1:80"))
+		p.must(echo(conn))
+		p.must(conn.Close())
+		p.logs(t, conn, logLine{
+			Level: "INFO", Message: "connection", Direction: "egress", Peer: conn.LocalAddr().String(), Destination: "127.137.0.1:80",
+			Upstream: netip.AddrPortFrom(peers.IPv4, 8000).String(), SANs: []string{"peers", "peers.shop.svc"},
+			TLSVersion: "1.3", Curve: "X25519MLKEM768", BytesIn: 5, BytesOut: 5,
+		})
+	}
+}
+
+// logs checks the line about a connection; only the time that it took is as it may be.
+func (p *pod) logs(t *testing.T, conn net.Conn, want logLine) {
+	t.Helper()
+	got := p.logged(conn)
+	if want.Duration = got.Duration; fmt.Sprintf("%+v", got) != fmt.Sprintf("%+v", want) {
+		t.Errorf("the line is %+v, want %+v", got, want)
+	}
+}
