@@ -109,10 +109,10 @@ func TestSameBytes(t *testing.T) {
 	group.Wait()
 }
 
-// TestDigest checks that the digest tells bootstraps apart, and nothing else.
+// TestDigest checks that the digest tells apart what Envoys are started with, and nothing else.
 func TestDigest(t *testing.T) {
-	bootstraps := map[string]string{} // by digest
-	digests := map[string]string{}    // by bootstrap
+	starts := map[string]string{}  // by digest
+	digests := map[string]string{} // by bootstrap and settings
 	for name, g := range goldenCases(t) {
 		mesh, err := load(g.inputs(t))
 		if err != nil {
@@ -123,13 +123,14 @@ func TestDigest(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, bootstrap := rendered(t, mesh)
-		if other, ok := bootstraps[state.Digest]; ok && other != string(bootstrap) {
-			t.Errorf("%s: its digest is another bootstrap's too", name)
+		start := fmt.Sprintf("%v %s", mesh.Envoy, bootstrap)
+		if other, ok := starts[state.Digest]; ok && other != start {
+			t.Errorf("%s: its digest is another start's too", name)
 		}
-		if other, ok := digests[string(bootstrap)]; ok && other != state.Digest {
-			t.Errorf("%s: its bootstrap has another digest too", name)
+		if other, ok := digests[start]; ok && other != state.Digest {
+			t.Errorf("%s: the same start has another digest too", name)
 		}
-		bootstraps[state.Digest], digests[string(bootstrap)] = string(bootstrap), state.Digest
+		starts[state.Digest], digests[start] = start, state.Digest
 		if got := state.Bootstrap.Node.Metadata.Fields[render.DigestKey].GetStringValue(); got != state.Digest {
 			t.Errorf("%s: the bootstrap says that its digest is %q", name, got)
 		}

@@ -21,7 +21,7 @@ import (
 type State struct {
 	Ruleset   Ruleset
 	Bootstrap *bootstrapv3.Bootstrap
-	Digest    string // of the bootstrap; Envoy's /server_info shows it under node.metadata, see DigestKey
+	Digest    string // of the bootstrap and of Envoy's settings; /server_info shows it under node.metadata, see DigestKey
 }
 
 // DigestKey is the field of node.metadata that tells which desired state an Envoy runs.
@@ -39,7 +39,7 @@ func Render(mesh schema.Mesh, place Place) (State, error) {
 	if err != nil {
 		return State{}, err
 	}
-	digest, err := digestOf(b)
+	digest, err := digestOf(b, mesh.Envoy)
 	if err != nil {
 		return State{}, fmt.Errorf("marshalling the bootstrap: %w", err)
 	}
@@ -47,9 +47,10 @@ func Render(mesh schema.Mesh, place Place) (State, error) {
 	return State{Ruleset: Rules(mesh, Generations{}), Bootstrap: b, Digest: digest}, nil
 }
 
-// digestOf hashes the binary form of a bootstrap: its text takes longer than all other rendering together. It goes entry by
-// entry, since passes over the whole of a large bootstrap find little of it in the processor's caches.
-func digestOf(b *bootstrapv3.Bootstrap) (string, error) {
+// digestOf hashes all that an Envoy is started with. Of the bootstrap it takes the binary form: its text takes longer than all
+// other rendering together. It goes entry by entry, since passes over the whole of a large bootstrap find little of it in
+// the processor's caches.
+func digestOf(b *bootstrapv3.Bootstrap, settings schema.Envoy) (string, error) {
 	resources := b.StaticResources
 	b.StaticResources = nil
 	defer func() { b.StaticResources = resources }()
@@ -61,13 +62,14 @@ func digestOf(b *bootstrapv3.Bootstrap) (string, error) {
 		parts = append(parts, c)
 	}
 	sum := sha256.New()
+	_, _ = fmt.Fprintf(sum, "%+v\n", settings) // a hash returns no error
 	var wire []byte
 	for _, part := range parts {
 		var err error
 		if wire, err = (proto.MarshalOptions{Deterministic: true}).MarshalAppend(wire[:0], part); err != nil {
 			return "", err
 		}
-		_, _ = fmt.Fprintf(sum, "%T %d\n%s", part, len(wire), wire) // a hash returns no error
+		_, _ = fmt.Fprintf(sum, "%T %d\n%s", part, len(wire), wire)
 	}
 	return hex.EncodeToString(sum.Sum(nil)), nil
 }

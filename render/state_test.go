@@ -1,6 +1,7 @@
 package render
 
 import (
+	"reflect"
 	"testing"
 
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
@@ -17,15 +18,24 @@ func TestDigestOfEverything(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	settings := schema.Envoy{Concurrency: 1, DrainTime: 2, ParentShutdownTime: 3, LogLevel: "4"}
 	digest := func(b *bootstrapv3.Bootstrap) string {
 		before := proto.Clone(b)
-		text, err := digestOf(b)
+		text, err := digestOf(b, settings)
 		if err != nil || !proto.Equal(b, before) {
 			t.Errorf("it changes: %v", err)
 		}
 		return text
 	}
 	want := digest(whole)
+	for i := range reflect.TypeFor[schema.Envoy]().NumField() {
+		before := settings
+		reflect.ValueOf(&settings).Elem().Field(i).SetZero()
+		if digest(whole) == want {
+			t.Errorf("of %+v all that %+v has is part of it", before, settings)
+		}
+		settings = before
+	}
 	without := func(of func(*bootstrapv3.Bootstrap) proto.Message) {
 		of(whole).ProtoReflect().Range(func(field protoreflect.FieldDescriptor, _ protoreflect.Value) bool {
 			b := proto.CloneOf(whole)
