@@ -8,6 +8,9 @@ import (
 	"strings"
 	"unicode"
 
+	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
+
+	"mantlet/render"
 	"mantlet/schema"
 )
 
@@ -22,11 +25,78 @@ func (s Step) String() string { return s.What + "; " + string(s.Need) }
 // Need is what a step does to Envoy.
 type Need string
 
-// What a change needs. Certificates need neither.
+// What a change needs.
 const (
 	NoRestart  Need = "no restart"  // rules in the kernel alone
+	SDS        Need = "SDS"         // publication of certificates to the Envoy that runs
 	HotRestart Need = "hot restart" // a new epoch of Envoy
+	Start      Need = "start"       // of Envoy: none runs
 )
+
+// Live is what is there, as the kernel and Envoy say.
+type Live struct {
+	Rules        render.Ruleset
+	Envoy        Envoy
+	Certificates []string // what Envoy has otherwise than the TLS directory, a line each
+}
+
+// Envoy is what a running Envoy says of itself.
+type Envoy struct {
+	Epoch     int
+	State     string // LIVE, INITIALIZING, …; "" where none runs
+	Digest    string
+	Settings  schema.Envoy
+	Bootstrap *bootstrapv3.Bootstrap
+	Listeners map[string]bool
+	Leaf      string // the serial number of the certificate that it shows, in hex
+}
+
+// Diff returns the steps that lead from what is there to a mesh in a place: none if it is what is wanted. Rules are
+// compared in the generations that are in force.
+func Diff(mesh schema.Mesh, place render.Place, have Live) ([]Step, error) {
+	state, err := render.Render(mesh, place)
+	if err != nil {
+		return nil, err
+	}
+	generations, _ := render.GenerationsOf(have.Rules)
+	var steps []Step
+	for _, line := range render.Diff(render.Rules(mesh, generations), have.Rules) {
+		steps = append(steps, Step{line, NoRestart})
+	}
+	for _, line := range have.Certificates {
+		steps = append(steps, Step{line, SDS})
+	}
+	return append(steps, diffEnvoy(state, mesh.Envoy, have.Envoy)...), nil
+}
+
+func diffEnvoy(state render.State, settings schema.Envoy, have Envoy) (steps []Step) {
+	add := func(format string, args ...any) {
+		steps = append(steps, Step{fmt.Sprintf(format, args...), HotRestart})
+	}
+	switch {
+	case have.State == "":
+		return []Step{{"Envoy: none runs", Start}}
+	case have.State != "LIVE":
+		add("Envoy: epoch %d is %s, not LIVE", have.Epoch, have.State)
+	}
+	if have.Digest == state.Digest {
+		for _, l := range state.Bootstrap.StaticResources.Listeners {
+			if !have.Listeners[l.Name] {
+				add("Envoy: epoch %d has no listener %s", have.Epoch, l.Name)
+			}
+		}
+		return steps
+	}
+	before := len(steps)
+	compareSettings(have.Settings, settings, add)
+	for _, line := range render.DiffBootstraps(state.Bootstrap, have.Bootstrap) {
+		add("Envoy: %s", line)
+	}
+	if len(steps) == before {
+		add("Envoy: epoch %d runs the state %.12s, not %.12s", have.Epoch, have.Digest, state.Digest)
+	}
+	return steps
+}
 
 // Compare returns the steps that lead from one mesh to another: none if they do the same. Names alone change nothing.
 func Compare(from, to schema.Mesh) []Step {
@@ -36,24 +106,34 @@ func Compare(from, to schema.Mesh) []Step {
 	}
 	comparePorts(from.Ingress, to.Ingress, add)
 	compareEgress(from.Egress, to.Egress, add)
+	restarts := func(format string, args ...any) { add(HotRestart, format, args...) }
+	if from.TLS.MinVersion != to.TLS.MinVersion {
+		restarts("tls.minVersion: %v -> %v", from.TLS.MinVersion, to.TLS.MinVersion)
+	}
+	compareSettings(from.Envoy, to.Envoy, restarts)
+	if from.OtherProtocols != to.OtherProtocols {
+		add(NoRestart, "otherProtocols: %v -> %v", from.OtherProtocols, to.OtherProtocols)
+	}
+	if from.AccessLog != to.AccessLog {
+		restarts("accessLog: %v -> %v", from.AccessLog, to.AccessLog)
+	}
+	return steps
+}
+
+func compareSettings(from, to schema.Envoy, add func(format string, args ...any)) {
 	for _, s := range []struct {
 		name     string
 		from, to any
-		need     Need
 	}{
-		{"tls.minVersion", from.TLS.MinVersion, to.TLS.MinVersion, HotRestart},
-		{"envoy.concurrency", from.Envoy.Concurrency, to.Envoy.Concurrency, HotRestart},
-		{"envoy.drainTime", from.Envoy.DrainTime, to.Envoy.DrainTime, HotRestart},
-		{"envoy.parentShutdownTime", from.Envoy.ParentShutdownTime, to.Envoy.ParentShutdownTime, HotRestart},
-		{"envoy.logLevel", from.Envoy.LogLevel, to.Envoy.LogLevel, HotRestart},
-		{"otherProtocols", from.OtherProtocols, to.OtherProtocols, NoRestart},
-		{"accessLog", from.AccessLog, to.AccessLog, HotRestart},
+		{"concurrency", from.Concurrency, to.Concurrency},
+		{"drainTime", from.DrainTime, to.DrainTime},
+		{"parentShutdownTime", from.ParentShutdownTime, to.ParentShutdownTime},
+		{"logLevel", from.LogLevel, to.LogLevel},
 	} {
 		if s.from != s.to {
-			add(s.need, "%s: %v -> %v", s.name, s.from, s.to)
+			add("envoy.%s: %v -> %v", s.name, s.from, s.to)
 		}
 	}
-	return steps
 }
 
 // tightens reports whether connections that were let in under one mesh could be refused under the other.

@@ -2,9 +2,19 @@ package render
 
 import (
 	"cmp"
+	"encoding/json"
 	"fmt"
+	"maps"
 	"reflect"
 	"slices"
+	"strconv"
+	"strings"
+
+	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+
+	"mantlet/schema"
 )
 
 // Diff returns what have has otherwise than want, a line each; none where both are the same. The order of chains, and of
@@ -58,37 +68,39 @@ func diffNamed[T any](kind string, want, have []T, name, describe func(T) string
 	return lines
 }
 
-// diffMap walks both lists of elements, which are sorted.
+// diffMap compares what becomes of ports, not how they are put together to ranges.
 func diffMap(title string, want, have Map) []string {
+	if slices.Equal(want.Elements, have.Elements) {
+		return nil
+	}
+	var ranges []schema.Ports
+	for _, e := range slices.Concat(want.Elements, have.Elements) {
+		ranges = append(ranges, e.Ports)
+	}
 	var lines []string
-	w, h := want.Elements, have.Elements
-	for len(w) > 0 || len(h) > 0 {
-		switch order := compareHeads(w, h); {
-		case order < 0:
-			lines = append(lines, fmt.Sprintf("%s: `%s` missing", title, w[0].text()))
-			w = w[1:]
-		case order > 0:
-			lines = append(lines, fmt.Sprintf("%s: `%s` not mantlet's", title, h[0].text()))
-			h = h[1:]
-		default:
-			if w[0].Verdict != h[0].Verdict {
-				lines = append(lines, fmt.Sprintf("%s: have `%s`, want `%s`", title, h[0].text(), w[0].text()))
-			}
-			w, h = w[1:], h[1:]
+	for _, ports := range schema.Cut(ranges) {
+		w, wok := want.at(ports.First)
+		h, hok := have.at(ports.First)
+		wanted, found := Element{ports, w}.text(), Element{ports, h}.text()
+		switch {
+		case !hok:
+			lines = append(lines, fmt.Sprintf("%s: `%s` missing", title, wanted))
+		case !wok:
+			lines = append(lines, fmt.Sprintf("%s: `%s` not mantlet's", title, found))
+		case w != h:
+			lines = append(lines, fmt.Sprintf("%s: have `%s`, want `%s`", title, found, wanted))
 		}
 	}
 	return lines
 }
 
-func compareHeads(w, h []Element) int {
-	switch {
-	case len(w) == 0:
-		return 1
-	case len(h) == 0:
-		return -1
-	default:
-		return cmp.Or(cmp.Compare(w[0].Ports.First, h[0].Ports.First), cmp.Compare(w[0].Ports.Last, h[0].Ports.Last))
+// at returns what becomes of a port.
+func (m Map) at(port uint16) (Verdict, bool) {
+	i, _ := slices.BinarySearchFunc(m.Elements, port, func(e Element, port uint16) int { return cmp.Compare(e.Ports.Last, port) })
+	if i < len(m.Elements) && m.Elements[i].Ports.Contains(port) {
+		return m.Elements[i].Verdict, true
 	}
+	return Verdict{}, false
 }
 
 func diffChain(title string, want, have Chain) []string {
@@ -132,4 +144,97 @@ func diffRules(title string, want, have []Rule) []string {
 		}
 	}
 	return lines
+}
+
+// DiffBootstraps returns what have has otherwise than want, a line each, by the path of the field. What tells no difference of
+// meaning is left out: where the admin interface is, what Envoy adds about itself to the node, and whether it waits for a name.
+func DiffBootstraps(want, have *bootstrapv3.Bootstrap) []string {
+	w, h := plain(want), plain(have)
+	var lines []string
+	short := strings.NewReplacer("static_resources.listeners.", "listener ", "static_resources.clusters.", "cluster ")
+	diffValues("", w, h, func(format string, args ...any) {
+		lines = append(lines, short.Replace(fmt.Sprintf(format, args...)))
+	})
+	return lines
+}
+
+// plain returns a bootstrap as generic JSON.
+func plain(b *bootstrapv3.Bootstrap) any {
+	b = proto.CloneOf(b)
+	b.Admin, b.Node = nil, nil
+	for _, c := range b.GetStaticResources().GetClusters() {
+		c.WaitForWarmOnInit = nil
+	}
+	text, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(b)
+	var value any
+	if err == nil {
+		err = json.Unmarshal(text, &value)
+	}
+	if err != nil {
+		return err.Error()
+	}
+	return value
+}
+
+func diffValues(path string, want, have any, add func(format string, args ...any)) {
+	if reflect.DeepEqual(want, have) {
+		return
+	}
+	w, wok := members(want)
+	h, hok := members(have)
+	if !wok || !hok {
+		add("%s: have %s, want %s", path, onLine(have), onLine(want))
+		return
+	}
+	names := map[string]bool{}
+	for name := range w {
+		names[name] = true
+	}
+	for name := range h {
+		names[name] = true
+	}
+	for _, name := range slices.Sorted(maps.Keys(names)) {
+		below := strings.TrimPrefix(path+"."+name, ".")
+		switch {
+		case h[name] == nil:
+			add("%s missing", below)
+		case w[name] == nil:
+			add("%s not wanted", below)
+		default:
+			diffValues(below, w[name], h[name], add)
+		}
+	}
+}
+
+// members returns the parts of an object, or those of a list by their names, or else by their places.
+func members(value any) (map[string]any, bool) {
+	list, ok := value.([]any)
+	if !ok {
+		object, ok := value.(map[string]any)
+		return object, ok
+	}
+	parts := map[string]any{}
+	for i, item := range list {
+		key := strconv.Itoa(i)
+		if object, ok := item.(map[string]any); ok {
+			if name, ok := object["name"].(string); ok && name != "" {
+				key = name
+			}
+		}
+		parts[key] = item
+	}
+	return parts, true
+}
+
+// onLine is a value on a line.
+func onLine(value any) string {
+	const most = 60
+	text, err := json.Marshal(value)
+	if err != nil {
+		return err.Error()
+	}
+	if runes := []rune(string(text)); len(runes) > most {
+		return string(runes[:most]) + "…"
+	}
+	return string(text)
 }

@@ -273,17 +273,11 @@ func trustsMeshAlone(t *rapid.T, where string, c *tlsv3.CommonTlsContext, names 
 
 // TestGenerations checks that each port's packets come to chains of its mode and its generation, in both directions.
 func TestGenerations(t *testing.T) {
-	generation := rapid.Custom(func(t *rapid.T) render.Generation {
-		return render.Generation(rapid.Uint8Max(uint8(render.MaxGeneration)).Draw(t, "generation"))
-	})
 	rapid.Check(t, func(t *rapid.T) {
-		mesh := drawMesh(t)
-		generations := render.Generations{Default: generation.Draw(t, "default")}
-		edges := rapid.SliceOfNDistinct(rapid.Uint16Min(1), 0, 8, rapid.ID).Draw(t, "edges")
-		slices.Sort(edges)
-		for pair := range slices.Chunk(edges, 2) {
-			ports := schema.Ports{First: pair[0], Last: pair[len(pair)-1]}
-			generations.Ports = append(generations.Ports, render.PortsGeneration{Ports: ports, Generation: generation.Draw(t, "generation")})
+		mesh, generations := drawMesh(t), drawGenerations(t)
+		edges := []uint16{1, 8080, 65535}
+		for _, p := range generations.Ports {
+			edges = append(edges, p.Ports.First, p.Ports.Last)
 		}
 		rules := render.Rules(mesh, generations)
 		chains := map[string]string{}
@@ -292,7 +286,7 @@ func TestGenerations(t *testing.T) {
 				chains[c.Name] += r.Text() + "\n"
 			}
 		}
-		for _, port := range append(edges, 1, 8080, 65535) {
+		for _, port := range edges {
 			mode, number := schema.ModeMTLS, generations.Default
 			for _, in := range mesh.Ingress {
 				if in.Ports.Contains(port) {

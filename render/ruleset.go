@@ -297,6 +297,43 @@ func passthrough() []Chain {
 	}
 }
 
+// GenerationsOf returns the generations of a live ruleset, which its chains' names tell. Those of passthrough ports are not
+// told. It reports false where these are no rules of a mesh: deny-all, or none.
+func GenerationsOf(r Ruleset) (Generations, bool) {
+	var g Generations
+	i := slices.IndexFunc(r.Chains, func(c Chain) bool { return c.Name == portsChain })
+	j := slices.IndexFunc(r.Maps, func(m Map) bool { return m.Name == modesMap })
+	if i < 0 || j < 0 {
+		return g, false
+	}
+	found := false
+	for _, rule := range r.Chains[i].Rules {
+		if v, ok := rule[len(rule)-1].(Verdict); ok && v.Goto != "" {
+			if w, ok := parseWrapped(v.Goto); ok {
+				g.Default, found = w.generation, true
+			}
+		}
+	}
+	for _, e := range r.Maps[j].Elements {
+		if w, ok := parseWrapped(e.Verdict.Goto); ok && w.generation != g.Default {
+			g.Ports = append(g.Ports, PortsGeneration{e.Ports, w.generation})
+		}
+	}
+	return g, found
+}
+
+// parseWrapped is the inverse of wrapped.in.
+func parseWrapped(chain string) (wrapped, bool) {
+	for _, mode := range []schema.Mode{schema.ModeMTLS, schema.ModeTLS} {
+		for generation := range MaxGeneration + 1 {
+			if w := (wrapped{mode, generation}); w.in() == chain {
+				return w, true
+			}
+		}
+	}
+	return wrapped{}, false
+}
+
 // part is a range of ports that are handled alike.
 type part struct {
 	ports schema.Ports

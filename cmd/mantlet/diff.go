@@ -1,31 +1,45 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	"mantlet/reconcile"
+	"mantlet/reconcile/envoy"
+	"mantlet/reconcile/nft"
 )
 
 func diffCommand() *cobra.Command {
 	var against string
 	cmd := &cobra.Command{
-		Use:   "diff --against FILE",
-		Short: "Say what another override file would change; exit 0 nothing, 1 something, 2 it can't be told",
-		Args:  cobra.NoArgs,
+		Use:   "diff [--against FILE]",
+		Short: "Say what differs from the configuration; exit 0 nothing, 1 something, 2 it can't be told",
+		Long: "Say what the rules in the kernel, Envoy and its certificates have otherwise than the configuration that is there now, and\n" +
+			"what each step takes. It asks the kernel and Envoy by itself, in the pod's network namespace, and no mantlet that runs.\n" +
+			"With --against it says what another override file would change, and needs neither kernel nor Envoy.",
+		Args: cobra.NoArgs,
 	}
 	output := outputFlag(cmd, "how to say it:", "text", "json")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		steps, err := compare(against)
+		var steps []reconcile.Step
+		var err error
+		if cmd.Flags().Changed("against") {
+			steps, err = compare(against)
+		} else {
+			steps, err = diffLive(cmd.Context(), cmd.ErrOrStderr())
+		}
 		if err != nil {
 			return err
 		}
 		if *output == "json" {
-			err = printData(cmd.OutOrStdout(), map[string]any{"steps": steps}, "json")
+			err = printData(cmd.OutOrStdout(), map[string]any{"steps": append([]reconcile.Step{}, steps...)}, "json")
 		} else {
 			for _, s := range steps {
 				_, err = fmt.Fprintln(cmd.OutOrStdout(), s)
@@ -37,10 +51,39 @@ func diffCommand() *cobra.Command {
 		return err
 	}
 	cmd.Flags().StringVar(&against, "against", "", "the override file to compare with, instead of the one that MANTLET_CONFIG names")
-	if err := cmd.MarkFlagRequired("against"); err != nil {
-		panic(err)
-	}
 	return cmd
+}
+
+// liveLimit bounds how long Envoy may take to answer.
+const liveLimit = 10 * time.Second
+
+// diffLive returns the steps from what is in force in this network namespace to the current configuration.
+func diffLive(ctx context.Context, notes io.Writer) ([]reconcile.Step, error) {
+	ctx, cancel := context.WithTimeout(ctx, liveLimit)
+	defer cancel()
+	env, config, err := load(os.Environ())
+	if err != nil {
+		return nil, fmt.Errorf("the current configuration: %w", incomparable(err))
+	}
+	table, err := nft.Open()
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = table.Close() }()
+	rules, err := table.Read()
+	if err != nil {
+		return nil, err
+	}
+	process := env.Process
+	live, err := envoy.Read(ctx, process.RuntimeDirectory)
+	if err != nil {
+		return nil, fmt.Errorf("asking Envoy: %w", err)
+	}
+	certificates, err := envoy.Unpublished(process.TLSDirectory, process.RuntimeDirectory, live, time.Now())
+	if err != nil {
+		_, _ = fmt.Fprintln(notes, "the certificates are not good, so they are not published:", err)
+	}
+	return reconcile.Diff(config.Mesh, place(env), reconcile.Live{Rules: rules, Envoy: reconcile.Envoy(live), Certificates: certificates})
 }
 
 // compare returns the steps from the current configuration to the one with another override file. A configuration that
@@ -61,7 +104,7 @@ func compare(against string) ([]reconcile.Step, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the configuration with %s: %w", against, incomparable(err))
 	}
-	return append([]reconcile.Step{}, reconcile.Compare(from.Mesh, to.Mesh)...), nil
+	return reconcile.Compare(from.Mesh, to.Mesh), nil
 }
 
 // incomparable makes of what is validate's answer what it is to diff: an error.

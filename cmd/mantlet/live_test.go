@@ -1,11 +1,15 @@
 package main
 
 import (
+	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -13,6 +17,8 @@ import (
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"mantlet/lab"
 )
 
 // transactions counts how often anybody changes the pod's rules from now on.
@@ -124,4 +130,144 @@ func TestLeastAction(t *testing.T) {
 		expect(change.what, change.transactions, true)
 	}
 	p.besieged()
+}
+
+// diff runs `mantlet diff` in the pod.
+func (p *pod) diff(args ...string) (code int, said, errors string) {
+	p.t.Helper()
+	var out, errs bytes.Buffer
+	cmd := p.sidecar.Command(append([]string{"diff"}, args...)...)
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	p.must(p.Start(cmd))
+	_ = cmd.Wait()
+	return cmd.ProcessState.ExitCode(), out.String(), errs.String()
+}
+
+// differs checks what `mantlet diff` says, line by line; a * at the end of a line stands for any text.
+func (p *pod) differs(want ...string) {
+	p.t.Helper()
+	code, said, errs := p.diff()
+	lines := strings.Split(strings.TrimSuffix(said, "\n"), "\n")
+	same := slices.EqualFunc(want, lines, func(want, line string) bool {
+		start, open := strings.CutSuffix(want, "*")
+		return want == line || open && strings.HasPrefix(line, start)
+	})
+	if code != 1 || errs != "" || !same {
+		p.t.Errorf("mantlet diff: exit code %d, %q, said\n%swant\n%s", code, errs, said, strings.Join(want, "\n"))
+	}
+}
+
+// same checks that `mantlet diff` finds nothing.
+func (p *pod) same() {
+	p.t.Helper()
+	if code, said, errs := p.diff(); code != 0 || said+errs != "" {
+		p.t.Errorf("mantlet diff: exit code %d, said\n%s%s", code, said, errs)
+	}
+}
+
+// unowned makes the kernel keep no owner for the table, as one before 6.9 does not: it was made without.
+func (p *pod) unowned() { p.nft("add table inet mantlet") }
+
+func (p *pod) nft(args ...string) string {
+	p.t.Helper()
+	out, err := p.Run("nft", args...)
+	p.must(err)
+	return out
+}
+
+// TestDiffOfWhatIsInForce: diff tells what kernel and Envoy have otherwise than the configuration, and what it takes, while
+// the daemon does nothing.
+func TestDiffOfWhatIsInForce(t *testing.T) {
+	t.Parallel()
+	const billing = "egress: [{listen: '127.137.0.1:8081', upstream: 'billing-svc:8080', name: billing}]\n"
+	p := newPod(t, web)
+	p.unowned()
+	m := p.mount()
+	m.write(billing)
+	p.sidecar.Env = append(p.sidecar.Env, "MANTLET_CONFIG="+m.file())
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.ready()
+	p.same()
+	p.must(p.sidecar.Signal(syscall.SIGSTOP))
+	p.same()
+
+	// The kernel.
+	for line := range strings.Lines(p.nft("-a", "-s", "list", "chain", "inet", "mantlet", "mtls_in")) {
+		if rule, handle, _ := strings.Cut(strings.TrimSpace(line), " # handle "); strings.HasPrefix(rule, "tcp flags syn") && strings.Contains(rule, "127.0.0.1:15006") {
+			p.nft("replace rule inet mantlet mtls_in handle", handle, strings.Replace(rule, "15006", "15999", 1))
+		}
+	}
+	p.nft("delete element inet mantlet modes { 8080 }")
+	p.differs(
+		"map modes: `8080 : goto tls_in` missing; no restart",
+		"chain mtls_in rule 3: have `tcp flags syn / fin,syn,rst,ack meta nfproto ipv4 meta l4proto tcp tproxy ip to 127.0.0.1:15999 socket wildcard 0 *",
+	)
+	p.nft("flush ruleset")
+	p.differs("the table inet mantlet is not there, or empty; no restart")
+	p.must(p.sidecar.Signal(syscall.SIGCONT))
+	p.await("the table is back", func() bool { return p.log.count("put back") > 0 })
+	p.same()
+	p.must(p.sidecar.Signal(syscall.SIGSTOP))
+
+	// Envoy.
+	m.write("egress: [{listen: '127.137.0.2:8082', upstream: 'cart-svc:8080'}]\nenvoy: {drainTime: 3s}\naccessLog: all\ningress: [{port: 8080, mode: mtls}]")
+	p.differs(
+		"map modes: have `8080 : goto tls_in`, want `8080 : goto mtls_in`; no restart",
+		"map answers: have `8080 : goto tls_out`, want `8080 : goto mtls_out`; no restart",
+		"chain tls_in: not mantlet's; no restart",
+		"chain tls_out: not mantlet's; no restart",
+		"envoy.drainTime: 1s -> 3s; hot restart",
+		"Envoy: cluster egress-127.137.0.1:8081 not wanted; hot restart",
+		"Envoy: cluster egress-127.137.0.2:8082 missing; hot restart",
+		"Envoy: listener egress-127.137.0.1:8081 not wanted; hot restart",
+		"Envoy: listener egress-127.137.0.2:8082 missing; hot restart",
+		"Envoy: listener ingress-mtls.filter_chains.ingress-mtls.*",
+		"Envoy: listener ingress-tls.filter_chains.ingress-tls.*",
+	)
+	m.write(strings.Replace(billing, ":8080'", ":9999'", 1))
+	p.differs("Envoy: cluster egress-127.137.0.1:8081.load_assignment.endpoints.0.lb_endpoints.0.endpoint.address.socket_address.port_value: " +
+		"have 8080, want 9999; hot restart")
+	m.write(billing)
+
+	// Certificates.
+	p.must(p.issue("pod").Write(p.sidecar.TLSDirectory))
+	p.differs("certificate: Envoy shows serial number *")
+	other, err := lab.NewAuthority("mesh")
+	p.must(err)
+	second, err := other.Issue(lab.Leaf{DNSNames: []string{"pod"}})
+	p.must(err)
+	p.must(second.Write(p.sidecar.TLSDirectory))
+	p.differs("certificate: Envoy shows serial number *", "mesh CA: the TLS directory has others than Envoy was given; SDS")
+	p.must(os.Remove(filepath.Join(p.sidecar.TLSDirectory, "key.pem")))
+	if code, said, errs := p.diff(); code != 0 || said != "" || !strings.Contains(errs, "the certificates are not good, so they are not published") {
+		t.Errorf("beside a bad TLS directory, mantlet diff: exit code %d, said %q, %q", code, said, errs)
+	}
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.same()
+
+	// For machines.
+	m.write("envoy: {concurrency: 3}\n" + billing)
+	code, said, errs := p.diff("-o", "json")
+	var plan struct{ Steps []struct{ What, Need string } }
+	if err := json.Unmarshal([]byte(said), &plan); err != nil || code != 1 || errs != "" || len(plan.Steps) != 1 ||
+		plan.Steps[0].What != "envoy.concurrency: 2 -> 3" || plan.Steps[0].Need != "hot restart" {
+		t.Errorf("mantlet diff -o json: exit code %d, %q, said %s", code, errs, said)
+	}
+
+	// It can't be told.
+	m.write("envoy: {concurrency: many}\n")
+	if code, said, errs := p.diff(); code != 2 || said != "" || !strings.Contains(errs, "envoy.concurrency") {
+		t.Errorf("beside a bad file, mantlet diff: exit code %d, said %q, %q", code, said, errs)
+	}
+
+	// Nothing runs.
+	m.write(billing)
+	p.must(p.sidecar.Signal(syscall.SIGKILL))
+	_ = p.sidecar.Wait()
+	p.await("Envoy ends", func() bool { return len(p.processes()) == 0 })
+	p.differs("Envoy: none runs; start")
+	p.run()
+	p.ready()
+	p.same()
 }

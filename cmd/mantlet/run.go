@@ -90,7 +90,7 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	err = serve(ctx, &reconcile.Daemon{
 		Version:     versionText(),
 		Environment: env,
-		Place:       render.Place{RuntimeDirectory: directory, NoIPv6: !hasIPv6()},
+		Place:       place(env),
 		Kernel:      table,
 		Secrets:     &envoy.Secrets{TLSDirectory: env.Process.TLSDirectory, RuntimeDirectory: directory, Runner: runner, Log: log},
 		Proxy:       proxy{runner},
@@ -169,6 +169,11 @@ func private(directory string) error {
 		return fmt.Errorf("closing the runtime directory to others: %w", err)
 	}
 	return nil
+}
+
+// place is where mantlet runs.
+func place(env *schema.Environment) render.Place {
+	return render.Place{RuntimeDirectory: env.Process.RuntimeDirectory, NoIPv6: !hasIPv6()}
 }
 
 // hasIPv6 tells whether Envoy can bind to ::1. Where it can't, the kernel has no IPv6 and nothing to redirect.
