@@ -28,6 +28,10 @@ type Kernel interface {
 	Check() error
 	// Mend puts back what Replace put there last where the table holds something else, and returns what differed.
 	Mend() (found []string, err error)
+	// Refused returns how many packets the rules ended since the start, by the names of render.Refusals.
+	Refused() (map[string]uint64, error)
+	// Inbound returns the connections from outside that are open, and how full conntrack's table is.
+	Inbound() (open []Inbound, entries, most int, err error)
 	// Watch sends a note when another process changed rules in the kernel, until ctx ends: its name where it changed the
 	// table, else "". It may miss changes.
 	Watch(ctx context.Context) <-chan string
@@ -66,6 +70,8 @@ type Proxy interface {
 	Connections(context.Context) (int, error)
 	// Epochs returns the Envoys that run. It may be called at any time.
 	Epochs(context.Context) []Epoch
+	// Traffic returns how many connections there were since the start. It may be called at any time.
+	Traffic(context.Context) Traffic
 	// Stop ends all that Start made, and returns when they are gone.
 	Stop()
 	// Refusals returns the connections that came to nothing last, the newest last, and how many there were since the start.
@@ -132,6 +138,7 @@ type Daemon struct {
 	lastError *Failure
 	unserved  error // why the status address is not served
 	applies   applies
+	envoys    Envoys
 	flight    singleflight.Group // of requests that ask the same
 }
 
@@ -302,6 +309,7 @@ func (d *Daemon) start(ctx context.Context, want *desired) error {
 	d.locked(func() { d.handover = false })
 	if ctx.Err() == nil {
 		d.applied(kind, time.Since(began), err)
+		d.locked(func() { d.envoys.add(err == nil, d.have != nil && (d.process == nil || want == d.have)) })
 	}
 	if err != nil {
 		return err
@@ -319,7 +327,10 @@ func (d *Daemon) ended() {
 	d.Log.Error("Envoy ended; new connections wait until it is back", "error", err, "restart_in", delay.String())
 	d.notBefore = time.Now().Add(delay)
 	err = fmt.Errorf("Envoy is down: %w", err)
-	d.locked(func() { d.process, d.down = nil, err })
+	d.locked(func() {
+		d.process, d.down = nil, err
+		d.envoys.Ended++
+	})
 	d.failed(checkEnvoy, err)
 }
 

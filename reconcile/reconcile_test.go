@@ -158,6 +158,12 @@ func (w *world) Certificates() []Certificate { return nil }
 
 func (w *world) Epochs(context.Context) []Epoch { return nil }
 
+func (w *world) Traffic(context.Context) Traffic { return Traffic{} }
+
+func (w *world) Inbound() ([]Inbound, int, int, error) { return nil, 0, 0, nil }
+
+func (w *world) Refused() (map[string]uint64, error) { return nil, nil }
+
 func (w *world) Stop() { w.note("stop Envoy") }
 
 func (w *world) Refusals() ([]Refusal, []RefusalCount) { return nil, nil }

@@ -138,6 +138,7 @@ func (d *Daemon) handler() http.Handler {
 		encoder.SetEscapeHTML(false)
 		_ = encoder.Encode(once(d, "status", d.Status)) // to a client that is gone
 	})
+	mux.HandleFunc("GET /metrics", d.serveMetrics)
 	return mux
 }
 

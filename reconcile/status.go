@@ -1,12 +1,16 @@
 package reconcile
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"slices"
 	"sync"
 	"time"
+
+	"mantlet/render"
+	"mantlet/schema"
 )
 
 // Status is what a running mantlet says of itself. Its JSON is stable: fields are added, and none changes its meaning.
@@ -22,8 +26,58 @@ type Status struct {
 	Applied      *Summary      `json:"applied"` // what is in force; null until something is
 	LastError    *Failure      `json:"lastError"`
 	Epochs       []Epoch       `json:"epochs"`       // the Envoys that run: those that drain, then the one that serves
+	Envoys       Envoys        `json:"envoys"`       // how many there were
 	Certificates []Certificate `json:"certificates"` // what Envoy was given
 	Applies      []Applies     `json:"applies"`
+	Inbound      []Inbound     `json:"inbound"` // connections from outside that are open, by entry and mode
+	Traffic      Traffic       `json:"traffic"`
+	// Refused counts the packets that the kernel's rules ended and the connections that Envoy did, since mantlet started.
+	Refused   []Refused `json:"refused"`
+	Refusals  []Refusal `json:"refusals"` // the last ones, the newest last
+	Repairs   []Repair  `json:"repairs"`  // of the rules: the last ones, the newest last
+	Repaired  int       `json:"repaired"` // how many there were
+	Conntrack Conntrack `json:"conntrack"`
+}
+
+// Inbound is how many connections from outside are open at a port.
+type Inbound struct {
+	Port  uint16      `json:"-"`
+	Ports string      `json:"ports"` // of the ingress entry; "other" for ports that none names
+	Mode  schema.Mode `json:"mode"`  // that they were let in under
+	Open  int         `json:"open"`
+}
+
+// Traffic is how many connections there were since mantlet started.
+type Traffic struct {
+	Ingress []Handshakes `json:"ingress"`
+	Egress  []Dialled    `json:"egress"`
+}
+
+// Handshakes counts the TLS handshakes with clients that were finished.
+type Handshakes struct {
+	Mode  schema.Mode `json:"mode"`
+	Total uint64      `json:"total"`
+}
+
+// Dialled counts the workload's connections to an egress entry.
+type Dialled struct {
+	Listen string `json:"listen"`
+	Total  uint64 `json:"total"`
+	Failed uint64 `json:"failed"` // attempts to reach an address of the upstream
+}
+
+// Refused counts what was refused for one reason.
+type Refused struct {
+	By        string `json:"by"`        // kernel (packets), envoy (connections)
+	Direction string `json:"direction"` // ingress, egress
+	Reason    string `json:"reason"`    // a name that stays
+	Count     uint64 `json:"count"`
+}
+
+// Conntrack is how full the kernel's table of connections is: more come in only while it has room.
+type Conntrack struct {
+	Entries int `json:"entries"`
+	Max     int `json:"max"` // 0 where the kernel does not tell
 }
 
 // Summary is a desired state in few words.
@@ -52,6 +106,14 @@ type Epoch struct {
 	Digest      string    `json:"digest"`
 	Connections *int      `json:"connections"`           // open to the workload and to upstreams; null where it does not say
 	LeftSeconds float64   `json:"leftSeconds,omitempty"` // until what still drains is cut
+}
+
+// Envoys counts what became of Envoys since mantlet started.
+type Envoys struct {
+	Started   uint64 `json:"started"`   // they became live
+	Failed    uint64 `json:"failed"`    // they did not
+	Ended     uint64 `json:"ended"`     // although they served
+	Recovered uint64 `json:"recovered"` // of those that started: because none served any more
 }
 
 // Certificate is one that Envoy was given.
@@ -206,13 +268,74 @@ func (d *Daemon) Status(ctx context.Context) Status {
 		c.LeftSeconds = seconds(time.Until(c.NotAfter))
 		s.Certificates = append(s.Certificates, c)
 	}
+	d.count(ctx, &s)
+	s.Repairs, s.Repaired = d.Repairs()
+	s.Repairs = append([]Repair{}, s.Repairs...)
 	d.locked(func() {
 		s.Started = d.started
 		s.Desired, s.Applied = d.want.summary(), d.have.summary()
 		s.LastError = d.lastError
 		s.Applies = d.applies.all()
+		s.Envoys = d.envoys
 	})
 	return s
+}
+
+// count fills in what is counted. What can't be read now is left out, and is no problem of the mesh.
+func (d *Daemon) count(ctx context.Context, s *Status) {
+	s.Traffic = d.Proxy.Traffic(ctx)
+	s.Refused = []Refused{}
+	packets, err := d.Kernel.Refused()
+	if err != nil {
+		d.Log.Debug("the rules' counters can't be read", "error", err)
+	}
+	for _, reason := range render.Refusals() {
+		s.Refused = append(s.Refused, Refused{"kernel", "ingress", reason, packets[reason]})
+	}
+	last, counts := d.Proxy.Refusals()
+	s.Refusals = append([]Refusal{}, last...)
+	for _, c := range counts {
+		s.Refused = append(s.Refused, Refused{"envoy", c.Direction, c.Code, uint64(c.Count)})
+	}
+	open, entries, most, err := d.Kernel.Inbound()
+	if err != nil {
+		d.Log.Debug("connections can't be counted", "error", err)
+	}
+	s.Conntrack = Conntrack{entries, most}
+	var have *desired
+	d.locked(func() { have = d.have })
+	s.Inbound = have.entries(open)
+}
+
+// entries sums up the connections at the ports of each entry: however many ports a stranger connects to.
+func (w *desired) entries(open []Inbound) []Inbound {
+	sums := map[Inbound]int{}
+	for _, in := range open {
+		sums[Inbound{Ports: w.entry(in.Port), Mode: in.Mode}] += in.Open
+	}
+	all := []Inbound{}
+	for in, open := range sums {
+		in.Open = open
+		all = append(all, in)
+	}
+	slices.SortFunc(all, func(a, b Inbound) int { return cmp.Or(cmp.Compare(a.Ports, b.Ports), cmp.Compare(a.Mode, b.Mode)) })
+	return all
+}
+
+// entry returns the ports of the entry that a port belongs to.
+func (w *desired) entry(port uint16) string {
+	if w == nil {
+		return "other"
+	}
+	i, _ := slices.BinarySearchFunc(w.mesh.Ingress, port, func(e schema.Ingress, port uint16) int { return cmp.Compare(e.Ports.Last, port) })
+	switch {
+	case i < len(w.mesh.Ingress) && w.mesh.Ingress[i].Ports.Contains(port):
+		return w.mesh.Ingress[i].Ports.String()
+	case port == w.mesh.StatusPort:
+		return "status"
+	default:
+		return "other"
+	}
 }
 
 // seconds is a duration as JSON has it: in whole milliseconds.
@@ -231,6 +354,19 @@ func (w *desired) summary() *Summary {
 // failed takes note of the last thing that did not work.
 func (d *Daemon) failed(place string, err error) {
 	d.locked(func() { d.lastError = &Failure{time.Now(), place, err.Error()} })
+}
+
+// add counts an Envoy that was started, or failed to; again because none served any more.
+func (e *Envoys) add(live, again bool) {
+	switch {
+	case !live:
+		e.Failed++
+	case again:
+		e.Recovered++
+		fallthrough
+	default:
+		e.Started++
+	}
 }
 
 // The kinds of what is applied.

@@ -425,3 +425,31 @@ func wellFormed(rules []byte, mesh schema.Mesh) error {
 	}
 	return nil
 }
+
+// TestRefusalsAreNamed: whatever a rule counts has a name, and every name is some rule's.
+func TestRefusalsAreNamed(t *testing.T) {
+	mesh, err := load([]string{"MANTLET_STATUS_ADDRESS=:9901"}, []byte("ingress: [{port: 8080, mode: tls}, {port: 7890, mode: passthrough}]"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	used := map[string]bool{}
+	for _, r := range []render.Ruleset{
+		render.DenyAll(true), render.DenyAll(false), render.OnlyStatus(9901),
+		render.Rules(mesh, render.Generations{Default: 3, Ports: []render.PortsGeneration{{Ports: schema.Ports{First: 8000, Last: 8100}, Generation: 1}}}),
+	} {
+		for _, c := range r.Chains {
+			for _, rule := range c.Rules {
+				name := render.Refusal(c.Name, rule)
+				if counts := strings.Contains(rule.Text(), "counter"); counts != slices.Contains(render.Refusals(), name) || !counts && name != "" {
+					t.Errorf("chain %s, %q: %q", c.Name, rule.Text(), name)
+				}
+				used[name] = true
+			}
+		}
+	}
+	for _, name := range render.Refusals() {
+		if !used[name] {
+			t.Errorf("%s is no rule's", name)
+		}
+	}
+}

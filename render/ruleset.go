@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -469,4 +470,59 @@ func (m Map) elements(b *strings.Builder) {
 		b.WriteString(e.text())
 	}
 	b.WriteString(" }\n")
+}
+
+// Reasons why the kernel ends packets: names for metrics, that stay.
+const (
+	refusedClosed     = "not_in_force"        // nothing is let in until the desired state is in force
+	refusedProtocol   = "other_protocol"      // UDP, SCTP, … cannot be wrapped in TLS
+	refusedForged     = "forged_source"       // it claims to come from the pod
+	refusedInvalid    = "invalid_segment"     // of no connection that conntrack knows, or out of its window
+	refusedOver       = "policy_changed"      // the connection was let in under what holds no more
+	refusedNoListener = "envoy_not_listening" // a SYN, which the client will repeat
+	refusedUnknown    = "unknown_connection"  // the rules did not see it begin
+	refusedAround     = "not_through_envoy"   // the workload answers somebody who did not come through Envoy
+)
+
+// Refusals returns the names of all that Refusal returns.
+func Refusals() []string {
+	return []string{
+		refusedClosed, refusedProtocol, refusedForged, refusedInvalid, refusedOver, refusedNoListener, refusedUnknown, refusedAround,
+	}
+}
+
+// Refusal names why packets end at a rule of a chain that counts them; it returns "" for a rule that does not count.
+func Refusal(chain string, rule Rule) string {
+	has := func(s Statement) bool {
+		return slices.ContainsFunc(rule, func(other Statement) bool { return reflect.DeepEqual(s, other) })
+	}
+	switch {
+	case !has(Count{}):
+		return ""
+	case has(Invalid{}):
+		return refusedInvalid
+	case has(OwnSource{}):
+		return refusedForged
+	case has(firstSYN):
+		return refusedNoListener
+	case has(Marked{NotEqual, MarkNone}):
+		return refusedOver
+	case chain == portsChain:
+		return refusedProtocol
+	case chain == ingressChain || chain == egressChain:
+		return refusedClosed
+	case strings.Contains(chain, "_out"):
+		return refusedAround
+	default:
+		return refusedUnknown
+	}
+}
+
+// ModeOf returns the mode under which a connection was let in; false where it was not from outside.
+func ModeOf(mark Mark) (schema.Mode, bool) {
+	const kinds = 7 << 20
+	mode, ok := map[Mark]schema.Mode{
+		MarkMTLS: schema.ModeMTLS, MarkTLS: schema.ModeTLS, MarkPassthrough: schema.ModePassthrough,
+	}[mark&kinds]
+	return mode, ok
 }

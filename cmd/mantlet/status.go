@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -124,6 +125,8 @@ func printStatus(to io.Writer, s reconcile.Status, now time.Time) error {
 	p.state(s)
 	p.epochs(s.Epochs)
 	p.certificates(s.Certificates)
+	p.traffic(s)
+	p.repairs(s)
 	return p.Flush()
 }
 
@@ -188,6 +191,49 @@ func (p *page) certificates(all []reconcile.Certificate) {
 		p.row(c.Role, onLine(c.Subject), onLine(strings.Join(c.SANs, ", ")), c.NotAfter.Format(time.RFC3339), lasts(c.LeftSeconds))
 	}
 }
+
+func (p *page) traffic(s reconcile.Status) {
+	p.head("PORTS", "MODE", "OPEN")
+	for _, in := range s.Inbound {
+		p.row(in.Ports, string(in.Mode), strconv.Itoa(in.Open))
+	}
+	for _, h := range s.Traffic.Ingress {
+		p.row("all", string(h.Mode), fmt.Sprintf("%d handshakes since the start", h.Total))
+	}
+	for _, e := range s.Traffic.Egress {
+		p.row(e.Listen, "egress", fmt.Sprintf("%d connections since the start, %d failed attempts", e.Total, e.Failed))
+	}
+	if s.Conntrack.Max > 0 {
+		p.row("conntrack", "", fmt.Sprintf("%d of %d entries", s.Conntrack.Entries, s.Conntrack.Max))
+	}
+	p.head("REFUSED", "BY", "DIRECTION", "COUNT")
+	for _, r := range s.Refused {
+		if r.Count > 0 {
+			p.row(r.Reason, r.By, r.Direction, strconv.FormatUint(r.Count, 10))
+		}
+	}
+	p.head("LAST REFUSED", "PEER", "DESTINATION", "WHY")
+	for _, r := range lastOf(s.Refusals) {
+		p.row(p.ago(r.Time)+" ago", r.Peer, r.Destination, onLine(r.Reason)+" ("+r.Code+")")
+	}
+}
+
+func (p *page) repairs(s reconcile.Status) {
+	if s.Repaired == 0 && len(s.Repairs) == 0 {
+		return
+	}
+	p.head("RULES REPAIRED", "BY", "WHAT DIFFERED")
+	for _, r := range lastOf(s.Repairs) {
+		what := onLine(strings.Join(r.Found, "; "))
+		if r.Error != "" {
+			what += "; not put back: " + onLine(r.Error)
+		}
+		p.row(p.ago(r.Time)+" ago", cmp.Or(r.By, "?"), what)
+	}
+}
+
+// lastOf returns as many of the last as fit a screen.
+func lastOf[T any](all []T) []T { return all[max(0, len(all)-5):] }
 
 // lasts prints seconds as a duration, in days where it is many.
 func lasts(seconds float64) string {

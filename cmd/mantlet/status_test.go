@@ -9,8 +9,11 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -203,4 +206,122 @@ func TestStatus(t *testing.T) {
 	if code, _, _ := p.mantlet("status", "--watch=false"); code != 2 {
 		t.Errorf("exit code %d once it has ended", code)
 	}
+}
+
+// scrape returns the metrics as Prometheus gets them, by name and labels.
+func (p *pod) scrape() map[string]float64 {
+	p.t.Helper()
+	code, text, err := p.get(p.IPv4, http.MethodGet, "/metrics")
+	if err != nil || code != http.StatusOK {
+		p.t.Fatalf("scraping: %d, %v: %s", code, err, text)
+	}
+	all := map[string]float64{}
+	for line := range strings.Lines(text) {
+		if strings.HasPrefix(line, "#") {
+			continue
+		}
+		i := strings.LastIndexByte(line, ' ')
+		value, err := strconv.ParseFloat(strings.TrimSpace(line[i:]), 64)
+		p.must(err)
+		all[line[:i]] = value
+	}
+	return all
+}
+
+// counts matches the metrics that must never fall.
+var counts = regexp.MustCompile(`_(total|bucket|count|sum)(\{|$)`)
+
+// TestMetricsUnderLoad: scraped all the while, the counters move as the traffic says, and only up: also over a hot restart,
+// another table and a crash.
+func TestMetricsUnderLoad(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web, fmt.Sprintf("MANTLET_STATUS_ADDRESS=:%d", statusPort),
+		"EDG_EGRESS_PROXY_CONFIG=billing#127.137.0.1:8081#127.0.0.1:9")
+	m := p.mount()
+	m.write("{}")
+	p.sidecar.Env = append(p.sidecar.Env, "MANTLET_CONFIG="+m.file())
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.protect(tlsPort)
+	p.protect(mtlsPort)
+	p.ready()
+	last := p.scrape()
+	look := func() map[string]float64 {
+		t.Helper()
+		now := p.scrape()
+		for name, was := range last {
+			if is, ok := now[name]; counts.MatchString(name) && (!ok || is < was) {
+				t.Errorf("%s was %v and is %v", name, was, is)
+			}
+		}
+		last = now
+		return now
+	}
+	shows := func(name string, value float64) {
+		t.Helper()
+		p.await(fmt.Sprintf("%s is %v", name, value), func() bool { return look()[name] == value })
+	}
+	shows("mantlet_ready", 1)
+	shows(`mantlet_certificate_expiry_timestamp_seconds{role="leaf"}`, float64(p.identity.Leaf.NotAfter.Unix()))
+	shows(`mantlet_applies_total{kind="start",result="success"}`, 1)
+
+	mesh := p.client.ClientConfig("pod")
+	made := 0.0
+	traffic := func() {
+		t.Helper()
+		for range 10 {
+			for _, addr := range p.Addrs() {
+				p.must(p.exchange(netip.AddrPortFrom(addr, mtlsPort), mesh))
+				p.must(p.exchange(netip.AddrPortFrom(addr, tlsPort), p.anonymous()))
+				made++
+			}
+			look()
+		}
+		shows(`mantlet_handshakes_total{mode="mtls"}`, made)
+		shows(`mantlet_handshakes_total{mode="tls"}`, made)
+	}
+	traffic()
+	for range 7 {
+		if err := echo(p.dial(p.outside, netip.AddrPortFrom(p.IPv6, mtlsPort))); err == nil {
+			t.Error("plaintext is answered")
+		}
+		if err := p.exchange(netip.AddrPortFrom(p.IPv4, mtlsPort), p.anonymous()); err == nil {
+			t.Error("a stranger is answered")
+		}
+	}
+	for range 2 {
+		_ = cut(p.dial(p.Host, netip.MustParseAddrPort("127.137.0.1:8081")))
+	}
+	shows(`mantlet_egress_connections_total{listen="127.137.0.1:8081"}`, 2)
+	shows(`mantlet_refused_total{by="envoy",direction="egress",reason="endpoint_unreachable"}`, 2)
+	shows(`mantlet_refused_total{by="envoy",direction="ingress",reason="plaintext"}`, 7)
+	shows(`mantlet_refused_total{by="envoy",direction="ingress",reason="no_client_certificate"}`, 7)
+	long, err := p.handshake(netip.AddrPortFrom(p.IPv4, mtlsPort), mesh)
+	p.must(err)
+	p.must(echo(long))
+	made++
+	shows(`mantlet_connections{mode="mtls",ports="other"}`, 1)
+	shows(`mantlet_envoy_connections{state="serving"}`, 1)
+
+	m.write("ingress: [{port: 9091, allow: [nobody]}]")
+	shows(`mantlet_applies_total{kind="hot_restart",result="success"}`, 1)
+	shows(`mantlet_envoy_connections{state="draining"}`, 1)
+	shows("mantlet_applied_generation", 2)
+	p.must(long.Close())
+	shows(`mantlet_connections{mode="mtls",ports="other"}`, 0)
+	for range 3 {
+		p.must(p.exchange(netip.AddrPortFrom(p.IPv4, mtlsPort), mesh))
+		made++
+	}
+	shows(`mantlet_handshakes_total{mode="mtls"}`, made)
+
+	envoy := p.status().Epochs
+	p.must(syscall.Kill(envoy[len(envoy)-1].PID, syscall.SIGKILL))
+	shows("mantlet_envoy_epochs_ended_total", 1)
+	shows("mantlet_envoy_epochs_recovered_total", 1)
+	p.ready()
+	look()
+	m.write("ingress: [{port: 9091, allow: nobody}]")
+	shows("mantlet_problems", 1)
+	shows("mantlet_ready", 1)
 }

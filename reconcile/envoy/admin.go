@@ -98,17 +98,28 @@ func (a admin) caReads(ctx context.Context) (int, error) {
 
 // sum adds up the statistics whose names match a regular expression.
 func (a admin) sum(ctx context.Context, names string) (int, error) {
+	stats, err := a.stats(ctx, names)
+	sum := 0
+	for _, n := range stats {
+		sum += int(n)
+	}
+	return sum, err
+}
+
+// stats returns the statistics whose names match a regular expression.
+func (a admin) stats(ctx context.Context, names string) (map[string]uint64, error) {
 	var answer struct {
 		Stats []struct {
-			Value int `json:"value"`
+			Name  string `json:"name"`
+			Value uint64 `json:"value"`
 		} `json:"stats"`
 	}
 	if err := a.get(ctx, "/stats?format=json&filter="+url.QueryEscape(names), &answer); err != nil {
-		return 0, err
+		return nil, err
 	}
-	sum := 0
+	all := map[string]uint64{}
 	for _, s := range answer.Stats {
-		sum += s.Value
+		all[s.Name] = s.Value
 	}
-	return sum, nil
+	return all, nil
 }

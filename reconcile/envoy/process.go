@@ -17,15 +17,16 @@ type Process struct {
 	Bootstrap *bootstrapv3.Bootstrap // what it was started with
 	Digest    string                 // of the state that it was started with
 
-	base   *base
-	since  time.Time     // that it serves or, once another one was live after it, drains
-	drains bool          // another one was live after it
-	most   time.Duration // how long it may drain
-	cmd    *exec.Cmd
-	admin  admin
-	logs   *logs
-	exited chan struct{}
-	err    error // valid once exited is closed
+	base    *base
+	since   time.Time         // that it serves or, once another one was live after it, drains
+	counted map[string]uint64 // statistics, as it told them last
+	drains  bool              // another one was live after it
+	most    time.Duration     // how long it may drain
+	cmd     *exec.Cmd
+	admin   admin
+	logs    *logs
+	exited  chan struct{}
+	err     error // valid once exited is closed
 }
 
 // pollInterval is how often an Envoy that starts is asked whether it is live: a small part of the 45 ms that it takes.

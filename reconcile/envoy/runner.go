@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -43,7 +44,8 @@ type Runner struct {
 	liveLimit time.Duration // defaultLiveLimit where it is 0
 
 	mu      sync.Mutex
-	running []*Process // by epoch: those that drain, and at last the one that serves; some may have ended
+	ended   map[string]uint64 // statistics of those that are not among running any more
+	running []*Process        // by epoch: those that drain, and at last the one that serves; some may have ended
 }
 
 // defaultLiveLimit bounds initialisation: 45-100 ms as a rule; a busy machine takes longer, a hung start for ever.
@@ -70,6 +72,7 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 		if err := r.preflight(ctx, state, parent); err != nil {
 			return nil, err
 		}
+		r.count(ctx) // while it still answers
 	}
 	var abandoned []*Process
 	if parent != nil {
@@ -132,6 +135,9 @@ func (r *Runner) add(p, parent *Process, most time.Duration) {
 		parent.drains, parent.since, parent.most = true, p.since, most
 	}
 	r.running = append(slices.DeleteFunc(r.running, func(old *Process) bool {
+		if !old.alive() {
+			r.ended = sums(r.ended, old.counted)
+		}
 		if !old.alive() && old.Epoch != p.Epoch {
 			_ = os.Remove(render.AdminSocket(r.RuntimeDirectory, old.Epoch))
 			_ = os.Remove(filepath.Join(r.RuntimeDirectory, bootstrapFile(old.Epoch)))
@@ -191,6 +197,69 @@ func (r *Runner) Epochs(ctx context.Context) []reconcile.Epoch {
 		}
 	}
 	return all
+}
+
+// The statistics that make up the traffic: handshakes with clients, connections of the workload, and those of them that
+// failed at an address of the upstream.
+const (
+	handshakes = "listener.ingress-%s.ssl.handshake"
+	dialled    = "tcp.%s.downstream_cx_total"
+	failures   = "cluster.%s.upstream_cx_connect_fail"
+	statistics = `^(listener\.ingress-m?tls\.ssl\.handshake|tcp\.egress-.*\.downstream_cx_total|cluster\.egress-.*\.upstream_cx_connect_fail)$`
+)
+
+// count asks the process that serves for its statistics. Those that drain take no new connections.
+func (r *Runner) count(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, askLimit)
+	defer cancel()
+	p := r.serving()
+	if p == nil {
+		return
+	}
+	if counted, err := p.admin.stats(ctx, statistics); err == nil {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		p.counted = counted
+	}
+}
+
+// Traffic returns how many connections there were since the start. What an Envoy counted between the last look at it and its
+// crash is not among them.
+func (r *Runner) Traffic(ctx context.Context) reconcile.Traffic {
+	r.count(ctx)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	all := sums(nil, r.ended)
+	for _, p := range r.running {
+		all = sums(all, p.counted)
+	}
+	t := reconcile.Traffic{Ingress: []reconcile.Handshakes{}, Egress: []reconcile.Dialled{}}
+	for _, mode := range []schema.Mode{schema.ModeMTLS, schema.ModeTLS} {
+		t.Ingress = append(t.Ingress, reconcile.Handshakes{Mode: mode, Total: all[fmt.Sprintf(handshakes, mode)]})
+	}
+	if len(r.running) == 0 {
+		return t
+	}
+	for _, l := range r.running[len(r.running)-1].Bootstrap.StaticResources.Listeners {
+		if listen, ok := strings.CutPrefix(l.Name, "egress-"); ok {
+			name := strings.ReplaceAll(l.Name, ":", "_") // as Envoy names it among its statistics
+			t.Egress = append(t.Egress, reconcile.Dialled{
+				Listen: listen, Total: all[fmt.Sprintf(dialled, name)], Failed: all[fmt.Sprintf(failures, name)],
+			})
+		}
+	}
+	return t
+}
+
+// sums adds numbers to others by their names.
+func sums(to, more map[string]uint64) map[string]uint64 {
+	if to == nil {
+		to = map[string]uint64{}
+	}
+	for name, n := range more {
+		to[name] += n
+	}
+	return to
 }
 
 // askLimit bounds what a status takes of an Envoy that hangs.

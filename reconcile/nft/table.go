@@ -28,10 +28,11 @@ type Table struct {
 
 	subscribe func() (subscription, error) // to the kernel's notes; tests have others
 
-	mu     sync.Mutex // the socket holds one conversation at a time
-	owned  bool
-	want   render.Ruleset // what Replace put there last
-	intact uint32         // the generation of the kernel's rules at which the table was seen to hold that; 0 for none
+	mu      sync.Mutex // the socket holds one conversation at a time
+	owned   bool
+	want    render.Ruleset // what Replace put there last
+	refused tally          // what the rules counted
+	intact  uint32         // the generation of the kernel's rules at which the table was seen to hold that; 0 for none
 }
 
 // bufferSize holds a transaction's messages, and the kernel's acknowledgement of each. Some 70 messages of rules and the
@@ -160,7 +161,11 @@ func (t *Table) Replace(r render.Ruleset) error {
 func (t *Table) put(r render.Ruleset) error {
 	var found []string
 	for range attempts {
+		_ = t.refused.look(t) // what it can't see is lost to the count, and to nothing else
 		err := t.transaction(func(b *batch) error { return t.replace(b, r) })
+		if err == nil {
+			t.refused.fold()
+		}
 		if err != nil {
 			return fmt.Errorf("replacing the table inet %s: %w", render.Table, t.explain(err))
 		}

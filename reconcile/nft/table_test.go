@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mantlet/lab"
+	"mantlet/reconcile"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -572,6 +573,64 @@ func TestCheckDisregardsTraffic(t *testing.T) {
 	load(t, p.pod, "table inet other { chain c { type filter hook input priority 0; counter; }; }")
 	p.check()
 	prober.Stop()
+}
+
+// TestCountersOnlyGrow: what the rules counted is not lost with them, and connections are counted while they are open.
+func TestCountersOnlyGrow(t *testing.T) {
+	t.Parallel()
+	try(t, "counters", rules(port1(9000, schema.ModePassthrough)), true, func(x *trial) bool {
+		refused := func() map[string]uint64 {
+			all, err := x.table.Refused()
+			if err != nil {
+				x.t.Fatal(err)
+			}
+			return all
+		}
+		grows := func(reason string, than uint64) {
+			x.t.Helper()
+			if !x.happens(func() bool { return refused()[reason] > than }) {
+				x.t.Fatalf("%s is %d, want more than %d", reason, refused()[reason], than)
+			}
+		}
+		x.replace(render.DenyAll(true))
+		_, _ = x.dial(x.target(9000), patience)
+		grows("not_in_force", 0)
+		x.apply()
+		if refused()["not_in_force"] == 0 {
+			x.t.Error("what deny-all counted is gone with it")
+		}
+		for range 3 {
+			before := refused()
+			_, _ = x.dial(x.target(9090), patience)
+			grows("envoy_not_listening", before["envoy_not_listening"])
+			after := refused()
+			x.replace(rules())
+			x.apply()
+			for reason, n := range refused() {
+				if n < after[reason] {
+					x.t.Errorf("%s fell from %d to %d", reason, after[reason], n)
+				}
+			}
+		}
+		x.serve(lab.Service{Address: ":9000"})
+		conn, err := x.dial(x.target(9000), limit)
+		if err != nil || !x.passes(conn, conn) {
+			x.t.Fatal(err)
+		}
+		var open []reconcile.Inbound
+		var entries, most int
+		count := func() error {
+			return x.pod.Do(func() (err error) {
+				open, entries, most, err = x.table.Inbound()
+				return err
+			})
+		}
+		if err := count(); err != nil || entries == 0 || most < entries || !slices.Contains(open, reconcile.Inbound{Port: 9000, Mode: schema.ModePassthrough, Open: 1}) {
+			x.t.Errorf("%+v, %d of %d entries, %v", open, entries, most, err)
+		}
+		_ = conn.Close()
+		return x.happens(func() bool { return count() == nil && len(open) == 0 })
+	})
 }
 
 func TestMissing(t *testing.T) {

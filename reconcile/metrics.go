@@ -1,0 +1,181 @@
+package reconcile
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"runtime"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/common/expfmt"
+)
+
+// WriteMetrics writes a status in Prometheus' text format. There is no state beside the status: the registry lives for one
+// scrape, so that a mantlet which nobody scrapes pays nothing for it.
+func WriteMetrics(to io.Writer, s Status) error {
+	registry := prometheus.NewRegistry()
+	if err := registry.Register(metrics{s}); err != nil {
+		return fmt.Errorf("registering the metrics: %w", err)
+	}
+	families, err := registry.Gather()
+	if err != nil {
+		return fmt.Errorf("gathering the metrics: %w", err)
+	}
+	encoder := expfmt.NewEncoder(to, metricsFormat())
+	for _, f := range families {
+		if err := encoder.Encode(f); err != nil {
+			return fmt.Errorf("writing the metrics: %w", err)
+		}
+	}
+	return nil
+}
+
+func metricsFormat() expfmt.Format { return expfmt.NewFormat(expfmt.TypeTextPlain) }
+
+func (d *Daemon) serveMetrics(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", string(metricsFormat()))
+	if err := WriteMetrics(w, once(d, "status", d.Status)); err != nil {
+		d.Log.Debug("the metrics were not written", "error", err) // to a client that is gone
+	}
+}
+
+// metrics is a Status as a collector.
+type metrics struct{ status Status }
+
+// Describe implements prometheus.Collector. Nothing is said beforehand: which labels there are is the status' affair.
+func (metrics) Describe(chan<- *prometheus.Desc) {}
+
+// Collect implements prometheus.Collector.
+func (m metrics) Collect(to chan<- prometheus.Metric) {
+	s, c := m.status, collector{to}
+	c.gauge("build_info", "1, with the versions as labels.", 1, "version", s.Version, "goversion", runtime.Version())
+	c.gauge("start_time_seconds", "When mantlet started.", stamp(s.Started))
+	c.gauge("ready", "Whether the sidecar is ready.", number(s.Ready))
+	for _, check := range Checks() {
+		failed := false
+		for _, r := range s.Unready {
+			failed = failed || r.Check == check
+		}
+		c.gauge("check_passed", "Whether a check of readiness passes.", number(!failed), "check", check)
+	}
+	c.gauge("problems", "How many things are not as they should be, whether or not they make the sidecar unready.", float64(len(s.Problems)))
+	c.gauge("desired_generation", "The number of the configuration that is wanted; 0 for none.", float64(s.Desired.generation()))
+	c.gauge("applied_generation", "The number of the configuration that is in force; 0 for none.", float64(s.Applied.generation()))
+	c.applies(s.Applies)
+	c.counter("rules_repairs_total", "How often rules that somebody had changed were put back.", float64(s.Repaired))
+	c.envoys(s)
+	c.certificates(s.Certificates)
+	c.connections(s)
+}
+
+// collector passes on metrics. Labels are given as names and values in turn.
+type collector struct{ to chan<- prometheus.Metric }
+
+func (c collector) gauge(name, help string, value float64, labels ...string) {
+	c.send(prometheus.GaugeValue, name, help, value, labels)
+}
+
+func (c collector) counter(name, help string, value float64, labels ...string) {
+	c.send(prometheus.CounterValue, name, help, value, labels)
+}
+
+func (c collector) send(kind prometheus.ValueType, name, help string, value float64, labels []string) {
+	desc, values := describe(name, help, labels)
+	c.to <- prometheus.MustNewConstMetric(desc, kind, value, values...)
+}
+
+func describe(name, help string, labels []string) (desc *prometheus.Desc, values []string) {
+	var names []string
+	for i, text := range labels {
+		if i%2 == 0 {
+			names = append(names, text)
+		} else {
+			values = append(values, text)
+		}
+	}
+	return prometheus.NewDesc("mantlet_"+name, help, names, nil), values
+}
+
+func (c collector) applies(all []Applies) {
+	for _, a := range all {
+		const help = "What was applied to kernel and Envoy, by kind and result."
+		c.counter("applies_total", help, float64(a.Succeeded), "kind", a.Kind, "result", "success")
+		c.counter("applies_total", help, float64(a.Failed), "kind", a.Kind, "result", "failure")
+		buckets := map[float64]uint64{}
+		for i, bound := range ApplySeconds() {
+			buckets[bound] = a.Within[i]
+		}
+		desc, values := describe("apply_duration_seconds", "How long applying took.", []string{"kind", a.Kind})
+		c.to <- prometheus.MustNewConstHistogram(desc, a.Succeeded+a.Failed, a.Seconds, buckets, values...)
+	}
+}
+
+func (c collector) envoys(s Status) {
+	c.counter("envoy_epochs_started_total", "Envoys that became live.", float64(s.Envoys.Started))
+	c.counter("envoy_epochs_failed_total", "Envoys that did not become live.", float64(s.Envoys.Failed))
+	c.counter("envoy_epochs_ended_total", "Envoys that ended although they served.", float64(s.Envoys.Ended))
+	c.counter("envoy_epochs_recovered_total", "Envoys that were started because none served any more.", float64(s.Envoys.Recovered))
+	states, open := map[string]float64{"serving": 0, "draining": 0}, map[string]float64{"serving": 0, "draining": 0}
+	for _, e := range s.Epochs {
+		state := "draining"
+		if e.Serving {
+			state = "serving"
+		}
+		states[state]++
+		if e.Connections != nil {
+			open[state] += float64(*e.Connections)
+		}
+	}
+	for state, n := range states {
+		c.gauge("envoy_epochs", "Envoys that run.", n, "state", state)
+		c.gauge("envoy_connections", "Connections that are open to the workload and to upstreams.", open[state], "state", state)
+	}
+}
+
+func (c collector) certificates(all []Certificate) {
+	first := map[string]time.Time{} // of two mesh CAs, say
+	for _, cert := range all {
+		if at, ok := first[cert.Role]; !ok || cert.NotAfter.Before(at) {
+			first[cert.Role] = cert.NotAfter
+		}
+	}
+	for role, at := range first {
+		c.gauge("certificate_expiry_timestamp_seconds", "When the first certificate of a role expires.", stamp(at), "role", role)
+	}
+}
+
+func (c collector) connections(s Status) {
+	for _, in := range s.Inbound {
+		c.gauge("connections", "Connections from outside that are open, by the ports of their entry.", float64(in.Open), "ports", in.Ports, "mode", string(in.Mode))
+	}
+	for _, h := range s.Traffic.Ingress {
+		c.counter("handshakes_total", "TLS handshakes with clients that were finished.", float64(h.Total), "mode", string(h.Mode))
+	}
+	for _, e := range s.Traffic.Egress {
+		c.counter("egress_connections_total", "Connections of the workload to an egress entry.", float64(e.Total), "listen", e.Listen)
+		c.counter("egress_connect_failures_total", "Failed attempts to reach an address of an upstream.", float64(e.Failed), "listen", e.Listen)
+	}
+	for _, r := range s.Refused {
+		c.counter("refused_total", "Packets that the kernel's rules ended, and connections that Envoy did.", float64(r.Count),
+			"by", r.By, "direction", r.Direction, "reason", r.Reason)
+	}
+	c.gauge("conntrack_entries", "Entries of the kernel's table of connections.", float64(s.Conntrack.Entries))
+	c.gauge("conntrack_entries_limit", "How many entries that table takes; 0 where the kernel does not tell.", float64(s.Conntrack.Max))
+}
+
+func (s *Summary) generation() uint64 {
+	if s == nil {
+		return 0
+	}
+	return s.Generation
+}
+
+func stamp(t time.Time) float64 { return float64(t.UnixMilli()) / 1000 }
+
+func number(is bool) float64 {
+	if is {
+		return 1
+	}
+	return 0
+}

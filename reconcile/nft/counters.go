@@ -1,0 +1,252 @@
+package nft
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"mantlet/reconcile"
+	"mantlet/render"
+)
+
+// Refused returns how many packets the rules ended, by render.Refusal's names. The numbers only grow: the kernel's own are
+// lost whenever the table is replaced.
+func (t *Table) Refused() (map[string]uint64, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if err := t.refused.look(t); err != nil {
+		return nil, fmt.Errorf("reading the counters of the table inet %s: %w", render.Table, t.explain(err))
+	}
+	total := map[string]uint64{}
+	for _, name := range render.Refusals() {
+		total[name] = t.refused.before[name] + t.refused.now[name]
+	}
+	return total, nil
+}
+
+// tally adds up what a table counts that is replaced from time to time.
+type tally struct {
+	before, now map[string]uint64 // in tables that are gone, and in the one that is there
+}
+
+// look reads the counters of the rules that Replace put there last. A chain that somebody changed is passed by.
+func (y *tally) look(t *Table) error {
+	counted := map[string][]uint64{} // by chain, of each rule
+	err := t.list(unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE, func(a attributes) error {
+		packets, err := packets(a[unix.NFTA_RULE_EXPRESSIONS])
+		chain := a.text(unix.NFTA_RULE_CHAIN)
+		counted[chain] = append(counted[chain], packets)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	now := map[string]uint64{}
+	for _, c := range t.want.Chains {
+		if len(counted[c.Name]) != len(c.Rules) {
+			continue
+		}
+		for i, rule := range c.Rules {
+			if name := render.Refusal(c.Name, rule); name != "" {
+				now[name] += counted[c.Name][i]
+			}
+		}
+	}
+	for name, was := range y.now {
+		if now[name] < was { // somebody reset it
+			y.add(name, was)
+		}
+	}
+	y.now = now
+	return nil
+}
+
+// fold takes note that the table which was looked at last is gone.
+func (y *tally) fold() {
+	for name, n := range y.now {
+		y.add(name, n)
+	}
+	y.now = nil
+}
+
+func (y *tally) add(name string, n uint64) {
+	if y.before == nil {
+		y.before = map[string]uint64{}
+	}
+	y.before[name] += n
+}
+
+// packets returns what the counter among a rule's expressions says; 0 where there is none.
+func packets(expressions []byte) (uint64, error) {
+	list, err := netlink.UnmarshalAttributes(expressions)
+	if err != nil {
+		return 0, err
+	}
+	for _, e := range list {
+		parts, err := unpack(e.Data)
+		if err != nil {
+			return 0, err
+		}
+		if parts.text(unix.NFTA_EXPR_NAME) != "counter" {
+			continue
+		}
+		counter, err := unpack(parts[unix.NFTA_EXPR_DATA])
+		if err != nil || len(counter[unix.NFTA_COUNTER_PACKETS]) != 8 {
+			return 0, errors.Join(err, errors.New("a counter without a number"))
+		}
+		return binary.BigEndian.Uint64(counter[unix.NFTA_COUNTER_PACKETS]), nil
+	}
+	return 0, nil
+}
+
+// Messages and attributes of conntrack (include/uapi/linux/netfilter/nfnetlink_conntrack.h, nf_conntrack_tcp.h).
+const (
+	conntrackGet      = unix.NFNL_SUBSYS_CTNETLINK<<8 | 1
+	conntrackGetStats = unix.NFNL_SUBSYS_CTNETLINK<<8 | 5
+
+	statsEntries, statsMax     = 1, 2
+	tupleOriginal              = 1
+	tupleProto, protoDstPort   = 2, 3
+	protoinfo, protoinfoTCP    = 4, 1
+	tcpState, stateEstablished = 1, 3
+	connectionMark             = 8
+)
+
+// Inbound returns the connections from outside that are open, and how full conntrack's table is. It must be called on a
+// thread in the table's network namespace.
+//
+// It reads one buffer after another: the table can have 262,144 entries, which would be 50 MB at once.
+func (t *Table) Inbound() (open []reconcile.Inbound, entries, most int, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("asking conntrack: %w", err)
+		}
+	}()
+	err = ask(conntrackGetStats, netlink.Request|netlink.Acknowledge, func(d *netlink.AttributeDecoder) error {
+		for d.Next() {
+			switch d.Type() {
+			case statsEntries:
+				entries = int(d.Uint32())
+			case statsMax:
+				most = int(d.Uint32())
+			}
+		}
+		return d.Err()
+	})
+	if err != nil {
+		return nil, 0, 0, err
+	}
+	counts := map[reconcile.Inbound]int{}
+	err = ask(conntrackGet, netlink.Request|netlink.Dump, func(d *netlink.AttributeDecoder) error {
+		in, established, err := inbound(d)
+		if established && in.Mode != "" {
+			counts[in]++
+		}
+		return err
+	})
+	for in, n := range counts {
+		in.Open = n
+		open = append(open, in)
+	}
+	return open, entries, most, err
+}
+
+// inbound reads an entry of conntrack. The mode is empty where the connection is none from outside.
+func inbound(d *netlink.AttributeDecoder) (in reconcile.Inbound, established bool, err error) {
+	port := func(d *netlink.AttributeDecoder) error { in.Port = d.Uint16(); return nil }
+	state := func(d *netlink.AttributeDecoder) error { established = d.Uint8() == stateEstablished; return nil }
+	into := func(outer, inner uint16, read func(*netlink.AttributeDecoder) error) func(*netlink.AttributeDecoder) error {
+		return within(outer, func(d *netlink.AttributeDecoder) error { d.Nested(within(inner, read)); return nil })
+	}
+	for d.Next() {
+		switch d.Type() {
+		case tupleOriginal:
+			d.Nested(into(tupleProto, protoDstPort, port))
+		case protoinfo:
+			d.Nested(into(protoinfoTCP, tcpState, state))
+		case connectionMark:
+			in.Mode, _ = render.ModeOf(render.Mark(d.Uint32()))
+		}
+	}
+	return in, established, d.Err()
+}
+
+// within reads the attribute of one kind among those that are nested in another.
+func within(kind uint16, read func(*netlink.AttributeDecoder) error) func(*netlink.AttributeDecoder) error {
+	return func(d *netlink.AttributeDecoder) error {
+		for d.Next() {
+			if d.Type() == kind {
+				if err := read(d); err != nil {
+					return err
+				}
+			}
+		}
+		return d.Err()
+	}
+}
+
+// ask sends a request on a socket of its own and calls each for each answer.
+func ask(kind uint16, flags netlink.HeaderFlags, each func(*netlink.AttributeDecoder) error) error {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return os.NewSyscallError("socket", err)
+	}
+	defer func() { _ = unix.Close(fd) }()
+	const patience = 2 // s; the kernel answers at once
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: patience}); err != nil {
+		return os.NewSyscallError("setsockopt", err)
+	}
+	request := message(kind, flags, unix.NFPROTO_UNSPEC, 0, nil)
+	request.Header.Length = uint32(unix.NLMSG_HDRLEN + len(request.Data))
+	data, err := request.MarshalBinary()
+	if err != nil {
+		return err
+	}
+	if err := unix.Sendto(fd, data, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return os.NewSyscallError("sendto", err)
+	}
+	buffer := make([]byte, 64<<10) // the kernel fills at most 32 KiB of it
+	for {
+		n, _, err := unix.Recvfrom(fd, buffer, 0)
+		if err != nil {
+			return os.NewSyscallError("recvfrom", err)
+		}
+		messages, err := syscall.ParseNetlinkMessage(buffer[:n])
+		if err != nil {
+			return err
+		}
+		for _, m := range messages {
+			if done, err := last(m); done || err != nil {
+				return err
+			}
+			const header = 4 // struct nfgenmsg
+			d, err := netlink.NewAttributeDecoder(m.Data[header:])
+			if err != nil {
+				return err
+			}
+			d.ByteOrder = binary.BigEndian
+			if err := each(d); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// last reports whether a message is the end of an answer.
+func last(m syscall.NetlinkMessage) (bool, error) {
+	if m.Header.Type != unix.NLMSG_ERROR && m.Header.Type != unix.NLMSG_DONE {
+		return false, nil
+	}
+	if len(m.Data) < 4 {
+		return true, nil
+	}
+	if code := int32(binary.NativeEndian.Uint32(m.Data)); code < 0 {
+		return true, unix.Errno(-code)
+	}
+	return true, nil
+}
