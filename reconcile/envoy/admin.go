@@ -3,10 +3,12 @@ package envoy
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/url"
+	"strings"
 
 	"mantlet/reconcile"
 	"mantlet/render"
@@ -31,7 +33,7 @@ func newAdmin(socket string) admin {
 // maxAnswer bounds what is read of an answer: statistics of some thousand listeners take about a MiB.
 const maxAnswer = 64 << 20
 
-func (a admin) get(ctx context.Context, path string, into any) error {
+func (a admin) ask(ctx context.Context, path string, read func(*http.Response) error) error {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://envoy"+path, nil)
 	if err != nil {
 		return err
@@ -41,16 +43,38 @@ func (a admin) get(ctx context.Context, path string, into any) error {
 		return fmt.Errorf("asking Envoy for %s: %w", path, err)
 	}
 	defer func() { _ = response.Body.Close() }()
-	if response.StatusCode != http.StatusOK {
-		return fmt.Errorf("asking Envoy for %s: %s", path, response.Status)
-	}
-	if err := json.NewDecoder(io.LimitReader(response.Body, maxAnswer)).Decode(into); err != nil {
+	if err := read(response); err != nil {
 		return fmt.Errorf("reading Envoy's answer to %s: %w", path, err)
 	}
 	return nil
 }
 
-// info asks /server_info (envoy.admin.v3.ServerInfo).
+func (a admin) get(ctx context.Context, path string, into any) error {
+	return a.ask(ctx, path, func(r *http.Response) error {
+		if r.StatusCode != http.StatusOK {
+			return errors.New(r.Status)
+		}
+		return json.NewDecoder(io.LimitReader(r.Body, maxAnswer)).Decode(into)
+	})
+}
+
+// isLive is envoy.admin.v3.ServerInfo.State's name for an Envoy that serves.
+const isLive = "LIVE"
+
+// ready returns nil if Envoy serves. It asks /ready, whose answer is one of a few words.
+func (a admin) ready(ctx context.Context) error {
+	var state []byte
+	err := a.ask(ctx, "/ready", func(r *http.Response) (err error) {
+		state, err = io.ReadAll(io.LimitReader(r.Body, 64))
+		return err
+	})
+	if said := strings.TrimSpace(string(state)); err == nil && said != isLive {
+		return fmt.Errorf("Envoy is %s, not %s", said, isLive)
+	}
+	return err
+}
+
+// info asks /server_info (envoy.admin.v3.ServerInfo). The answer is 124 KB: it lists what Envoy is built with.
 func (a admin) info(ctx context.Context) (Info, error) {
 	var answer struct {
 		State   string `json:"state"`
