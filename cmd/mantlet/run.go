@@ -74,9 +74,6 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	if err := level.UnmarshalText([]byte(env.Process.LogLevel)); err != nil {
 		return err
 	}
-	if err := table.Missing(); err != nil {
-		return fmt.Errorf("nothing comes in until this is mended: %w", err)
-	}
 	directory := env.Process.RuntimeDirectory
 	if err := private(directory); err != nil {
 		return err

@@ -32,39 +32,65 @@ func needs() []need {
 	}
 }
 
-// trialChain is never there outside of a transaction.
-const trialChain = "trial"
+// trialTable is never there outside of a transaction: a trial makes it and takes it away in one. So it disturbs no mantlet
+// that runs in the network namespace, and needs none.
+const trialTable = "mantlet-trial"
 
-// Missing tries what the rules need of the kernel and returns an error that names each option which is missing, or nil.
-// It leaves nothing behind: a trial makes a chain and takes it away in one transaction. The table must be there.
-func (t *Table) Missing() error { return t.missing(needs()) }
+// Trial is what came of trying a need.
+type Trial struct {
+	Options string // that the kernel is built with where it can do it
+	Err     error  // why the kernel can't; nil where it can
+}
 
-func (t *Table) missing(needs []need) error {
+// Try tries everything that the rules ask of the kernel. The error says why nothing could be tried.
+func (t *Table) Try() ([]Trial, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	var errs []error
-	for _, n := range needs {
+	return t.tryAll()
+}
+
+func (t *Table) tryAll() ([]Trial, error) {
+	var trials []Trial
+	for _, n := range t.needs {
 		err := t.try(n.rule)
 		if errors.Is(err, unix.EPERM) {
-			return t.explain(err) // nothing was tried
+			return nil, hint(err)
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("the kernel lacks %s, tried with %q: %w", n.options, n.rule.Text(), err))
+			err = fmt.Errorf("the kernel lacks %s, tried with %q: %w", n.options, n.rule.Text(), err)
 		}
+		trials = append(trials, Trial{n.options, err})
 	}
-	return errors.Join(errs...)
+	return trials, nil
+}
+
+// missing returns an error that names each option which the kernel lacks, or nil.
+func (t *Table) missing() error {
+	trials, err := t.tryAll()
+	for _, trial := range trials {
+		err = errors.Join(err, trial.Err)
+	}
+	return err
 }
 
 func (t *Table) try(rule render.Rule) error {
 	return t.transaction(func(b *batch) error {
+		b.table = t.conn.AddTable(&nftables.Table{Name: trialTable, Family: nftables.TableFamilyINet})
+		chain := t.conn.AddChain(&nftables.Chain{Name: "trial", Table: b.table})
 		exprs, err := b.expressions(rule)
 		if err != nil {
 			return err
 		}
-		chain := t.conn.AddChain(&nftables.Chain{Name: trialChain, Table: t.table})
-		t.conn.AddRule(&nftables.Rule{Table: t.table, Chain: chain, Exprs: exprs})
-		t.conn.FlushChain(chain)
-		t.conn.DelChain(chain)
+		t.conn.AddRule(&nftables.Rule{Table: b.table, Chain: chain, Exprs: exprs})
+		t.conn.DelTable(b.table)
 		return nil
 	})
+}
+
+// CanOwn reports whether the kernel can keep an owner for a table, see Own. Like Try it leaves nothing behind.
+func (t *Table) CanOwn() (bool, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	can, err := t.claim(trialTable, true)
+	return can, hint(err)
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 
@@ -25,6 +26,7 @@ type Table struct {
 	conn  *nftables.Conn
 	raw   *netlink.Conn // conn's own socket, for messages that the library cannot send
 	table *nftables.Table
+	needs []need
 
 	subscribe func() (subscription, error) // to the kernel's notes; tests have others
 
@@ -41,7 +43,7 @@ const bufferSize = 16 << 20
 
 // Open connects to the network namespace of the calling thread. It changes nothing.
 func Open() (*Table, error) {
-	t := &Table{table: &nftables.Table{Name: render.Table, Family: nftables.TableFamilyINet}, subscribe: subscribe}
+	t := &Table{table: &nftables.Table{Name: render.Table, Family: nftables.TableFamilyINet}, needs: needs(), subscribe: subscribe}
 	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
 		t.raw = c
 		// Else an acknowledgement that is an error would repeat its message.
@@ -89,34 +91,43 @@ const (
 func (t *Table) Own() (bool, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	var err error
+	if t.owned, err = t.claim(render.Table, false); err != nil {
+		return false, fmt.Errorf("claiming the table inet %s: %w", render.Table, t.explain(err))
+	}
+	return t.owned, nil
+}
+
+// claim makes a table this process's, or finds in a transaction that leaves nothing behind whether it could.
+func (t *Table) claim(name string, trial bool) (bool, error) {
 	data, err := netlink.MarshalAttributes([]netlink.Attribute{
-		{Type: unix.NFTA_TABLE_NAME, Data: []byte(render.Table + "\x00")},
+		text(unix.NFTA_TABLE_NAME, name),
 		{Type: unix.NFTA_TABLE_FLAGS, Data: binary.BigEndian.AppendUint32(nil, tableOwner|tablePersist)},
 	})
 	if err != nil {
 		return false, fmt.Errorf("marshalling the table's flags: %w", err)
 	}
-	const newTable = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWTABLE
+	const tables = unix.NFNL_SUBSYS_NFTABLES << 8
 	messages := []netlink.Message{
 		message(unix.NFNL_MSG_BATCH_BEGIN, netlink.Request, unix.NFPROTO_UNSPEC, unix.NFNL_SUBSYS_NFTABLES, nil),
-		message(newTable, netlink.Request|netlink.Acknowledge|netlink.Create, unix.NFPROTO_INET, 0, data),
+		message(tables|unix.NFT_MSG_NEWTABLE, netlink.Request|netlink.Acknowledge|netlink.Create, unix.NFPROTO_INET, 0, data),
 		message(unix.NFNL_MSG_BATCH_END, netlink.Request, unix.NFPROTO_UNSPEC, unix.NFNL_SUBSYS_NFTABLES, nil),
 	}
+	if trial {
+		messages = slices.Insert(messages, 2, message(tables|unix.NFT_MSG_DELTABLE, netlink.Request, unix.NFPROTO_INET, 0, data))
+	}
 	if _, err := t.raw.SendMessages(messages); err != nil {
-		return false, fmt.Errorf("claiming the table inet %s: %w", render.Table, err)
+		return false, err
 	}
 	_, err = t.raw.Receive()
 	if err == nil {
-		t.owned = true
 		return true, nil
 	}
 	t.drain()
-	switch {
-	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL):
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) {
 		return false, nil
-	default:
-		return false, fmt.Errorf("claiming the table inet %s: %w", render.Table, t.explain(err))
 	}
+	return false, err
 }
 
 // message is one of netfilter's netlink: its header carries family, version 0 and a resource in network byte order.
@@ -151,11 +162,19 @@ func (t *Table) OnlyStatus(port uint16) error { return t.Replace(render.OnlyStat
 const attempts = 10
 
 // Replace makes the table hold r and nothing else, in one transaction. Where it fails, the rules are as they were. The
-// table is read back; where it has something else already, another process did that, and the change is made again.
+// table is read back; where it has something else already, another process did that, and the change is made again. Where the
+// kernel refuses the rules, the error names each option that it lacks.
 func (t *Table) Replace(r render.Ruleset) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.put(r)
+	err := t.put(r)
+	if err == nil || errors.Is(err, unix.EPERM) || errors.Is(err, ErrOwned) || errors.Is(err, errBusy) {
+		return err
+	}
+	if missing := t.missing(); missing != nil {
+		return fmt.Errorf("%w: %w", err, missing)
+	}
+	return err
 }
 
 func (t *Table) put(r render.Ruleset) error {

@@ -400,7 +400,7 @@ func TestOwnedTableOutlivesItsOwner(t *testing.T) {
 		t.Errorf("a second Own returned %v, %v", owned, err)
 	}
 	for what, err := range map[string]error{
-		"Replace": second.Replace(rules()), "DenyAll": second.DenyAll(), "Missing": second.Missing(),
+		"Replace": second.Replace(rules()), "DenyAll": second.DenyAll(),
 	} {
 		if !errors.Is(err, ErrOwned) {
 			t.Errorf("%s of another process returned %v", what, err)
@@ -468,7 +468,9 @@ func TestMissingCapabilityIsNamed(t *testing.T) {
 			return err
 		}
 		_, tried["Own"] = table.Own()
-		tried["DenyAll"], tried["Replace"], tried["Missing"] = table.DenyAll(), table.Replace(rules()), table.Missing()
+		tried["DenyAll"], tried["Replace"] = table.DenyAll(), table.Replace(rules())
+		_, tried["Try"] = table.Try()
+		_, tried["CanOwn"] = table.CanOwn()
 		return table.Close()
 	}); err != nil {
 		t.Fatal(err)
@@ -633,27 +635,49 @@ func TestCountersOnlyGrow(t *testing.T) {
 	})
 }
 
-func TestMissing(t *testing.T) {
+// TestMissingOptions: the kernel's trials name what it refuses and nothing else, and whoever makes them disturbs nobody.
+func TestMissingOptions(t *testing.T) {
 	t.Parallel()
 	modes(t, func(t *testing.T, p *place) {
 		if err := p.table.DenyAll(); err != nil {
 			t.Fatal(err)
 		}
-		if err := p.table.Missing(); err != nil {
-			t.Errorf("the tests' kernel: %v", err)
+		second := open(t, p.pod)
+		for _, table := range []*Table{p.table, second} {
+			if owned, err := table.CanOwn(); !owned || err != nil {
+				t.Errorf("CanOwn returned %v, %v", owned, err)
+			}
+			if err := table.missing(); err != nil {
+				t.Errorf("the tests' kernel: %v", err)
+			}
+			table.needs = append(needs(),
+				need{"CONFIG_REFUSED", render.Rule{render.Verdict{Kind: render.Goto, Goto: "nowhere"}}},
+				need{"CONFIG_UNKNOWN", render.Rule{render.LookUp{Map: "none"}}},
+			)
+			trials, err := table.Try()
+			for _, trial := range trials {
+				if lacks := trial.Err != nil; lacks != (trial.Options == "CONFIG_REFUSED" || trial.Options == "CONFIG_UNKNOWN") {
+					t.Errorf("%s: %v", trial.Options, trial.Err)
+				}
+			}
+			if err != nil || len(trials) != len(table.needs) {
+				t.Errorf("Try returned %v, %v", trials, err)
+			}
 		}
-		err := p.table.missing(append(needs(),
-			need{"CONFIG_REFUSED", render.Rule{render.Verdict{Kind: render.Goto, Goto: "nowhere"}}},
-			need{"CONFIG_UNKNOWN", render.Rule{render.LookUp{Map: "none"}}},
-		))
-		if err == nil || !strings.Contains(err.Error(), "CONFIG_REFUSED") || !strings.Contains(err.Error(), "CONFIG_UNKNOWN") ||
-			strings.Contains(err.Error(), "NFT_") {
-			t.Errorf("missing returned %v, want that it names what is refused and nothing else", err)
+		refused := rules()
+		refused.Chains[0].Rules = append(refused.Chains[0].Rules, render.Rule{render.Verdict{Kind: render.Goto, Goto: "nowhere"}})
+		err := p.table.Replace(refused)
+		if err == nil || !strings.Contains(err.Error(), "lacks CONFIG_REFUSED") || strings.Contains(err.Error(), "NFT_") {
+			t.Errorf("Replace returned %v, want that it names what the kernel refuses and nothing else", err)
 		}
 		if diff := cmp.Diff(render.DenyAll(true).Text(), listing(t, p.pod)); diff != "" {
 			t.Errorf("a trial left something behind (-want +got):\n%s", diff)
 		}
+		if tables := nft(t, p.pod, "list", "tables"); strings.Contains(tables, trialTable) {
+			t.Errorf("a trial left a table behind:\n%s", tables)
+		}
 		p.check()
+		p.table.needs = needs()
 		p.replace(rules())
 	})
 }
