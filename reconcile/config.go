@@ -126,7 +126,7 @@ func (d *Daemon) keep(content []byte) {
 			if have, readErr := os.ReadFile(d.keptPath()); readErr == nil && string(have) == string(text) {
 				return
 			}
-			err = renameio.WriteFile(d.keptPath(), text, 0o600)
+			err = renameio.WriteFile(d.keptPath(), text, 0o600, renameio.WithTempDir(d.Environment.Process.RuntimeDirectory))
 		}
 	}
 	if err != nil {

@@ -61,6 +61,7 @@ func newLogger(to *os.File, level slog.Leveler) *slog.Logger {
 // ends.
 func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	collectLater()
+	go warm()
 	signal.Ignore(syscall.SIGPIPE) // the end of whoever reads the log must not be mantlet's
 	table, err := closePod(log)
 	if err != nil {
@@ -104,6 +105,18 @@ func collectLater() {
 		debug.SetGCPercent(usual)
 		debug.FreeOSMemory()
 	})
+}
+
+// warm makes the protobuf packages build what they build at first use, while the rules are put in place: it takes 5 ms, and
+// depends on no configuration.
+func warm() {
+	env, err := schema.ParseEnvironment([]string{"EDG_EGRESS_PROXY_CONFIG=warm#127.0.0.1:1#127.0.0.1:2"})
+	if err != nil {
+		return
+	}
+	if state, err := render.Render(env.Base().Mesh, render.Place{}); err == nil {
+		_, _ = render.JSON(state.Bootstrap)
+	}
 }
 
 // proxy is a Runner as the daemon knows it.

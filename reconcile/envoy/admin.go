@@ -74,22 +74,30 @@ func (a admin) ready(ctx context.Context) error {
 	return err
 }
 
-// info asks /server_info (envoy.admin.v3.ServerInfo). The answer is 124 KB: it lists what Envoy is built with.
-func (a admin) info(ctx context.Context) (Info, error) {
-	var answer struct {
-		State   string `json:"state"`
-		Options struct {
-			Epoch int `json:"restart_epoch"`
-		} `json:"command_line_options"`
-		Node struct {
-			Metadata map[string]any `json:"metadata"`
-		} `json:"node"`
-	}
-	if err := a.get(ctx, "/server_info", &answer); err != nil {
-		return Info{}, err
-	}
-	digest, _ := answer.Node.Metadata[render.DigestKey].(string)
-	return Info{State: answer.State, Epoch: answer.Options.Epoch, Digest: digest}, nil
+// info asks /server_info (envoy.admin.v3.ServerInfo), and reads up to the digest: the 120 KB after it list what Envoy is
+// built with.
+func (a admin) info(ctx context.Context) (info Info, err error) {
+	err = a.ask(ctx, "/server_info", func(r *http.Response) error {
+		for from := json.NewDecoder(io.LimitReader(r.Body, maxAnswer)); info.Digest == ""; {
+			name, err := from.Token()
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			switch name {
+			case "state":
+				err = from.Decode(&info.State)
+			case "restart_epoch":
+				err = from.Decode(&info.Epoch)
+			case render.DigestKey:
+				err = from.Decode(&info.Digest)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return info, err
 }
 
 // listeners returns the names of the listeners that Envoy has.

@@ -334,7 +334,7 @@ func Publish(c *Certificates, runtimeDirectory string, now time.Time) error {
 			return fmt.Errorf("marshalling secret %s: %w", s.Name, err)
 		}
 		path := filepath.Join(runtimeDirectory, render.SecretFile(s.Name))
-		if err := renameio.WriteFile(path, text, 0o600); err != nil {
+		if err := renameio.WriteFile(path, text, 0o600, renameio.WithTempDir(runtimeDirectory)); err != nil {
 			return fmt.Errorf("publishing secret %s: %w", s.Name, err)
 		}
 	}

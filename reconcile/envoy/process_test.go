@@ -208,11 +208,14 @@ func TestFormerAdmin(t *testing.T) {
 		t.Fatal(err)
 	}
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
-		if q.URL.Path == "/listeners" {
+		switch q.URL.Path {
+		case "/ready":
+			_, _ = io.WriteString(w, "LIVE\n")
+		case "/listeners":
 			_, _ = io.WriteString(w, `{"listener_statuses": [{"name": "ingress-mtls"}, {"name": "ingress-tls"}]}`)
-			return
+		default:
+			_, _ = fmt.Fprintf(w, `{"state": "LIVE", "node": {"metadata": {%q: %q}}}`, render.DigestKey, state.Digest)
 		}
-		_, _ = fmt.Fprintf(w, `{"state": "LIVE", "node": {"metadata": {%q: %q}}}`, render.DigestKey, state.Digest)
 	})}
 	var done sync.WaitGroup
 	done.Go(func() { _ = server.Serve(listener) })
@@ -220,7 +223,7 @@ func TestFormerAdmin(t *testing.T) {
 	former := &Process{
 		Digest: state.Digest, Bootstrap: proto.CloneOf(state.Bootstrap), admin: newAdmin(render.AdminSocket(r.RuntimeDirectory, 0)),
 	}
-	if err := former.Check(t.Context()); err != nil {
+	if err := former.live(t.Context()); err != nil {
 		t.Fatalf("the impostor is not good enough: %v", err)
 	}
 	script(t, r, "exec sleep 86399")

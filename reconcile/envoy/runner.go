@@ -331,7 +331,7 @@ func (r *Runner) write(name string, bootstrap *bootstrapv3.Bootstrap) (string, e
 		return "", err
 	}
 	path := filepath.Join(r.RuntimeDirectory, name)
-	if err := renameio.WriteFile(path, text, 0o600); err != nil {
+	if err := renameio.WriteFile(path, text, 0o600, renameio.WithTempDir(r.RuntimeDirectory)); err != nil {
 		return "", fmt.Errorf("writing the bootstrap: %w", err)
 	}
 	return path, nil
