@@ -27,7 +27,7 @@ type Need string
 
 // What a change needs.
 const (
-	NoRestart  Need = "no restart"  // rules in the kernel alone
+	NoRestart  Need = "no restart"  // rules in the kernel at the most
 	SDS        Need = "SDS"         // publication of certificates to the Envoy that runs
 	HotRestart Need = "hot restart" // a new epoch of Envoy
 	Start      Need = "start"       // of Envoy: none runs
@@ -106,6 +106,7 @@ func Compare(from, to schema.Mesh) []Step {
 	}
 	comparePorts(from.Ingress, to.Ingress, add)
 	compareEgress(from.Egress, to.Egress, add)
+	compareProbes(from.Probes, to.Probes, add)
 	restarts := func(format string, args ...any) { add(HotRestart, format, args...) }
 	if from.TLS.MinVersion != to.TLS.MinVersion {
 		restarts("tls.minVersion: %v -> %v", from.TLS.MinVersion, to.TLS.MinVersion)
@@ -182,6 +183,28 @@ func compareEgress(from, to []schema.Egress, add adder) {
 	for _, e := range from {
 		if _, gone := have[e.Listen]; gone {
 			add(HotRestart, "egress %s: removed, %s", title(e), e.Listen)
+		}
+	}
+}
+
+func compareProbes(from, to []schema.Probe, add adder) {
+	have := map[string]schema.Probe{}
+	for _, p := range from {
+		have[p.Name] = p
+	}
+	for _, p := range to {
+		old, ok := have[p.Name]
+		delete(have, p.Name)
+		switch {
+		case !ok:
+			add(NoRestart, "probe %s: new, %s %s", p.Name, p.Kind, p)
+		case old != p:
+			add(NoRestart, "probe %s: %s %s -> %s %s", p.Name, old.Kind, old, p.Kind, p)
+		}
+	}
+	for _, p := range from {
+		if _, gone := have[p.Name]; gone {
+			add(NoRestart, "probe %s: removed, %s %s", p.Name, p.Kind, p)
 		}
 	}
 }

@@ -31,6 +31,18 @@ func (m Mesh) MarshalJSON() ([]byte, error) {
 			Upstream: upstreamText(e.Upstream.String()), ServerNames: texts[serverNameText](e.ServerNames),
 		})
 	}
+	for _, p := range m.Probes {
+		form := probeForm{Name: probeName(p.Name)}
+		switch p.Kind {
+		case ProbeHTTP:
+			form.HTTP = httpProbeText(p.String())
+		case ProbeTCP:
+			form.TCP = portText(p.String())
+		case ProbeGRPC:
+			form.GRPC = grpcProbeText(p.String())
+		}
+		f.Probes = append(f.Probes, form)
+	}
 	return json.Marshal(f)
 }
 

@@ -141,6 +141,11 @@ func (p Process) checkStatus(c Config, r *report) {
 			r.add(c.merged.entries("ingress")[key].origin, "ingress["+key+"]", "", taken)
 		}
 	}
+	for _, probe := range c.Mesh.Probes {
+		if probe.Port == own.Port() { // a question that asks itself
+			r.add(c.merged.entries("probes")[probe.Name].origin, "probes["+probe.Name+"]", "", taken)
+		}
+	}
 	for _, out := range c.Mesh.Egress {
 		everywhere := !own.Addr().IsValid() || own.Addr().IsUnspecified()
 		if out.Listen.Port() == own.Port() && (everywhere || out.Listen.Addr() == own.Addr()) {

@@ -25,9 +25,9 @@ type Overruled struct {
 // that a source removed, it lists that, and what it took away.
 func (c Config) Explain() []Explained {
 	var all []Explained
-	for _, list := range []string{"ingress", "egress"} {
-		for _, e := range slices.SortedFunc(maps.Values(c.merged.entries(list)), compareKeys) {
-			all = append(all, e.explain(list+"["+e.key+"].")...)
+	for _, list := range []string{"ingress", "egress", "probes"} {
+		for _, e := range slices.SortedFunc(maps.Values(c.merged.entries(list)), compareKeys[list]) {
+			all = append(all, e.explain(listKeys[list], list+"["+e.key+"].")...)
 			if list == "ingress" && e.fields["mode"] == nil && !e.removed() {
 				all = append(all, Explained{Path: list + "[" + e.key + "].mode", Value: string(ModeMTLS), Origin: "default"})
 			}
@@ -39,10 +39,10 @@ func (c Config) Explain() []Explained {
 	return all
 }
 
-func (e *entry) explain(path string) []Explained {
+func (e *entry) explain(key, path string) []Explained {
 	var all []Explained
-	for _, field := range []string{"name", "mode", "allow", "upstream", "serverNames"} {
-		if s := e.fields[field]; s != nil {
+	for _, field := range []string{"name", "mode", "allow", "upstream", "serverNames", "http", "tcp", "grpc"} {
+		if s := e.fields[field]; s != nil && field != key {
 			all = append(all, s.explain(path+field))
 		}
 	}
@@ -57,11 +57,10 @@ func (e *entry) explain(path string) []Explained {
 }
 
 // compareKeys sorts as the mesh is sorted. Entries that were removed may overlap others.
-func compareKeys(a, b *entry) int {
-	if a.fields["port"] != nil {
-		return ports(a.key).compare(ports(b.key))
-	}
-	return netip.MustParseAddrPort(a.key).Compare(netip.MustParseAddrPort(b.key))
+var compareKeys = map[string]func(a, b *entry) int{
+	"ingress": func(a, b *entry) int { return ports(a.key).compare(ports(b.key)) },
+	"egress":  func(a, b *entry) int { return netip.MustParseAddrPort(a.key).Compare(netip.MustParseAddrPort(b.key)) },
+	"probes":  func(a, b *entry) int { return strings.Compare(a.key, b.key) },
 }
 
 func (s *setting) explain(path string) Explained {

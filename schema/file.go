@@ -6,6 +6,7 @@ package schema
 type fileForm struct {
 	Ingress        []ingressForm  `json:"ingress,omitempty" jsonschema_description:"What happens to connections from outside the pod, by port. Ports without an entry demand mutual TLS."`
 	Egress         []egressForm   `json:"egress,omitempty" jsonschema_description:"Loopback addresses that the workload connects to, and the upstreams that they stand for."`
+	Probes         []probeForm    `json:"probes,omitempty" jsonschema_description:"Questions to the workload that mantlet asks for a kubelet, whose own probes would meet mutual TLS. The status address answers at /probe/NAME."`
 	TLS            *tlsForm       `json:"tls,omitempty" jsonschema_description:"What both sides of the mesh speak."`
 	Envoy          *envoyForm     `json:"envoy,omitempty" jsonschema_description:"Settings of the data plane."`
 	OtherProtocols OtherProtocols `json:"otherProtocols,omitempty" jsonschema:"default=drop" jsonschema_description:"What happens to inbound UDP, SCTP and so on at ports that are not passthrough."`
@@ -26,6 +27,14 @@ type egressForm struct {
 	Upstream    upstreamText     `json:"upstream,omitempty" jsonschema_description:"A host name or an IP address, and a port. A new entry needs it."`
 	ServerNames []serverNameText `json:"serverNames,omitempty" jsonschema:"minItems=1" jsonschema_description:"The SANs of which the endpoint's certificate must have one; the first DNS name is sent as SNI. Without a list, any workload of the mesh."`
 	Remove      removeText       `json:"remove,omitempty" jsonschema_description:"Takes the entry of an earlier source away."`
+}
+
+type probeForm struct {
+	Name   probeName     `json:"name" jsonschema_description:"A DNS label. It is the entry's key. An entry has one of http, tcp and grpc: in place of what an earlier source says."`
+	HTTP   httpProbeText `json:"http,omitempty" jsonschema_description:"A port and a path, as 8080/healthz: well if a GET is answered with a status from 200 to 399."`
+	TCP    portText      `json:"tcp,omitempty" jsonschema_description:"A port: well if it takes a connection."`
+	GRPC   grpcProbeText `json:"grpc,omitempty" jsonschema_description:"A port, or a port and a service, as 9000/my.Service: well if grpc.health.v1 says SERVING."`
+	Remove removeText    `json:"remove,omitempty" jsonschema_description:"Takes the entry of an earlier source away."`
 }
 
 type tlsForm struct {

@@ -3,6 +3,7 @@ package schema_test
 import (
 	"encoding/json"
 	"errors"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -128,6 +129,17 @@ func checkConfig(t *testing.T, config, again schema.Config, err error) {
 		}
 		if !e.Listen.Addr().IsLoopback() || e.Listen.Port() == 0 || e.Upstream.Host == "" || e.Upstream.Port == 0 || (e.ServerNames != nil && len(e.ServerNames) == 0) {
 			t.Fatalf("egress %v", e)
+		}
+	}
+	for i, p := range mesh.Probes {
+		if i > 0 && mesh.Probes[i-1].Name >= p.Name {
+			t.Fatalf("not sorted: %v", mesh.Probes)
+		}
+		if p.Name == "" || p.Kind == "" || p.Port == 0 || p.Port == schema.IngressMTLSPort || p.Port == schema.IngressTLSPort {
+			t.Fatalf("probe %v", p)
+		}
+		if u, err := url.Parse("http://127.0.0.1:1" + p.Target); p.Kind == schema.ProbeHTTP && (err != nil || u.Host != "127.0.0.1:1" || u.RequestURI() != p.Target) {
+			t.Fatalf("probe %v asks for %v: %v", p, u, err)
 		}
 	}
 	checkJSON(t, mesh)

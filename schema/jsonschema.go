@@ -32,5 +32,8 @@ func (egressForm) JSONSchemaExtend(s *jsonschema.Schema) {
 	s.DependentSchemas = map[string]*jsonschema.Schema{"remove": onlyKey()}
 }
 
+// JSONSchemaExtend allows an entry its name, and one of the others.
+func (probeForm) JSONSchemaExtend(s *jsonschema.Schema) { s.MaxProperties = onlyKey().MaxProperties }
+
 // onlyKey allows an entry its key, and remove.
 func onlyKey() *jsonschema.Schema { return &jsonschema.Schema{MaxProperties: new(uint64(2))} }

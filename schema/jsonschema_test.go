@@ -224,6 +224,19 @@ func TestSchemaAgreesOnTexts(t *testing.T) {
 			return map[string]any{"egress": []any{entry}}
 		}
 	}
+	probe := func(field string) func(any) any {
+		return func(value any) any {
+			entry := map[string]any{"name": "a", "tcp": 80}
+			if field != "name" {
+				delete(entry, "tcp")
+			}
+			entry[field] = value
+			return map[string]any{"probes": []any{entry}}
+		}
+	}
+	numbers := []string{"80", "80", "1", "65535", "65536", "0", "15006", "15007", "x", " "}
+	paths := append(numbers, "/", "/", "/a", "/healthz", "?", "%20", "%2", "%zz", ";", "#", "//", "é", "\n", "..", ":80", "@x")
+	services := append(numbers, "/", "/", "/my.Service", "a", "-", "..", "%", "#", "é", strings.Repeat("b", 254))
 	names := []string{"a", "B", "-", "_", ".", "*", "*.", "0", "7", "10.", "192.0.2.1", "://", "spiffe://", "/", "#", "[", "::1", "@", " ", "é", "%", "\n", "~", strings.Repeat("b", 62)}
 	ports := []string{":80", ":80", ":1", ":65535", ":65536", ":0", ":080", ":", "", ":x", ":15006", ":-1", ":8 "}
 	for name, c := range map[string]struct {
@@ -243,6 +256,10 @@ func TestSchemaAgreesOnTexts(t *testing.T) {
 			`own listen address|"\[`,
 		},
 		"upstream": {egress("upstream"), append(names, "192.0.2.1", "255.1.", "256.", "[::1]", "[2001:db8::7]", "[::ffff:1.2.3.4]", "[::g]"), ports, `one host|own listen address|"\[`},
+		"probe":    {probe("name"), []string{"a", "b7", "-", "0", "A", ".", "_", " ", "é", "", strings.Repeat("c", 61)}, nil, ""},
+		"http":     {probe("http"), paths, nil, ""},
+		"tcp":      {probe("tcp"), append(numbers, "/"), nil, ""},
+		"grpc":     {probe("grpc"), services, nil, ""},
 		"drainTime": {func(value any) any {
 			return map[string]any{"envoy": map[string]any{"drainTime": value, "parentShutdownTime": "24h"}}
 		}, []string{"1", "0", "7", "59", "h", "m", "s", ".", "ms", "-", "+", " "}, []string{"s", "m", "h", ""}, "from 1s to 24h|must be less|must be more"},

@@ -112,7 +112,10 @@ func cutPath(path string) (section, field string) {
 }
 
 // The lists, and the field that is the key of each.
-var listKeys = map[string]string{"ingress": "port", "egress": "listen"}
+var listKeys = map[string]string{"ingress": "port", "egress": "listen", "probes": "name"}
+
+// probeKinds are the fields of a probe of which it has one.
+var probeKinds = []string{string(ProbeHTTP), string(ProbeTCP), string(ProbeGRPC)}
 
 // fromYAML reads a layer from a YAML text.
 func fromYAML(source string, content []byte, report *report) layer {
@@ -155,6 +158,10 @@ func entriesOf(list string, objects []*object, report *report) entries {
 			report.add(e.fields["remove"].origin, list+"["+e.key+"].remove", "true", "an entry that is removed has no other fields")
 			e.wrong = true
 		}
+		if list == "probes" && !e.removed() && len(e.fields) > 2 {
+			report.add(e.origin, list+"["+e.key+"]", "", "has more than one of http, tcp and grpc; leave one of them")
+			e.wrong = true
+		}
 		all.add(list, e, report)
 	}
 	return all
@@ -174,7 +181,7 @@ func (all entries) add(list string, e *entry, report *report) {
 
 // means reports whether both say the same; names do not count.
 func (e *entry) means(other *entry) bool {
-	for _, field := range []string{"mode", "upstream", "remove"} {
+	for _, field := range []string{"mode", "upstream", "http", "tcp", "grpc", "remove"} {
 		if e.text(field) != other.text(field) {
 			return false
 		}
@@ -243,6 +250,14 @@ func (e *entry) over(old *entry) *entry {
 	}
 	for name, s := range e.fields {
 		under := old.fields[name]
+		if slices.Contains(probeKinds, name) {
+			for _, kind := range probeKinds {
+				if was := old.fields[kind]; was != nil && kind != name {
+					under = &setting{text: kind + ": " + was.text, origin: was.origin, overrode: was.overrode}
+					delete(merged.fields, kind)
+				}
+			}
+		}
 		if anew {
 			under = &setting{text: "removed", origin: old.fields["remove"].origin, overrode: under}
 		}

@@ -130,6 +130,21 @@ egress[127.0.0.9:1].upstream = x:1 (/config.yaml:2:85)
 egress[127.0.0.10:1].upstream = x:1 (/config.yaml:2:45)
 `,
 		},
+		"probes, by name and kind": {
+			inline: "probes: [{name: web, http: 8080/healthz}, {name: db, tcp: 5432}, {name: api, grpc: 9000}, {name: old, tcp: 1}]\n",
+			file:   "probes: [{name: web, grpc: 9000/a.B}, {name: new, http: 80}, {name: db, tcp: 5433}, {name: api}, {name: old, remove: true}]\n",
+			want: `probes[api].grpc = 9000 (INLINE:1:84)
+probes[db].tcp = 5433 (/config.yaml:1:78) < 5432 (INLINE:1:59)
+probes[new].http = 80/ (/config.yaml:1:57)
+probes[old].remove = true (/config.yaml:1:118) < tcp: 1 (INLINE:1:108)
+probes[web].grpc = 9000/a.B (/config.yaml:1:28) < http: 8080/healthz (INLINE:1:28)
+`,
+		},
+		"a probe, removed and added again": {
+			inline: "probes: [{name: web, remove: true}]\n",
+			file:   "probes: [{name: web, tcp: 80}]\n",
+			want:   "probes[web].tcp = 80 (/config.yaml:1:27) < removed (INLINE:1:30)\n",
+		},
 		"times of several sources": {
 			environ: []string{"MANTLET_ENVOY_DRAIN_TIME=20m", "MANTLET_CONFIG_INLINE=envoy: {parentShutdownTime: 1h}"},
 			file:    "envoy: {drainTime: 59m}\n",
@@ -157,11 +172,11 @@ envoy.parentShutdownTime = 1h (INLINE:1:29) < 10m (default)
 			}
 			entries := 0
 			for _, e := range config.Explain() {
-				if strings.HasSuffix(e.Path, ".mode") || strings.HasSuffix(e.Path, ".upstream") {
+				if strings.HasSuffix(e.Path, ".mode") || strings.HasSuffix(e.Path, ".upstream") || strings.HasPrefix(e.Path, "probes") && !strings.HasSuffix(e.Path, ".remove") {
 					entries++
 				}
 			}
-			if mesh := config.Mesh; len(mesh.Ingress)+len(mesh.Egress) != entries {
+			if mesh := config.Mesh; len(mesh.Ingress)+len(mesh.Egress)+len(mesh.Probes) != entries {
 				t.Errorf("%d entries are explained; the mesh: %v", entries, mesh)
 			}
 		})
@@ -184,6 +199,19 @@ func TestMergedMesh(t *testing.T) {
 		t.Error(diff)
 	}
 	if diff := cmp.Diff([]string{"b", "a"}, config.Mesh.Egress[0].ServerNames); diff != "" { // in order: the first is the SNI
+		t.Error(diff)
+	}
+	config, err = environment(t).Merge([]byte("probes: [{name: c, grpc: 9000/a.B}, {name: b, tcp: 5432}, {name: d, grpc: 9000}, {name: a, http: '80/a%20b?c=/d'}]\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	probes := []schema.Probe{
+		{Name: "a", Kind: schema.ProbeHTTP, Port: 80, Target: "/a%20b?c=/d"},
+		{Name: "b", Kind: schema.ProbeTCP, Port: 5432},
+		{Name: "c", Kind: schema.ProbeGRPC, Port: 9000, Target: "a.B"},
+		{Name: "d", Kind: schema.ProbeGRPC, Port: 9000},
+	}
+	if diff := cmp.Diff(probes, config.Mesh.Probes); diff != "" {
 		t.Error(diff)
 	}
 }
@@ -242,6 +270,11 @@ func TestMergeProblems(t *testing.T) {
 			[]string{"MANTLET_ENVOY_DRAIN_TIME=20m", "MANTLET_ENVOY_PARENT_SHUTDOWN_TIME=1h"},
 			"envoy: {parentShutdownTime: 20m}\n",
 			[]string{`1:29: envoy.parentShutdownTime: "20m": must be more than envoy.drainTime, which is 20m (MANTLET_ENVOY_DRAIN_TIME)`},
+		},
+		"a probe of nothing": {
+			[]string{"MANTLET_CONFIG_INLINE=probes: [{name: web, tcp: 80}]"},
+			"probes:\n  - {name: db}\n  - {name: web}\n",
+			[]string{"2:5: probes[db]: needs one of http, tcp and grpc, as http: 8080/healthz"},
 		},
 		"both ends of one entry": {
 			nil, "ingress: [{port: 80, mode: tls}, {port: 80, remove: true}]\n",

@@ -40,6 +40,7 @@ var (
 	yamlNumber = yamlType{"a number", []string{"!!int"}}
 	yamlBool   = yamlType{"true", []string{"!!bool"}}
 	yamlPorts  = yamlType{"a port or a range", []string{"!!int", "!!str"}}
+	yamlProbe  = yamlType{"a port, or text that starts with one", []string{"!!int", "!!str"}}
 )
 
 // Patterns of the JSON Schema, for editors. The parsers decide.
@@ -282,6 +283,119 @@ func (serverNameText) parse(text string) (string, string) {
 func (serverNameText) JSONSchema() *jsonschema.Schema {
 	return &jsonschema.Schema{Type: "string", Pattern: "^(" + hostPattern + "|" + uriPattern + ")$", Not: address()}
 }
+
+// probeName names a probe in a URL.
+type probeName string
+
+const probeNamePattern = `^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`
+
+var probeNames = regexp.MustCompile(probeNamePattern)
+
+func (probeName) scalar() yamlType { return yamlString }
+
+func (probeName) parse(text string) (string, string) {
+	if !probeNames.MatchString(text) {
+		return "", "must be a DNS label: 1 to 63 lower-case letters, digits and inner hyphens"
+	}
+	return text, ""
+}
+
+func (probeName) JSONSchema() *jsonschema.Schema {
+	return &jsonschema.Schema{Type: "string", Pattern: probeNamePattern}
+}
+
+// The targets of probes. They are fixed here, as a whole: nothing of a probe's request goes on to the workload.
+const (
+	pathPattern    = `/([A-Za-z0-9._~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})*(\?([A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})*)?`
+	servicePattern = `/[A-Za-z0-9._-]{1,255}`
+	maxPath        = 1024
+)
+
+var (
+	path    = regexp.MustCompile("^" + pathPattern + "$")
+	service = regexp.MustCompile("^" + servicePattern + "$")
+)
+
+// cutTarget splits the value of a probe after its port, and returns the reason against the port, if there is one.
+func cutTarget(text string) (port uint16, target, reason string) {
+	digits, _, _ := strings.Cut(text, "/")
+	port, reason = parsePort(digits)
+	if port == IngressMTLSPort || port == IngressTLSPort {
+		reason = reservedPorts()
+	}
+	return port, text[len(digits):], reason
+}
+
+// probeSchema is for a port alone, where that will do, and for a port that something follows.
+func probeSchema(follows string) *jsonschema.Schema {
+	return &jsonschema.Schema{
+		AnyOf: []*jsonschema.Schema{
+			{Type: "integer", Minimum: "1", Maximum: "65535"},
+			{Type: "string", Pattern: "^" + portPattern + follows + "$", MaxLength: new(uint64(len("65535") + maxPath))},
+		},
+		Not: &jsonschema.Schema{AnyOf: []*jsonschema.Schema{
+			{Enum: []any{IngressMTLSPort, IngressTLSPort}},
+			{Type: "string", Pattern: fmt.Sprintf("^(%d|%d)(/|$)", IngressMTLSPort, IngressTLSPort)},
+		}},
+	}
+}
+
+// httpProbeText is a port and what to GET there.
+type httpProbeText string
+
+func (httpProbeText) scalar() yamlType { return yamlProbe }
+
+func (httpProbeText) parse(text string) (string, string) {
+	port, target, reason := cutTarget(text)
+	switch {
+	case port == 0:
+		return "", "must be a port, or a port and a path, as 8080/healthz"
+	case reason != "":
+		return "", reason
+	case target == "":
+		target = "/"
+	case !path.MatchString(target):
+		return "", "its path must be as URLs have it: other characters are written as %20"
+	case len(target) > maxPath:
+		return "", fmt.Sprintf("its path is longer than %d bytes", maxPath)
+	}
+	return Probe{Kind: ProbeHTTP, Port: port, Target: target}.String(), ""
+}
+
+func (httpProbeText) JSONSchema() *jsonschema.Schema { return probeSchema("(" + pathPattern + ")?") }
+
+// portText is one port.
+type portText string
+
+func (portText) scalar() yamlType { return yamlProbe }
+
+func (portText) parse(text string) (string, string) {
+	port, target, reason := cutTarget(text)
+	if target != "" {
+		reason = "must be a port alone, as 5432"
+	}
+	return Probe{Kind: ProbeTCP, Port: port}.String(), reason
+}
+
+func (portText) JSONSchema() *jsonschema.Schema { return probeSchema("") }
+
+// grpcProbeText is a port, and the service to ask after.
+type grpcProbeText string
+
+func (grpcProbeText) scalar() yamlType { return yamlProbe }
+
+func (grpcProbeText) parse(text string) (string, string) {
+	port, target, reason := cutTarget(text)
+	switch {
+	case reason != "" && port != 0:
+		return "", reason
+	case port == 0 || target != "" && !service.MatchString(target):
+		return "", "must be a port, as 9000, or a port and a service, as 9000/my.Service"
+	}
+	return Probe{Kind: ProbeGRPC, Port: port, Target: strings.TrimPrefix(target, "/")}.String(), ""
+}
+
+func (grpcProbeText) JSONSchema() *jsonschema.Schema { return probeSchema("(" + servicePattern + ")?") }
 
 // threadsText is a number of worker threads.
 type threadsText string

@@ -139,6 +139,7 @@ func build(r *report, process Process, layers ...layer) (Config, error) {
 	c.Mesh = Mesh{
 		Ingress: c.ingress(r),
 		Egress:  c.egress(r),
+		Probes:  c.probes(r),
 		TLS:     TLS{MinVersion: TLSVersion(text("tls.minVersion"))},
 		Envoy: Envoy{
 			Concurrency:        number(text("envoy.concurrency")),
@@ -282,6 +283,31 @@ func (c Config) egress(r *report) []Egress {
 		list = append(list, out)
 	}
 	slices.SortFunc(list, func(a, b Egress) int { return a.Listen.Compare(b.Listen) })
+	return list
+}
+
+func (c Config) probes(r *report) []Probe {
+	var list []Probe
+	for _, e := range c.merged.entries("probes") {
+		if e.removed() {
+			continue
+		}
+		p := Probe{Name: e.key}
+		for _, kind := range probeKinds {
+			if text := e.text(kind); text != "" {
+				p.Kind = ProbeKind(kind)
+				p.Port, p.Target, _ = cutTarget(text)
+			}
+		}
+		if p.Kind == ProbeGRPC {
+			p.Target = strings.TrimPrefix(p.Target, "/")
+		}
+		if p.Kind == "" && !e.wrong {
+			r.add(e.origin, "probes["+e.key+"]", "", "needs one of http, tcp and grpc, as http: 8080/healthz")
+		}
+		list = append(list, p)
+	}
+	slices.SortFunc(list, func(a, b Probe) int { return strings.Compare(a.Name, b.Name) })
 	return list
 }
 

@@ -17,6 +17,7 @@ import (
 type Mesh struct {
 	Ingress        []Ingress
 	Egress         []Egress
+	Probes         []Probe
 	TLS            TLS
 	Envoy          Envoy
 	OtherProtocols OtherProtocols
@@ -98,6 +99,34 @@ func (u Upstream) String() string {
 	}
 	return u.Host + ":" + strconv.Itoa(int(u.Port))
 }
+
+// Probe is a question to the workload that mantlet asks in place of a kubelet, whose own would meet mutual TLS.
+type Probe struct {
+	Name string // a DNS label
+	Kind ProbeKind
+	Port uint16
+	// Target is what is asked for there: of ProbeHTTP the path, with a query if it has one; of ProbeGRPC the service, where ""
+	// is the whole server; of ProbeTCP nothing.
+	Target string
+}
+
+func (p Probe) String() string {
+	target := p.Target
+	if p.Kind == ProbeGRPC && target != "" {
+		target = "/" + target
+	}
+	return strconv.Itoa(int(p.Port)) + target
+}
+
+// ProbeKind is what a probe speaks: a key of the override file.
+type ProbeKind string
+
+// The kinds of probes, as a kubelet has them.
+const (
+	ProbeHTTP ProbeKind = "http" // an answer from 200 to 399 is good
+	ProbeTCP  ProbeKind = "tcp"  // a connection is
+	ProbeGRPC ProbeKind = "grpc" // SERVING of grpc.health.v1 is
+)
 
 // Mode says how connections to an ingress port are protected.
 type Mode string

@@ -13,6 +13,7 @@ import (
 //	allow            a list where there was none, or a part of the list that was there
 //	serverNames      the same
 //	tls.minVersion   1.2 > 1.3
+//	probes           fewer of them
 //	names            say nothing and may change
 //
 // All else must stay as it is: other fields, and the egress entries there are with their upstreams. A new egress entry
@@ -22,6 +23,7 @@ import (
 func tighten(base, config Config, r *report) {
 	tightenIngress(base, config, r)
 	tightenEgress(base, config, r)
+	tightenProbes(base, config, r)
 	refuse := func(path string) {
 		s := config.merged.scalar(path)
 		r.add(s.origin, path, s.value(), fmt.Sprintf("%s=tighten does not let the file change this; it is %s (%s)",
@@ -158,5 +160,14 @@ func tightenEgress(base, config Config, r *report) {
 	}
 	for key := range is {
 		refuse(key, "add an entry")
+	}
+}
+
+func tightenProbes(base, config Config, r *report) {
+	for _, p := range config.Mesh.Probes {
+		if !slices.Contains(base.Mesh.Probes, p) {
+			e := config.merged.entries("probes")[p.Name]
+			r.add(e.origin, "probes["+p.Name+"]", "", overridesVariable+"=tighten does not let the file add a probe, or change one")
+		}
 	}
 }

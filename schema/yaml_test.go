@@ -95,7 +95,7 @@ type yamlProblem struct {
 // koanf alone would let pass (design.md 11) is marked.
 func yamlProblems() map[string]yamlProblem {
 	const (
-		known    = "known are ingress, egress, tls, envoy, otherProtocols, accessLog"
+		known    = "known are ingress, egress, probes, tls, envoy, otherProtocols, accessLog"
 		ports    = "must be a port from 1 to 65535 or a range as 8000-8099"
 		listen   = "must be a loopback address and a port, as 127.137.0.1:8081 or [::1]:8081"
 		san      = "must be a name as certificates have them: DNS, as frontend or *.shop.svc, or a URI, as spiffe://mesh/ns/shop/sa/cart"
