@@ -71,6 +71,8 @@ func TestManifests(t *testing.T) {
 		{Name: "metrics", Ports: schema.Ports{First: 7890, Last: 7890}, Mode: schema.ModePassthrough},
 		{Name: "web", Ports: schema.Ports{First: 8080, Last: 8080}, Mode: schema.ModeTLS},
 	}
+	web.StatusPort = 9901
+	web.Probes = []schema.Probe{{Name: "web", Kind: schema.ProbeHTTP, Port: 8080, Target: "/healthz"}}
 	_, clients := load(t, nil)
 	clients.Egress = []schema.Egress{
 		{Name: "billing", Listen: netip.MustParseAddrPort("127.137.0.1:8081"), Upstream: schema.Upstream{Host: "billing-svc", Port: 8080}},
@@ -98,6 +100,7 @@ func TestManifests(t *testing.T) {
 			if diff := cmp.Diff(want, mesh, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
 				t.Errorf("mesh (-want +got):\n%s", diff)
 			}
+			probes(t, pod, mesh)
 			confined(t, pod)
 			services(t, objects[1:], deployment, mesh)
 		})
@@ -154,6 +157,25 @@ func sidecar(t *testing.T, pod *corev1.PodSpec) schema.Mesh {
 		}
 	}
 	return mesh
+}
+
+// probes checks that the workload's probes by HTTP ask mantlet, for each probe that it has and for nothing else.
+func probes(t *testing.T, pod *corev1.PodSpec, mesh schema.Mesh) {
+	t.Helper()
+	var asked, had []string
+	for _, c := range pod.Containers {
+		for _, probe := range []*corev1.Probe{c.StartupProbe, c.ReadinessProbe, c.LivenessProbe} {
+			if probe != nil && probe.HTTPGet != nil {
+				asked = append(asked, fmt.Sprintf("%s%s", probe.HTTPGet.Port.String(), probe.HTTPGet.Path))
+			}
+		}
+	}
+	for _, p := range mesh.Probes {
+		had = append(had, fmt.Sprintf("%d/probe/%s", mesh.StatusPort, p.Name))
+	}
+	if diff := cmp.Diff(had, asked); diff != "" {
+		t.Errorf("probes (-mantlet's +the kubelet's):\n%s", diff)
+	}
 }
 
 // confined checks what each container may do: nothing out of the ordinary, but for mantlet and NET_ADMIN.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/google/renameio/v2"
@@ -88,7 +89,7 @@ func (d *Daemon) render(config schema.Config, err error) (*desired, error) {
 // accept makes a good configuration the wanted one, unless it means the same.
 func (d *Daemon) accept(next *desired) {
 	if d.want != nil {
-		if d.want.state.Digest == next.state.Digest && d.want.state.Ruleset.Text() == next.state.Ruleset.Text() {
+		if d.want.state.Digest == next.state.Digest && d.want.state.Ruleset.Text() == next.state.Ruleset.Text() && slices.Equal(d.want.mesh.Probes, next.mesh.Probes) {
 			return
 		}
 		for _, step := range Compare(d.want.mesh, next.mesh) {

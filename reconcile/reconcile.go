@@ -127,6 +127,8 @@ type Daemon struct {
 	repaired int      // how many there were
 	unmended error    // why the rules could not be looked at or put back; guard alone has it
 
+	ill map[string]bool // probes of the workload that failed when they were last asked
+
 	// Why the daemon is not where it should be, each nil where it is not the reason.
 	badConfig, badCertificates, down error
 

@@ -132,6 +132,7 @@ func (d *Daemon) handler() http.Handler {
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
 		answer(w, r, Checks(), once(d, "unready", d.Unready), d.Notes())
 	})
+	mux.HandleFunc("GET /probe/{name}", d.probe)
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
 		encoder := json.NewEncoder(w)
