@@ -1,6 +1,8 @@
 package reconcile
 
 import (
+	"slices"
+
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -32,6 +34,20 @@ func advance(have render.Generations, from, to schema.Mesh, everywhere bool) ren
 		}
 	}
 	return next
+}
+
+// loosest returns the loosest mesh that can have been in force before this mantlet, and its generations: the rules that it
+// found tell modes and generations, and not which clients were let in, or with which TLS. Of deny-all a mantlet that ended at
+// its start is the reason, and what was before that no one knows. It reports false where there was nothing.
+func loosest(found render.Ruleset, want schema.Mesh) (schema.Mesh, render.Generations, bool) {
+	ingress, generations, ok := render.ReadBack(found)
+	if !ok {
+		ingress = slices.Clone(want.Ingress)
+		for i := range ingress {
+			ingress[i].Allow = nil
+		}
+	}
+	return schema.Mesh{Ingress: ingress, TLS: schema.TLS{MinVersion: schema.TLS12}}, generations, len(found.Chains) > 0
 }
 
 // after returns a generation to follow that of a port: one that is in force nowhere, the same for every port of a change,

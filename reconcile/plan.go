@@ -58,7 +58,7 @@ func Diff(mesh schema.Mesh, place render.Place, have Live) ([]Step, error) {
 	if err != nil {
 		return nil, err
 	}
-	generations, _ := render.GenerationsOf(have.Rules)
+	_, generations, _ := render.ReadBack(have.Rules)
 	var steps []Step
 	for _, line := range render.Diff(render.Rules(mesh, generations), have.Rules) {
 		steps = append(steps, Step{line, NoRestart})

@@ -104,6 +104,7 @@ type Daemon struct {
 	Environment *schema.Environment
 	Place       render.Place
 	Kernel      Kernel
+	Found       render.Ruleset // the rules that were in the kernel before deny-all
 	Secrets     Secrets
 	Proxy       Proxy
 	Log         *slog.Logger
@@ -256,6 +257,8 @@ func (d *Daemon) apply(ctx context.Context, want *desired) error {
 	next := *want
 	if d.have != nil {
 		next.generations = advance(d.have.generations, d.have.mesh, want.mesh, d.revoked)
+	} else if before, generations, ok := loosest(d.Found, want.mesh); ok {
+		next.generations = advance(generations, before, want.mesh, d.revoked)
 	}
 	next.state.Ruleset = render.Rules(want.mesh, next.generations)
 	if d.have == nil || next.state.Ruleset.Text() != d.have.state.Ruleset.Text() {

@@ -32,13 +32,18 @@ func TestGenerationsAreReadBack(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		mesh, want := drawMesh(t), drawGenerations(t)
 		rules := render.Rules(mesh, want)
-		got, ok := render.GenerationsOf(rules)
+		ingress, got, ok := render.ReadBack(rules)
 		if lines := render.Diff(rules, render.Rules(mesh, got)); !ok || len(lines) > 0 {
 			t.Errorf("%+v is read back as %+v, %v:\n%s", want, got, ok, strings.Join(lines, "\n"))
 		}
+		for _, part := range schema.Parts(mesh.Ingress, ingress) {
+			if is, want := schema.PolicyOf(ingress, part.First).Mode, schema.PolicyOf(mesh.Ingress, part.First).Mode; is != want {
+				t.Errorf("mode %s of ports %s is read back as %s", want, part, is)
+			}
+		}
 	})
 	for _, r := range []render.Ruleset{{}, render.DenyAll(true), render.DenyAll(false), render.OnlyStatus(9)} {
-		if g, ok := render.GenerationsOf(r); ok {
+		if _, g, ok := render.ReadBack(r); ok {
 			t.Errorf("generations %+v are read from %s", g, r.Text())
 		}
 	}

@@ -298,29 +298,34 @@ func passthrough() []Chain {
 	}
 }
 
-// GenerationsOf returns the generations of a live ruleset, which its chains' names tell. Those of passthrough ports are not
-// told. It reports false where these are no rules of a mesh: deny-all, or none.
-func GenerationsOf(r Ruleset) (Generations, bool) {
-	var g Generations
+// ReadBack returns what the names of a live ruleset's chains tell: the modes of ports, and the generations, but for those of
+// passthrough ports. It reports false where these are no rules of a mesh: deny-all, or none.
+func ReadBack(r Ruleset) (ingress []schema.Ingress, g Generations, ok bool) {
 	i := slices.IndexFunc(r.Chains, func(c Chain) bool { return c.Name == portsChain })
 	j := slices.IndexFunc(r.Maps, func(m Map) bool { return m.Name == modesMap })
 	if i < 0 || j < 0 {
-		return g, false
+		return nil, g, false
 	}
-	found := false
 	for _, rule := range r.Chains[i].Rules {
-		if v, ok := rule[len(rule)-1].(Verdict); ok && v.Goto != "" {
-			if w, ok := parseWrapped(v.Goto); ok {
-				g.Default, found = w.generation, true
+		if v, isVerdict := rule[len(rule)-1].(Verdict); isVerdict {
+			if w, isWrapped := parseWrapped(v.Goto); isWrapped {
+				g.Default, ok = w.generation, true
 			}
 		}
 	}
 	for _, e := range r.Maps[j].Elements {
-		if w, ok := parseWrapped(e.Verdict.Goto); ok && w.generation != g.Default {
+		w, isWrapped := parseWrapped(e.Verdict.Goto)
+		switch {
+		case isWrapped:
+			ingress = append(ingress, schema.Ingress{Ports: e.Ports, Mode: w.mode})
+		case e.Verdict.Goto == passthroughIn:
+			ingress = append(ingress, schema.Ingress{Ports: e.Ports, Mode: schema.ModePassthrough})
+		}
+		if isWrapped && w.generation != g.Default {
 			g.Ports = append(g.Ports, PortsGeneration{e.Ports, w.generation})
 		}
 	}
-	return g, found
+	return ingress, g, ok
 }
 
 // parseWrapped is the inverse of wrapped.in.

@@ -271,3 +271,78 @@ func TestDiffOfWhatIsInForce(t *testing.T) {
 	p.ready()
 	p.same()
 }
+
+// restart kills mantlet, waits until its Envoy is gone, and starts it anew.
+func (p *pod) restart() {
+	p.t.Helper()
+	p.must(p.sidecar.Signal(syscall.SIGKILL))
+	_ = p.sidecar.Wait()
+	p.await("Envoy ends", func() bool { return len(p.processes()) == 0 })
+	p.run()
+	p.ready()
+}
+
+// TestGenerationsOutliveMantlet: a mantlet that starts beside rules takes over their generations, and raises those where it
+// can't tell that what it wants was in force before.
+func TestGenerationsOutliveMantlet(t *testing.T) {
+	t.Parallel()
+	p, m := overridden(t, fmt.Sprintf("ingress: [{port: %d, mode: mtls, allow: [client]}]", mtlsPort), web)
+	in := func(chain string) string { return fmt.Sprintf("%d : goto %s", mtlsPort, chain) }
+	has := func(when string, texts ...string) {
+		t.Helper()
+		p.await("it is as it shall be "+when, func() bool { code, _, _ := p.diff(); return code == 0 })
+		rules := p.rules()
+		for _, text := range texts {
+			if !strings.Contains(rules, text) {
+				t.Errorf("%s, the rules lack %q:\n%s", when, text, rules)
+			}
+		}
+	}
+	const loose, standard = "8080 : goto tls_in,", "meta l4proto tcp goto mtls_in\n"
+	has("first", in("mtls_in }"), loose, standard)
+
+	p.restart()
+	has("with a list of clients, and maybe another one before", in("mtls_in_1 }"), loose, standard)
+	m.write("{}")
+	has("with no list any more", in("mtls_in_1 }"), loose, standard)
+	before := p.rules()
+	p.restart()
+	has("with what was loosest anyway", in("mtls_in_1 }"), loose, standard)
+	if got := p.rules(); got != before {
+		t.Errorf("mantlet started anew changes\n%s\nto\n%s", before, got)
+	}
+
+	m.write("tls: {minVersion: '1.3'}")
+	has("with TLS 1.3", "8080 : goto tls_in_2", "tcp goto mtls_in_2")
+	p.restart()
+	has("with TLS 1.3, and maybe 1.2 before", "8080 : goto tls_in_3", "tcp goto mtls_in_3")
+	m.write("{}")
+	has("with TLS 1.2", "8080 : goto tls_in_3", "tcp goto mtls_in_3")
+
+	// Another mesh CA while no mantlet runs.
+	mesh, err := lab.NewAuthority("mesh")
+	p.must(err)
+	p.mesh = mesh
+	p.must(p.sidecar.Signal(syscall.SIGKILL))
+	_ = p.sidecar.Wait()
+	p.must(p.issue("pod").Write(p.sidecar.TLSDirectory))
+	p.await("Envoy ends", func() bool { return len(p.processes()) == 0 })
+	p.run()
+	p.ready()
+	has("with another mesh CA", "8080 : goto tls_in_4", "tcp goto mtls_in_4")
+
+	// A mantlet that ended before anything was in force leaves nothing to tell.
+	m.write(fmt.Sprintf("ingress: [{port: %d, mode: mtls, allow: [client]}]", mtlsPort))
+	p.must(os.Remove(filepath.Join(p.sidecar.TLSDirectory, "key.pem")))
+	p.must(p.sidecar.Signal(syscall.SIGKILL))
+	_ = p.sidecar.Wait()
+	p.await("Envoy ends", func() bool { return len(p.processes()) == 0 })
+	p.run()
+	p.must(p.sidecar.Signal(syscall.SIGKILL))
+	_ = p.sidecar.Wait()
+	p.must(p.issue("pod").Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.ready()
+	has("after deny-all", in("mtls_in_1 }"), loose, standard)
+	p.besieged()
+}

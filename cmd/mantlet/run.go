@@ -63,7 +63,7 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	collectLater()
 	go warm()
 	signal.Ignore(syscall.SIGPIPE) // the end of whoever reads the log must not be mantlet's
-	table, err := closePod(log)
+	table, found, err := closePod(log)
 	if err != nil {
 		return err
 	}
@@ -90,6 +90,7 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 		Environment: env,
 		Place:       place(env),
 		Kernel:      table,
+		Found:       found,
 		Secrets:     &envoy.Secrets{TLSDirectory: env.Process.TLSDirectory, RuntimeDirectory: directory, Runner: runner, Log: log},
 		Proxy:       proxy{runner},
 		Log:         log,
@@ -143,24 +144,28 @@ func (p proxy) Refusals() (last []reconcile.Refusal, counts []reconcile.RefusalC
 	return last, counts
 }
 
-// closePod puts the deny-all rules in place.
-func closePod(log *slog.Logger) (*nft.Table, error) {
+// closePod puts the deny-all rules in place, and returns what was there before.
+func closePod(log *slog.Logger) (*nft.Table, render.Ruleset, error) {
 	table, err := nft.Open()
 	if err != nil {
-		return nil, err
+		return nil, render.Ruleset{}, err
 	}
 	owned, err := table.Own()
+	found, unreadable := table.Read()
+	if unreadable != nil {
+		found = render.DenyAll(true) // which tells as little of what was before
+	}
 	if err == nil {
 		err = table.DenyAll()
 	}
 	if err != nil {
-		return nil, errors.Join(err, table.Close())
+		return nil, render.Ruleset{}, errors.Join(err, table.Close())
 	}
 	if !owned {
 		log.Warn("the kernel keeps no owner for the table, or it was made without one: other privileged processes can change the rules")
 	}
 	log.Info("nothing comes in until the desired state is in force", "owned", owned)
-	return table, nil
+	return table, found, nil
 }
 
 // maxDirectory leaves room in a unix socket's 108 bytes for the longest name that Envoy makes of it:

@@ -2,6 +2,7 @@ package envoy
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -68,7 +69,7 @@ func (s *Secrets) Update(ctx context.Context) (revoked bool, err error) {
 	if err := read.check(s.TLSDirectory, time.Now()); err != nil {
 		return false, err
 	}
-	revoked = published != nil && !read.trustsAllOf(published)
+	revoked = !read.trustsAllOf(cmp.Or(published, s.former()))
 	seen := s.Runner.caReads(ctx)
 	if err := Publish(read, s.RuntimeDirectory, time.Now()); err != nil {
 		return false, err
@@ -79,9 +80,20 @@ func (s *Secrets) Update(ctx context.Context) (revoked bool, err error) {
 	s.Log.Info("certificates published", "subject", read.certs[0].Subject.String(), "sans", read.certs[0].DNSNames, "expires", read.expires)
 	if revoked {
 		s.Log.Info("a mesh CA was taken away: connections that were let in before end")
+	}
+	if revoked && published != nil {
 		s.awaitRead(ctx, seen)
 	}
 	return revoked, nil
+}
+
+// former returns what a mantlet before this one, that was killed, has published: nothing but its mesh CAs are asked for.
+func (s *Secrets) former() *Certificates {
+	anchors, err := parse(published(s.RuntimeDirectory, render.MeshCASecret))
+	if err != nil {
+		return &Certificates{}
+	}
+	return &Certificates{anchors: anchors}
 }
 
 // readLimit bounds how long Envoy may take to read what was published; 30 ms as a rule.
