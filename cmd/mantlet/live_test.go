@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -345,4 +346,117 @@ func TestGenerationsOutliveMantlet(t *testing.T) {
 	p.ready()
 	has("after deny-all", in("mtls_in_1 }"), loose, standard)
 	p.besieged()
+}
+
+// putBack is what mantlet says of a repair.
+type putBack struct {
+	Msg, By string
+	Found   []string
+}
+
+// repairs returns what mantlet said of repairs.
+func (p *pod) repairs() (all []putBack) {
+	for line := range strings.Lines(p.log.String()) {
+		var said putBack
+		if json.Unmarshal([]byte(line), &said) == nil && said.Msg == "rules were changed from outside and are put back" {
+			all = append(all, said)
+		}
+	}
+	return all
+}
+
+// TestDrift: where the kernel keeps no owner, whatever another process does to the table is put back at once, and the log says
+// what was different and who did it. Before and after, nothing comes in.
+func TestDrift(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	p.unowned()
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.ready()
+	// Not one of those that may never see plaintext: some changes do open the port, for as long as mantlet takes.
+	workload := p.serve(p.Host, lab.Service{Address: fmt.Sprintf(":%d", mtlsPort)})
+	p.besieger()
+	want := p.rules()
+	intruder := filepath.Join(t.TempDir(), "intruder")
+	nft, err := exec.LookPath("nft")
+	p.must(err)
+	p.must(os.Symlink(nft, intruder))
+
+	// rule returns the first rule of a chain that has a text, and its handle.
+	rule := func(chain, text string) (rule, handle string) {
+		for line := range strings.Lines(p.nft("-a", "-s", "list", "chain", "inet", "mantlet", chain)) {
+			if rule, handle, _ = strings.Cut(strings.TrimSpace(line), " # handle "); strings.Contains(rule, text) {
+				return rule, handle
+			}
+		}
+		t.Fatalf("no rule of chain %s has %q", chain, text)
+		return "", ""
+	}
+	replace := func(chain, old, text string) string {
+		rule, handle := rule(chain, old)
+		return fmt.Sprintf("replace rule inet mantlet %s handle %s %s", chain, handle, strings.Replace(rule, old, text, 1))
+	}
+	remove := func(chain, text string) string {
+		_, handle := rule(chain, text)
+		return fmt.Sprintf("delete rule inet mantlet %s handle %s", chain, handle)
+	}
+	for _, change := range []struct {
+		command func() string
+		found   string // the beginning of what differs
+	}{
+		{func() string { return replace("mtls_in", "127.0.0.1:15006", "127.0.0.1:15999") }, "chain mtls_in rule 3: have `tcp flags syn / fin,syn,rst,ack meta nfproto ipv4 meta l4proto tcp tproxy ip to 127.0.0.1:15999"},
+		{func() string { return replace("tls_in", "[::1]:15007", "[::1]:15006") }, "chain tls_in rule 4: have `tcp flags syn / fin,syn,rst,ack meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [::1]:15006"},
+		{func() string { return remove("mtls_in", "socket wildcard 0") }, "chain mtls_in rule 3: `tcp flags syn"},
+		{func() string { return "delete element inet mantlet modes { 8080 }" }, "map modes: `8080 : goto tls_in` missing"},
+		{func() string { return "add element inet mantlet modes { 9090 : goto passthrough_in }" }, "map modes: `9090 : goto passthrough_in` not mantlet's"},
+		{func() string { return "insert rule inet mantlet ingress accept" }, "chain ingress rule 1: `accept` not mantlet's"},
+		{func() string { return "insert rule inet mantlet egress tcp sport 9090 accept" }, "chain egress rule 1: `meta l4proto tcp @th,0,16 == 0x2382 accept` not mantlet's"},
+		{func() string { return "add chain inet mantlet ingress { policy accept; }" }, "chain ingress: have `type filter hook prerouting priority mangle; policy accept;`"},
+		{func() string { return "add chain inet mantlet before { type filter hook prerouting priority -300; }" }, "chain before (type filter hook prerouting priority -300; policy accept;): not mantlet's"},
+		{func() string { return "rename chain inet mantlet passthrough_out x" }, "chain passthrough_out: missing"},
+		{func() string { return "add set inet mantlet x { type inet_service; }" }, "set x: not mantlet's"},
+		{func() string { return "add table inet mantlet { flags dormant; }" }, "table flag dormant, which switches every rule off: not mantlet's"},
+		{func() string { return "flush chain inet mantlet ports" }, "chain ports rule 1: `meta l4proto { tcp, udp } th dport vmap @modes` missing"},
+		{func() string { return "flush table inet mantlet" }, "chain ingress rule 1: `iif \"lo\" accept` missing"},
+		{func() string { return "delete table inet mantlet" }, "the table inet mantlet is not there, or empty"},
+		{func() string { return "flush ruleset" }, "the table inet mantlet is not there, or empty"},
+		{func() string {
+			return "delete table inet mantlet; table inet mantlet { chain ingress { type filter hook prerouting priority mangle; policy accept; }; }"
+		}, "map modes: missing"},
+	} {
+		command, before := change.command(), len(p.repairs())
+		_, err := p.Run(intruder, command)
+		p.must(err)
+		p.await("it is put back after "+command, func() bool { return len(p.repairs()) > before && p.rules() == want })
+		if r := p.repairs()[before]; r.By != "intruder" || !slices.ContainsFunc(r.Found, func(line string) bool { return strings.HasPrefix(line, change.found) }) {
+			t.Errorf("after %s mantlet says that by %q differed\n\t%s\nwant\n\t%s", command, r.By, strings.Join(r.Found, "\n\t"), change.found)
+		}
+		p.besieged() // what came in before is over
+		leaked := workload.Leaked()
+		p.besieged()
+		if now := workload.Leaked(); now > leaked {
+			t.Errorf("after %s was put back, %d bytes of plaintext came in", command, now-leaked)
+		}
+		p.same()
+	}
+	p.must(p.exchange(netip.AddrPortFrom(p.IPv6, mtlsPort), p.client.ClientConfig("pod")))
+
+	// What it did not see happen, it finds.
+	p.must(p.sidecar.Signal(syscall.SIGSTOP))
+	for range 3 {
+		p.nft("flush ruleset")
+		p.nft("add table inet mantlet")
+	}
+	p.must(p.sidecar.Signal(syscall.SIGCONT))
+	p.await("the rules are back", func() bool { return p.rules() == want })
+}
+
+// besieger starts a prober that is no judge.
+func (p *pod) besieger() {
+	p.besiege()
+	p.t.Cleanup(func() {
+		p.prober.Stop()
+		p.prober = nil
+	})
 }
