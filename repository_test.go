@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"mantlet/reconcile"
 )
 
 func read(t *testing.T, file string) string {
@@ -103,5 +105,24 @@ func TestContainerfile(t *testing.T) {
 	}
 	if name, value, _ := strings.Cut(last["ENV"], "="); name != "MANTLET_ENVOY_PATH" || !path.IsAbs(value) {
 		t.Errorf("ENV %s=%s does not name Envoy", name, value)
+	}
+}
+
+// TestReasonsAreExplained holds the README's table of why the sidecar is not ready against the code.
+func TestReasonsAreExplained(t *testing.T) {
+	_, table, ok := strings.Cut(read(t, "README.md"), "| not ready, it says | what to do |\n|---|---|\n")
+	if !ok {
+		t.Fatal("the README has no such table")
+	}
+	var explained []string
+	for line := range strings.Lines(table) {
+		cells := strings.Split(line, "|")
+		if len(cells) < 4 {
+			break
+		}
+		explained = append(explained, strings.Trim(cells[1], " `"))
+	}
+	if want := reconcile.Reasons(); !slices.Equal(explained, want) {
+		t.Errorf("the README explains %q, want %q", explained, want)
 	}
 }

@@ -45,7 +45,7 @@ func (d *Daemon) readConfig() {
 	}
 	what := "the override file is not good; the last good state goes on"
 	if d.want == nil {
-		what = "waiting for a good override file; nothing comes in until then"
+		what = notConfigured
 	}
 	if d.complain(&d.badConfig, what, err) {
 		d.failed(checkConfig, err)

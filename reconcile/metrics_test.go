@@ -81,7 +81,7 @@ func TestStatusCounts(t *testing.T) {
 		began := time.Now()
 		s := w.Status(t.Context())
 		if s.Ready || s.Envoys != (Envoys{Failed: 2}) || s.LastError == nil || s.LastError.Place != checkEnvoy || !strings.Contains(s.LastError.Text, "no room") ||
-			!s.LastError.Time.Equal(began) || !slices.Contains(s.Problems, "envoy: no room") || s.Applied != nil || s.Desired.Generation != 1 {
+			!s.LastError.Time.Equal(began) || !slices.Contains(s.Problems, "envoy: starting Envoy: no room") || s.Applied != nil || s.Desired.Generation != 1 {
 			t.Errorf("with an Envoy that does not start: %+v", s)
 		}
 		w.set(func() { w.startErr, w.startTake = nil, time.Second })

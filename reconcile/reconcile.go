@@ -276,7 +276,7 @@ func (d *Daemon) replace(rules render.Ruleset) error {
 	err := d.Kernel.Replace(rules)
 	d.applied(applyRules, time.Since(began), err)
 	if err != nil {
-		return located{checkRules, err}
+		return located{checkRules, about(notInForce, err)}
 	}
 	return nil
 }
@@ -317,7 +317,7 @@ func (d *Daemon) start(ctx context.Context, want *desired) error {
 		d.locked(func() { d.envoys.add(err == nil, d.have != nil && (d.process == nil || want == d.have)) })
 	}
 	if err != nil {
-		return err
+		return about(notLive, err)
 	}
 	if d.process != nil {
 		d.drained = time.Now().Add(want.mesh.Envoy.DrainTime)
@@ -331,7 +331,7 @@ func (d *Daemon) ended() {
 	err, delay := d.process.Err(), d.pause.next(time.Now())
 	d.Log.Error("Envoy ended; new connections wait until it is back", "error", err, "restart_in", delay.String())
 	d.notBefore = time.Now().Add(delay)
-	err = fmt.Errorf("Envoy is down: %w", err)
+	err = about(notRunning, err)
 	d.locked(func() {
 		d.process, d.down = nil, err
 		d.envoys.Ended++
@@ -351,7 +351,7 @@ func (d *Daemon) readCertificates(ctx context.Context) {
 	if err != nil {
 		what := "the certificates are not good; the last good ones stay"
 		if expires.IsZero() {
-			what = "waiting for certificates; nothing comes in until then"
+			what = notCertified
 		}
 		if d.complain(&d.badCertificates, what, err) {
 			d.failed(checkCertificates, err)

@@ -235,6 +235,9 @@ func (w *world) unready(t *testing.T) string {
 	t.Helper()
 	var reasons []string
 	for _, err := range w.Unready(t.Context()) {
+		if !slices.ContainsFunc(Reasons(), func(begins string) bool { return strings.HasPrefix(err.Text, begins) }) {
+			t.Errorf("a reason that is not among Reasons: %s", err.Text)
+		}
 		reasons = append(reasons, err.Error())
 	}
 	return strings.Join(reasons, "; ")

@@ -140,6 +140,27 @@ func Checks() []string {
 	return []string{checkMantlet, checkConfig, checkCertificates, checkEnvoy, checkRules}
 }
 
+// Why the sidecar is not ready: how each reason begins. README.md says what to do about it.
+const (
+	notStarted      = "mantlet is starting"
+	notStaying      = "mantlet is stopping"
+	notConfigured   = "waiting for a good override file; nothing comes in until then"
+	notCertified    = "waiting for certificates; nothing comes in until then"
+	notValid        = "peers do not accept the certificates any more"
+	notLive         = "starting Envoy"
+	notRunning      = "Envoy is down"
+	notServing      = "Envoy does not serve as it should"
+	notInForce      = "putting the rules in force"
+	notAsTheyShould = "the rules are not as they should be"
+)
+
+// Reasons returns how the reasons of Unready begin.
+func Reasons() []string {
+	return []string{
+		notStarted, notStaying, notConfigured, notCertified, notValid, notLive, notRunning, notServing, notInForce, notAsTheyShould,
+	}
+}
+
 // Reason is why the sidecar is not ready.
 type Reason struct {
 	Check string `json:"check"`
@@ -179,10 +200,12 @@ func (d *Daemon) Unready(ctx context.Context) []Reason {
 		}
 	}
 	if d.stopping {
-		because(checkMantlet, errors.New("mantlet is stopping"))
+		because(checkMantlet, errors.New(notStaying))
 	}
-	if have == nil {
+	if d.want == nil {
 		because(checkConfig, d.badConfig)
+	}
+	if d.expires.IsZero() {
 		because(checkCertificates, d.badCertificates)
 	}
 	if process == nil || have == nil {
@@ -208,13 +231,21 @@ func (d *Daemon) Unready(ctx context.Context) []Reason {
 			envoy = nil
 		}
 	})
-	because(checkCertificates, certificates)
-	because(checkEnvoy, envoy)
-	because(checkRules, rules)
+	because(checkCertificates, about(notValid, certificates))
+	because(checkEnvoy, about(notServing, envoy))
+	because(checkRules, about(notAsTheyShould, rules))
 	if len(reasons) == 0 && have == nil {
-		because(checkMantlet, errors.New("mantlet is starting"))
+		because(checkMantlet, errors.New(notStarted))
 	}
 	return reasons
+}
+
+// about says what an error, if there is one, means.
+func about(what string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", what, err)
 }
 
 // stuck is how long the loop may take for one turn. It starts two Envoys at most, each with a preflight, and each of those

@@ -359,8 +359,8 @@ func TestEnvoyHangs(t *testing.T) {
 	p := start(t, web)
 	envoy := p.envoy()
 	p.must(syscall.Kill(envoy, syscall.SIGSTOP))
-	p.unready("/server_info")
-	if code, said := p.probe("ready"); code != 1 || !strings.Contains(said, "/server_info") {
+	p.unready("asking Envoy for /ready")
+	if code, said := p.probe("ready"); code != 1 || !strings.Contains(said, "asking Envoy for /ready") {
 		t.Errorf("probe ready: exit code %d: %s", code, said)
 	}
 	p.besieged()

@@ -10,12 +10,14 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"mantlet/lab"
+	"mantlet/reconcile"
 )
 
 // The ports of the tests' pods. A test's workload listens on what it needs; those that are not named in the
@@ -166,6 +168,9 @@ func (p *pod) unready(reason string) {
 		said = p.sidecar.Unready(ctx)
 		return strings.Contains(said, reason)
 	})
+	if !slices.ContainsFunc(reconcile.Reasons(), func(begins string) bool { return strings.HasPrefix(said, begins) }) {
+		p.t.Errorf("the README does not have what it says: %s", said)
+	}
 }
 
 // envoy returns the process id of the one Envoy that runs.

@@ -59,7 +59,7 @@ const defaultLiveLimit = 20 * time.Second
 func (r *Runner) Start(ctx context.Context, state render.State, settings schema.Envoy) (*Process, error) {
 	p, err := r.restart(ctx, state, settings)
 	if err != nil {
-		return nil, fmt.Errorf("starting Envoy: %w", err)
+		return nil, err
 	}
 	r.Log.Info("Envoy is live", "epoch", p.Epoch, "pid", p.PID(), "digest", p.Digest)
 	return p, nil
