@@ -243,24 +243,25 @@ func (s *stage) lost(p *Process) {
 	until(s.t, "the next epoch shuts the admin interface", func() bool { return p.Check(s.t.Context()) != nil })
 }
 
-// child returns the process id of an epoch.
+// child returns the process id of an epoch, once it is there.
 func (s *stage) child(epoch int) (pid int) {
 	s.t.Helper()
-	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	for _, f := range files {
-		line, err := os.ReadFile(f)
-		if err == nil && strings.Contains(string(line), fmt.Sprintf("--restart-epoch\x00%d\x00", epoch)) {
-			if _, err := fmt.Sscanf(f, "/proc/%d/", &pid); err != nil {
-				s.t.Fatal(err)
-			}
-			return pid
+	until(s.t, fmt.Sprintf("there is an epoch %d", epoch), func() bool {
+		files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+		if err != nil {
+			s.t.Fatal(err)
 		}
-	}
-	s.t.Fatalf("no epoch %d", epoch)
-	return 0
+		i := slices.IndexFunc(files, func(file string) bool {
+			line, err := os.ReadFile(file)
+			return err == nil && strings.Contains(string(line), fmt.Sprintf("--restart-epoch\x00%d\x00", epoch))
+		})
+		if i < 0 {
+			return false
+		}
+		_, err = fmt.Sscanf(files[i], "/proc/%d/", &pid)
+		return err == nil
+	})
+	return pid
 }
 
 // flags returns the word of flags in the shared memory, where bit 0 says that an epoch initialises.
@@ -568,7 +569,7 @@ func TestParentHangs(t *testing.T) {
 	if plain.Epoch != 0 || plain.base == serving.base {
 		t.Errorf("epoch %d of base %d after %d of %d", plain.Epoch, plain.base.id, serving.Epoch, serving.base.id)
 	}
-	if said := s.since(); !strings.Contains(said, "a plain restart of Envoy") || !strings.Contains(said, "answered nobody") {
+	if said := s.since(); !strings.Contains(said, "a plain restart of Envoy") || !strings.Contains(said, "does not answer") {
 		t.Error("the log does not say why there was a plain restart")
 	}
 	s.run(0)
@@ -585,6 +586,45 @@ func TestParentHangs(t *testing.T) {
 	s.start()
 	old.awaitCut()
 	s.run(0)
+}
+
+// TestAnswersToTheDead: what a parent answers to a child that was killed does not reach the next one, which would take the
+// socket of one listener for that of another.
+func TestAnswersToTheDead(t *testing.T) {
+	s := newStage(t)
+	serving := s.start()
+	for range 3 {
+		old := s.connect()
+		resume := hang(t, serving)
+		s.interfere(t.Context(), s.state, func() {
+			pid := s.child(serving.Epoch + 1)
+			until(t, "it waits for an answer", func() bool { return asks(t, pid) })
+			if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+				t.Error(err)
+			}
+			until(t, "it is dead", func() bool { return errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) })
+			resume()
+		}, "signal: killed")
+		next := s.start()
+		if next.Epoch != serving.Epoch+1 {
+			t.Errorf("epoch %d after %d", next.Epoch, serving.Epoch)
+		}
+		old.talk()
+		serving = next
+	}
+}
+
+// asks reports whether a process waits for a datagram.
+func asks(t testing.TB, pid int) bool {
+	t.Helper()
+	call, err := os.ReadFile(fmt.Sprintf("/proc/%d/syscall", pid))
+	if errors.Is(err, os.ErrNotExist) {
+		return false
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.HasPrefix(string(call), strconv.Itoa(unix.SYS_RECVMSG)+" ")
 }
 
 // hang stops an Envoy's main thread alone, as a deadlock would, until resume is called or the test ends.

@@ -118,18 +118,6 @@ func (p *Process) connections(ctx context.Context) (int, error) {
 	return (s.open + 1) / 2, err // each has one on either side
 }
 
-// deafLimit is much more than the milliseconds in which a busy Envoy answers.
-const deafLimit = 2 * time.Second
-
-// isDeaf reports whether the process has its admin interface and does not answer there: its main thread hangs. One that
-// gave the interface up refuses at once.
-func (p *Process) isDeaf() bool {
-	ctx, cancel := context.WithTimeout(context.Background(), deafLimit)
-	defer cancel()
-	err := p.admin.ready(ctx)
-	return p.alive() && (errors.Is(err, context.DeadlineExceeded) || errors.Is(err, syscall.EAGAIN)) // EAGAIN: too many wait already
-}
-
 // alive reports whether the process has not ended yet.
 func (p *Process) alive() bool {
 	select {

@@ -90,13 +90,8 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 	if err := p.waitLive(ctx, parent); err != nil {
 		p.Kill() // SIGTERM would make it end its parent, which serves
 		<-p.exited
-		if parent != nil {
-			parent.base.stuck = parent.base.clearInitializing()
-			if parent.isDeaf() {
-				// Also once it answers again: the answers to the one that failed would go to the next, which would take
-				// the socket of one listener for that of another.
-				parent.base.stuck = errors.New("the Envoy that serves answered nobody")
-			}
+		if parent != nil && parent.alive() {
+			parent.base.stuck = errors.Join(parent.base.clearInitializing(), r.settle(parent))
 		}
 		return nil, err
 	}
@@ -427,6 +422,11 @@ func (r *Runner) parentSocket(p *Process) string {
 	return fmt.Sprintf("%s_parent_%d", r.socket(), int(p.base.id)*10+p.Epoch%epochs)
 }
 
+// childSocket is where the successor of a process gets its answers.
+func (r *Runner) childSocket(parent *Process) string {
+	return fmt.Sprintf("%s_child_%d", r.socket(), int(parent.base.id)*10+(parent.Epoch+1)%epochs)
+}
+
 // standIn takes the place of a parent that ends before its child told it to: a child that finds nobody to tell aborts.
 // One message comes, and needs no answer. A parent that ends in its time is replaced all the same; nobody calls then.
 func (r *Runner) standIn(parent, child *Process) {
@@ -450,12 +450,7 @@ func (r *Runner) takeOver(parent, child *Process) (*net.UnixConn, error) {
 	if r.running[len(r.running)-1] != child {
 		return nil, nil
 	}
-	path := r.parentSocket(parent)
-	sink, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path + "_", Net: "unixgram"})
-	if err != nil {
-		return nil, err
-	}
-	return sink, os.Rename(path+"_", path) // so that it is never missing: the child would abort at once
+	return listenAt(r.parentSocket(parent))
 }
 
 // arguments returns Envoy's command line.
