@@ -85,6 +85,9 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 			log.Warn("the status address can't be reached until the desired state is in force", "error", err)
 		}
 	}
+	if err := runner.Evict(); err != nil {
+		return errors.Join(err, runner.Close())
+	}
 	err = serve(ctx, &reconcile.Daemon{
 		Version:     versionText(),
 		Environment: env,

@@ -223,18 +223,36 @@ func kill(p *Process) {
 
 // hung returns a state whose Envoy is never live: it waits for a name, and the resolver does not answer.
 func (s *stage) hung() render.State {
+	state, _ := s.hungUntil()
+	return state
+}
+
+// hungUntil returns a state whose Envoy is not live before the resolver says, as asked by answer, that there is no such name.
+func (s *stage) hungUntil() (hung render.State, answer func()) {
 	s.t.Helper()
-	silent, err := net.ListenPacket("udp", "127.0.0.1:53")
+	resolver, err := net.ListenPacket("udp", "127.0.0.1:53")
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	s.t.Cleanup(func() { _ = silent.Close() })
+	var answering sync.WaitGroup
+	s.t.Cleanup(func() { _ = resolver.Close(); answering.Wait() })
 	if err := lab.Resolver(netip.MustParseAddr("127.0.0.1")); err != nil {
 		s.t.Fatal(err)
 	}
-	hung, _ := state(s.t, s.Runner, "EDG_EGRESS_PROXY_CONFIG=hung#127.0.0.1:15097#hung.test:1")
+	hung, _ = state(s.t, s.Runner, "EDG_EGRESS_PROXY_CONFIG=hung#127.0.0.1:15097#hung.test:1")
 	render.WaitFor(hung.Bootstrap, map[string]bool{"hung.test": true})
-	return hung
+	return hung, func() {
+		answering.Go(func() {
+			for query := make([]byte, 512); ; {
+				n, from, err := resolver.ReadFrom(query)
+				if err != nil {
+					return
+				}
+				query[2], query[3] = query[2]|0x80, query[3]|0x03 // RFC 1035, 4.1.1: a response, no such name
+				_, _ = resolver.WriteTo(query[:n], from)
+			}
+		})
+	}
 }
 
 // lost waits until an Envoy has given up its admin interface to the one that takes over.
@@ -586,6 +604,46 @@ func TestParentHangs(t *testing.T) {
 	s.start()
 	old.awaitCut()
 	s.run(0)
+}
+
+// TestParentGoesOn: one that was relieved and does not stop accepting would let in what the next state forbids. It is ended.
+func TestParentGoesOn(t *testing.T) {
+	s := newStage(t)
+	serving := s.start()
+	if count, err := s.sockets(serving); err != nil || count.listening == 0 {
+		t.Errorf("%+v, %v: it listens", count, err)
+	}
+	old := s.connect()
+	s.liveLimit = 5 * time.Second
+	hung, answer := s.hungUntil()
+	started := make(chan *Process)
+	go func() {
+		p, err := s.Start(t.Context(), hung, s.settings)
+		if err != nil {
+			t.Error(err)
+		}
+		started <- p
+	}()
+	s.lost(serving)
+	next := &Process{cmd: &exec.Cmd{Process: &os.Process{Pid: s.child(serving.Epoch + 1)}}}
+	until(t, "it has all sockets", func() bool {
+		count, err := s.sockets(next)
+		return err == nil && count.listening > 0 && !asks(t, next.PID())
+	})
+	hang(t, serving)
+	answer()
+	p := <-started
+	if p == nil {
+		t.FailNow()
+	}
+	if serving.alive() {
+		t.Error("it runs on")
+	}
+	old.awaitCut()
+	if said := s.since(); !strings.Contains(said, "goes on accepting connections") {
+		t.Error("the log does not say so")
+	}
+	s.run(1)
 }
 
 // TestAnswersToTheDead: what a parent answers to a child that was killed does not reach the next one, which would take the

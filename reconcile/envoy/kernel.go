@@ -21,32 +21,40 @@ type sockets struct {
 	listening, open int
 }
 
-// sockets counts what the process has. Sockets of children are not among it.
-func (p *Process) sockets() (sockets, error) {
-	var count sockets
+// sockets counts what the process has.
+func (r *Runner) sockets(p *Process) (sockets, error) {
 	states, err := socketStates(p.PID())
 	if err != nil {
-		return count, err
+		return sockets{}, err
 	}
+	return r.socketsAmong(states, p)
+}
+
+// socketsAmong is sockets without a look at those that are new since the states were read. Only Envoy's own user may look
+// at what it has, so the spawner does.
+func (r *Runner) socketsAmong(states map[string]string, p *Process) (count sockets, err error) {
 	directory := fmt.Sprintf("/proc/%d/fd", p.PID())
-	files, err := os.ReadDir(directory)
-	if err != nil {
-		return count, fmt.Errorf("reading which sockets Envoy has: %w", err)
-	}
-	for _, f := range files {
-		target, err := os.Readlink(filepath.Join(directory, f.Name()))
+	err = r.spawner.do(func() error {
+		files, err := os.ReadDir(directory)
 		if err != nil {
-			continue // closed meanwhile
+			return fmt.Errorf("reading which sockets Envoy has: %w", err)
 		}
-		switch states[target] {
-		case "":
-		case listening:
-			count.listening++
-		default:
-			count.open++
+		for _, f := range files {
+			target, err := os.Readlink(filepath.Join(directory, f.Name()))
+			if err != nil {
+				continue // closed meanwhile
+			}
+			switch states[target] {
+			case "":
+			case listening:
+				count.listening++
+			default:
+				count.open++
+			}
 		}
-	}
-	return count, nil
+		return nil
+	})
+	return count, err
 }
 
 // listening is TCP_LISTEN of include/net/tcp_states.h, as /proc/net/tcp has it.
@@ -69,10 +77,10 @@ func socketStates(pid int) (map[string]string, error) {
 	return states, nil
 }
 
-// evict ends Envoys of this network namespace that this program did not start. A mantlet that was killed leaves one behind
+// Evict ends Envoys of this network namespace that this program did not start. A mantlet that was killed leaves one behind
 // where that was stopped: the signal that is to end it waits until it goes on. It would share the listeners' connections,
-// and let in what the configuration of then did.
-func (r *Runner) evict() error {
+// and let in what the configuration of then did. It is called before the first Start.
+func (r *Runner) Evict() error {
 	b, err := newBase(nil)
 	if err != nil {
 		return err

@@ -107,17 +107,6 @@ func (p *Process) Check(ctx context.Context) error {
 	return nil
 }
 
-// connections returns how many connections go through the process. One that was relieved, or whose relief failed, has no
-// admin interface any more; of that the kernel tells. What it can't tell is which handshakes are not done: those are cut
-// soon, and such a process accepts no more, or fails for a while.
-func (p *Process) connections(ctx context.Context) (int, error) {
-	if open, err := p.admin.connections(ctx); err == nil {
-		return open, nil
-	}
-	s, err := p.sockets()
-	return (s.open + 1) / 2, err // each has one on either side
-}
-
 // alive reports whether the process has not ended yet.
 func (p *Process) alive() bool {
 	select {

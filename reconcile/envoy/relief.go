@@ -1,6 +1,7 @@
 package envoy
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -30,15 +31,24 @@ const settleLimit = 2 * time.Second
 // child would get these answers, and take the socket of one listener for that of another; and a parent that finds nobody
 // there aborts after ten seconds. The error says why no child can follow any more.
 func (r *Runner) settle(parent *Process) error {
-	sink, err := listenAt(r.childSocket(parent))
-	if err != nil {
-		return fmt.Errorf("taking the place of an Envoy that failed: %w", err)
-	}
-	if err := ask(sink, r.parentSocket(parent)); err != nil {
+	var sink *net.UnixConn
+	err := r.spawner.do(func() (err error) {
+		if sink, err = listenAt(r.childSocket(parent)); err != nil {
+			return fmt.Errorf("taking the place of an Envoy that failed: %w", err)
+		}
+		if err = ask(sink, r.parentSocket(parent)); err != nil {
+			return fmt.Errorf("the Envoy that serves does not answer: %w", err)
+		}
+		return nil
+	})
+	switch {
+	case sink == nil:
+	case err != nil:
 		r.standIns.Go(func() { <-parent.exited; _ = sink.Close() })
-		return fmt.Errorf("the Envoy that serves does not answer: %w", err)
+	default:
+		_ = sink.Close()
 	}
-	return sink.Close()
+	return err
 }
 
 // Field numbers of a HotRestartMessage.
@@ -87,6 +97,36 @@ func receive(from *net.UnixConn) ([]byte, error) {
 		}
 		if uint64(len(message)-8) >= binary.BigEndian.Uint64(message) {
 			return message[8:], nil
+		}
+	}
+}
+
+// awaitDrain returns once a parent that was relieved accepts no more connections: it would let them in by the state of
+// before, while the rules are those of the next. It is told to stop and does not say that it has; one that goes on is ended.
+func (r *Runner) awaitDrain(parent *Process) {
+	deadline := time.NewTimer(cmp.Or(r.liveLimit, defaultLiveLimit))
+	defer deadline.Stop()
+	tick := time.NewTicker(pollInterval)
+	defer tick.Stop()
+	states, err := socketStates(parent.PID()) // it makes no new ones
+	for {
+		var left sockets
+		if err == nil {
+			left, err = r.socketsAmong(states, parent)
+		}
+		if err == nil && left.listening == 0 {
+			return
+		}
+		select {
+		case <-parent.exited:
+			return
+		case <-deadline.C:
+			r.Log.Warn("ending an Envoy that was relieved and goes on accepting connections", "epoch", parent.Epoch,
+				"listening_sockets", left.listening, "error", err)
+			parent.Kill()
+			<-parent.exited
+			return
+		case <-tick.C:
 		}
 	}
 }

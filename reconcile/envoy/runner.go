@@ -101,6 +101,7 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 	r.add(p, parent, settings.ParentShutdownTime)
 	if parent != nil {
 		r.standIns.Go(func() { r.standIn(parent, p) })
+		r.awaitDrain(parent)
 	}
 	return p, nil
 }
@@ -153,7 +154,7 @@ func (r *Runner) Connections(ctx context.Context) (int, error) {
 	sum := 0
 	var errs []error
 	for _, p := range r.Running() {
-		open, err := p.connections(ctx)
+		open, err := r.connections(ctx, p)
 		if err != nil && p.alive() {
 			errs = append(errs, fmt.Errorf("counting connections of epoch %d: %w", p.Epoch, err))
 		}
@@ -180,7 +181,7 @@ func (r *Runner) Epochs(ctx context.Context) []reconcile.Epoch {
 	var asked sync.WaitGroup
 	for i, p := range running {
 		asked.Go(func() {
-			if open, err := p.connections(ctx); err == nil {
+			if open, err := r.connections(ctx, p); err == nil {
 				all[i].Connections = &open
 			}
 		})
@@ -259,6 +260,17 @@ func sums(to, more map[string]uint64) map[string]uint64 {
 
 // askLimit bounds what a status takes of an Envoy that hangs.
 const askLimit = time.Second
+
+// connections returns how many connections go through a process. One that was relieved, or whose relief failed, has no
+// admin interface any more; of that the kernel tells. What it can't tell is which handshakes are not done: those are cut
+// soon, and such a process accepts no more, or fails for a while.
+func (r *Runner) connections(ctx context.Context, p *Process) (int, error) {
+	if open, err := p.admin.connections(ctx); err == nil {
+		return open, nil
+	}
+	s, err := r.sockets(p)
+	return (s.open + 1) / 2, err // each has one on either side
+}
 
 // caReads returns how often the Envoy that serves has read the mesh CA; 0 where none does.
 func (r *Runner) caReads(ctx context.Context) int {
@@ -345,11 +357,6 @@ func (r *Runner) next(parent *Process) (*Process, error) {
 	b, err := newBase(r.Running())
 	if err != nil {
 		return nil, err
-	}
-	if r.bases == nil {
-		if err := r.evict(); err != nil {
-			return nil, err
-		}
 	}
 	r.bases = append(slices.DeleteFunc(r.bases, func(old *base) bool { return old.id == b.id }), b)
 	return &Process{base: b}, nil
