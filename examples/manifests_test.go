@@ -140,6 +140,12 @@ func sidecar(t *testing.T, pod *corev1.PodSpec) schema.Mesh {
 	for _, e := range mantlet.Env {
 		environ = append(environ, e.Name+"="+e.Value)
 	}
+	for name, path := range map[string]string{"MANTLET_POD_IP": "status.podIP", "MANTLET_HOST_IP": "status.hostIP"} {
+		e := find(mantlet.Env, func(e corev1.EnvVar) bool { return e.Name == name })
+		if e.ValueFrom == nil || e.ValueFrom.FieldRef == nil || e.ValueFrom.FieldRef.FieldPath != path {
+			t.Errorf("%s is not %s", name, path)
+		}
+	}
 	process, mesh := load(t, environ)
 	for path, readOnly := range map[string]bool{
 		process.TLSDirectory: true, process.RuntimeDirectory: false, "/dev/shm": false,

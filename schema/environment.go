@@ -33,6 +33,12 @@ const (
 
 const statusVariable = "MANTLET_STATUS_ADDRESS"
 
+// The variables that hold status.podIP and status.hostIP of the downward API.
+const (
+	podVariable  = "MANTLET_POD_IP"
+	hostVariable = "MANTLET_HOST_IP"
+)
+
 // Overrides says what the override file may do.
 type Overrides string
 
@@ -53,6 +59,31 @@ type Process struct {
 	ConfigFile       string // the override file; none if empty
 	ConfigDigest     string // the SHA-256 that the file's content must have, in lower-case hex; any if empty
 	Overrides        Overrides
+	PodIP, HostIP    string // as the downward API has them; see HostNetwork
+}
+
+// HostNetwork returns an error if an environment says that the pod has the node's network namespace and not one of its own:
+// mantlet's rules would close the node. It is what may be read before the rules deny everything, and so it reads two
+// variables; whoever could lie in them could as well not start mantlet.
+//
+// Nothing else tells for certain. A node's initial network namespace is known by its number (NET_NS_INIT_INO of
+// include/uapi/linux/nsfs.h, since 6.18; the first of all numbers before), but where each pod is a virtual machine, as
+// confidential pods are, the pod has its guest's initial one. So does such a guest have NICs with a device behind them, and
+// a pod that nests containers has the bridges and veth pairs of a node.
+func HostNetwork(environ []string) error {
+	var addrs [2]netip.Addr
+	for i, name := range []string{podVariable, hostVariable} {
+		for _, v := range environ {
+			if text, ok := strings.CutPrefix(v, name+"="); ok {
+				addrs[i], _ = netip.ParseAddr(text)
+			}
+		}
+	}
+	if addrs[0].IsValid() && addrs[0].Unmap() == addrs[1].Unmap() {
+		return fmt.Errorf("%s and %s are both %s: the pod has hostNetwork, and mantlet's rules would close the node; "+
+			"give the pod a network namespace of its own", podVariable, hostVariable, addrs[0])
+	}
+	return nil
 }
 
 func (p *Process) variables() map[string]processVariable {
@@ -63,6 +94,8 @@ func (p *Process) variables() map[string]processVariable {
 		"MANTLET_LOG_LEVEL": {&p.LogLevel, func(text string) (string, string) {
 			return oneOf(text, []string{"debug", "info", "warn", "error"})
 		}},
+		podVariable:    {&p.PodIP, ipAddress},
+		hostVariable:   {&p.HostIP, ipAddress},
 		statusVariable: {&p.StatusAddress, listenAnywhere},
 		fileVariable:   {&p.ConfigFile, absolute},
 		digestVariable: {&p.ConfigDigest, digest},
@@ -85,6 +118,13 @@ func absolute(text string) (string, string) {
 		return "", "must be an absolute path"
 	}
 	return filepath.Clean(text), ""
+}
+
+func ipAddress(text string) (string, string) {
+	if _, err := netip.ParseAddr(text); err != nil {
+		return "", "must be an IP address, as the downward API gives it"
+	}
+	return text, ""
 }
 
 // listenAnywhere reads an address of the pod's own, or all of them, and a port that is nobody else's.

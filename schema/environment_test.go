@@ -171,7 +171,7 @@ func environmentProblems() map[string]environmentProblem {
 		out      = "must have the 3 fields name#listen-ip:listen-port#host-or-ip:port, and has "
 		duration = "must be a duration from 1s to 24h in hours, minutes and seconds, as 10s or 1h30m"
 		known    = "ACCESS_LOG, CONFIG, CONFIG_INLINE, CONFIG_SHA256, ENVOY_CONCURRENCY, ENVOY_DRAIN_TIME, ENVOY_LOG_LEVEL, " +
-			"ENVOY_PARENT_SHUTDOWN_TIME, ENVOY_PATH, LOG_LEVEL, OTHER_PROTOCOLS, OVERRIDES, RUNTIME_DIRECTORY, STATUS_ADDRESS, TLS_DIRECTORY, TLS_MIN_VERSION"
+			"ENVOY_PARENT_SHUTDOWN_TIME, ENVOY_PATH, HOST_IP, LOG_LEVEL, OTHER_PROTOCOLS, OVERRIDES, POD_IP, RUNTIME_DIRECTORY, STATUS_ADDRESS, TLS_DIRECTORY, TLS_MIN_VERSION"
 	)
 	x120 := strings.Repeat("x", 120)
 	long := strings.Repeat("a.", 127) + "a"
@@ -472,9 +472,10 @@ func TestProcess(t *testing.T) {
 		"all set": {[]string{
 			"MANTLET_ENVOY_PATH=/opt/envoy=1", "MANTLET_TLS_DIRECTORY=/tls/", "MANTLET_RUNTIME_DIRECTORY=/run//x", "MANTLET_LOG_LEVEL=debug",
 			"MANTLET_CONFIG=/etc/mantlet/../mesh.yaml", "MANTLET_CONFIG_SHA256=" + pin, "MANTLET_OVERRIDES=tighten",
+			"MANTLET_POD_IP=10.0.0.7", "MANTLET_HOST_IP=2001:db8::1",
 		}, schema.Process{
 			EnvoyPath: "/opt/envoy=1", TLSDirectory: "/tls", RuntimeDirectory: "/run/x", LogLevel: "debug", ConfigFile: "/etc/mesh.yaml",
-			ConfigDigest: strings.ToLower(pin), Overrides: schema.OverridesTighten,
+			ConfigDigest: strings.ToLower(pin), Overrides: schema.OverridesTighten, PodIP: "10.0.0.7", HostIP: "2001:db8::1",
 		}},
 		"as far as it is right": {[]string{"MANTLET_TLS_DIRECTORY=tls", "MANTLET_RUNTIME_DIRECTORY=/run/x", ingress + "x"}, schema.Process{
 			EnvoyPath: "envoy", TLSDirectory: "/tls-config", RuntimeDirectory: "/run/x", LogLevel: "info", Overrides: schema.OverridesAll,
@@ -486,6 +487,25 @@ func TestProcess(t *testing.T) {
 				t.Error(diff)
 			}
 		})
+	}
+}
+
+func TestHostNetwork(t *testing.T) {
+	for pod, hosts := range map[string]map[string]bool{
+		"10.0.0.7":    {"10.0.0.7": true, "::ffff:10.0.0.7": true, "10.0.0.8": false, "": false, "10.0.0.7/24": false},
+		"2001:db8::7": {"2001:db8:0::7": true, "2001:db8::8": false},
+		"":            {"": false, "10.0.0.7": false},
+		"ten":         {"ten": false},
+	} {
+		for host, want := range hosts {
+			err := schema.HostNetwork([]string{"MANTLET_POD_IPS=10.0.0.7", "MANTLET_POD_IP=" + pod, "MANTLET_HOST_IP=" + host})
+			if (err != nil) != want {
+				t.Errorf("pod %q on host %q: %v", pod, host, err)
+			}
+		}
+	}
+	if err := schema.HostNetwork(nil); err != nil {
+		t.Error(err)
 	}
 }
 

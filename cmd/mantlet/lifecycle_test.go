@@ -536,3 +536,25 @@ func TestEnvoyDoesNotStart(t *testing.T) {
 		})
 	}
 }
+
+// TestHostNetwork: where the pod's address is the node's, mantlet does not touch a rule.
+func TestHostNetwork(t *testing.T) {
+	t.Parallel()
+	for host, refused := range map[string]bool{"192.0.2.7": true, "::ffff:192.0.2.7": true, "192.0.2.8": false} {
+		t.Run(host, func(t *testing.T) {
+			t.Parallel()
+			p := newPod(t, web, "MANTLET_POD_IP=192.0.2.7", "MANTLET_HOST_IP="+host)
+			p.must(p.sidecar.Start())
+			if !refused {
+				p.await("mantlet closes the pod", func() bool { return p.log.count(closed) > 0 })
+				return
+			}
+			if err := p.sidecar.Wait(); err == nil || p.log.count("the pod has hostNetwork") != 1 {
+				t.Errorf("mantlet ended with %v", err)
+			}
+			if tables, err := p.Run("nft", "list", "tables"); err != nil || tables != "" {
+				t.Errorf("there are tables, %v:\n%s", err, tables)
+			}
+		})
+	}
+}

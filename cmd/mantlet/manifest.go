@@ -76,6 +76,9 @@ type variable struct {
 	Value     string `yaml:"value"`
 	ValueFrom *struct {
 		ConfigMapKeyRef *reference `yaml:"configMapKeyRef"`
+		FieldRef        struct {
+			FieldPath string `yaml:"fieldPath"`
+		} `yaml:"fieldRef"`
 	} `yaml:"valueFrom"`
 }
 
@@ -229,6 +232,7 @@ func (m *manifest) environ(p podObject, c container) ([]string, error) {
 		switch {
 		case known:
 			set(e.Name, value)
+		case strings.HasPrefix(e.ValueFrom.FieldRef.FieldPath, "status."): // where the pod is: nobody knows before it runs
 		case isMantlets(e.Name) && !optional:
 			return nil, fmt.Errorf("the value of %s does not stand in the manifest; it can't be checked", e.Name)
 		}

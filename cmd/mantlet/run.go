@@ -57,12 +57,15 @@ func newLogger(to *os.File, level slog.Leveler) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(to, options))
 }
 
-// run closes the pod before it reads a single setting. From then on nothing but the desired state opens it, however run
+// run closes the pod before it reads a single setting, if it is a pod. From then on nothing but the desired state opens it, however run
 // ends.
 func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	collectLater()
 	go warm()
 	signal.Ignore(syscall.SIGPIPE) // the end of whoever reads the log must not be mantlet's
+	if err := schema.HostNetwork(os.Environ()); err != nil {
+		return err
+	}
 	table, found, err := closePod(log)
 	if err != nil {
 		return err
