@@ -35,6 +35,8 @@ func (d *Daemon) Repairs() (last []Repair, count int) {
 // deny-all is to be kept too.
 func (d *Daemon) guard(ctx context.Context) {
 	changes := d.Kernel.Watch(ctx)
+	warned := map[string]bool{}
+	d.survey(warned)
 	look := time.NewTicker(resync)
 	defer look.Stop()
 	for {
@@ -46,8 +48,24 @@ func (d *Daemon) guard(ctx context.Context) {
 			d.mend(who)
 		case <-look.C:
 			d.mend("")
+			d.survey(warned) // not at each event: other software may make many, and have many rules
 		}
 	}
+}
+
+// survey warns, once of each, of what undermines the rules from other tables. They are their owners' business.
+func (d *Daemon) survey(warned map[string]bool) {
+	found, err := d.Kernel.Undermining()
+	if err != nil {
+		return // mend can't look at the rules either, and says so
+	}
+	for _, line := range found {
+		if !warned[line] {
+			d.Log.Warn("rules of another table undermine mantlet's; they are left alone", "found", line)
+			warned[line] = true
+		}
+	}
+	d.locked(func() { d.foreign = found })
 }
 
 // mend puts the rules back where somebody changed them.

@@ -32,6 +32,8 @@ type Kernel interface {
 	Refused() (map[string]uint64, error)
 	// Inbound returns the connections from outside that are open, and how full conntrack's table is.
 	Inbound() (open []Inbound, entries, most int, err error)
+	// Undermining returns what there is in other tables that would undermine the rules, a line each. Nothing of it is touched.
+	Undermining() ([]string, error)
 	// Watch sends a note when another process changed rules in the kernel, until ctx ends: its name where it changed the
 	// table, else "". It may miss changes.
 	Watch(ctx context.Context) <-chan string
@@ -126,6 +128,7 @@ type Daemon struct {
 
 	repairs  []Repair // the last ones
 	repaired int      // how many there were
+	foreign  []string // what undermines the rules from other tables
 	unmended error    // why the rules could not be looked at or put back; guard alone has it
 
 	ill map[string]bool // probes of the workload that failed when they were last asked

@@ -120,6 +120,12 @@ func (w *world) Mend() ([]string, error) {
 	return []string{found.Error()}, err
 }
 
+func (w *world) Undermining() ([]string, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.foreign, nil
+}
+
 func (w *world) Watch(context.Context) <-chan string { return w.changes }
 
 func (w *world) Update(context.Context) (revoked bool, err error) {
@@ -433,6 +439,35 @@ func TestRepair(t *testing.T) {
 		time.Sleep(resync)
 		expect(t, w)
 		ready(t, w, "")
+	})
+}
+
+// TestForeignRules: what undermines the rules is warned of once, and noted while it is there.
+func TestForeignRules(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.foreign = []string{"a redirect"}
+		w.run(t)
+		noted := func() (texts []string) {
+			for _, note := range w.Notes() {
+				texts = append(texts, note.Error())
+			}
+			return texts
+		}
+		for _, foreign := range [][]string{{"a redirect"}, {"a notrack", "a redirect"}, nil, {"a redirect"}} {
+			w.set(func() { w.foreign = foreign })
+			time.Sleep(2 * resync)
+			synctest.Wait()
+			if got := noted(); !slices.Equal(got, foreign) {
+				t.Errorf("of %q is noted %q", foreign, got)
+			}
+		}
+		ready(t, w, "")
+		for _, line := range []string{"a redirect", "a notrack"} {
+			if n := strings.Count(w.logged(), fmt.Sprintf("found=%q", line)); n != 1 {
+				t.Errorf("warned of %s %d times", line, n)
+			}
+		}
 	})
 }
 

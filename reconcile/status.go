@@ -274,6 +274,9 @@ func (d *Daemon) Notes() []error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	notes := []error{d.badConfig, d.badCertificates, d.down, d.unserved}
+	for _, line := range d.foreign {
+		notes = append(notes, located{checkRules, errors.New(line)})
+	}
 	return slices.DeleteFunc(notes, func(err error) bool { return err == nil })
 }
 

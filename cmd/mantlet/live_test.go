@@ -460,3 +460,35 @@ func (p *pod) besieger() {
 		p.prober = nil
 	})
 }
+
+// TestForeignTables: rules of other software stay as they are; of those that undermine mantlet's it warns, once of each.
+func TestForeignTables(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	p.nft("table inet raw { chain pre { type filter hook prerouting priority -300; udp dport 9999 notrack; }; }")
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.besiege()
+	p.run()
+	p.protect(tlsPort)
+	p.protect(mtlsPort)
+	p.ready()
+	const undermine = "rules of another table undermine mantlet's"
+	p.await("it warns of what was there", func() bool { return p.log.count(undermine) == 1 })
+	p.nft("table inet early { chain pre { type filter hook prerouting priority -400; accept; }; }")
+	p.nft("table ip nat { chain pre { type nat hook prerouting priority -100; tcp dport 7890 redirect to :8080; }; }")
+	p.await("it warns of what comes", func() bool { return p.log.count(undermine) == 2 })
+	for _, finding := range []string{"table inet raw, chain pre: notrack", "table ip nat, chain pre: redir"} {
+		if p.log.count(finding) != 1 {
+			t.Errorf("%q is not warned of once", finding)
+		}
+		if code, said := p.probe("ready"); code != 0 || !strings.Contains(said, finding) {
+			t.Errorf("probe ready: exit code %d: %s", code, said)
+		}
+	}
+	p.nft("delete table ip nat")
+	p.await("it is no more noted", func() bool { _, said := p.probe("ready"); return !strings.Contains(said, "redir") })
+	if got := p.nft("list tables"); got != "table inet raw\ntable inet mantlet\ntable inet early\n" {
+		t.Errorf("the tables are\n%s", got)
+	}
+	p.besieged()
+}

@@ -168,6 +168,22 @@ func (f fields) verdict(path string) render.Verdict {
 	return render.Verdict{Kind: verdictKind(int32(f.u32(path + ".1"))), Goto: f.text(path + ".2")}
 }
 
+func parseRule(a attributes) ([]expression, error) {
+	list, err := netlink.UnmarshalAttributes(a[unix.NFTA_RULE_EXPRESSIONS])
+	if err != nil {
+		return nil, err
+	}
+	var all []expression
+	for _, item := range list {
+		e, err := parseExpression(item.Data)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, e)
+	}
+	return all, nil
+}
+
 func parseExpression(data []byte) (expression, error) {
 	parts, err := unpack(data)
 	if err != nil {

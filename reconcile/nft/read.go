@@ -173,15 +173,22 @@ func unpack(data []byte) (attributes, error) {
 	return a, nil
 }
 
-// request calls each for each object that the kernel tells of. What is not there is no error.
+// request calls each for each object of the family inet that the kernel tells of. What is not there is no error.
 func (t *Table) request(
 	of uint16, flags netlink.HeaderFlags, about []netlink.Attribute, each func(attributes) error,
+) error {
+	return t.ask(of, flags, unix.NFPROTO_INET, about, func(_ byte, a attributes) error { return each(a) })
+}
+
+// ask is request for any family, or for all.
+func (t *Table) ask(
+	of uint16, flags netlink.HeaderFlags, family byte, about []netlink.Attribute, each func(family byte, a attributes) error,
 ) error {
 	data, err := netlink.MarshalAttributes(about)
 	if err != nil {
 		return err
 	}
-	replies, err := t.raw.Execute(message(unix.NFNL_SUBSYS_NFTABLES<<8|of, flags, unix.NFPROTO_INET, 0, data))
+	replies, err := t.raw.Execute(message(unix.NFNL_SUBSYS_NFTABLES<<8|of, flags, family, 0, data))
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return err
 	}
@@ -191,7 +198,7 @@ func (t *Table) request(
 		if err != nil {
 			return err
 		}
-		if err := each(a); err != nil {
+		if err := each(r.Data[0], a); err != nil {
 			return err
 		}
 	}
@@ -432,23 +439,17 @@ func (r *reader) protocols(name string) []uint8 {
 }
 
 func (r *reader) addRule(a attributes) error {
-	list, err := netlink.UnmarshalAttributes(a[unix.NFTA_RULE_EXPRESSIONS])
+	all, err := parseRule(a)
 	if err != nil {
 		return err
 	}
-	var all []expression
-	for _, item := range list {
-		e, err := parseExpression(item.Data)
-		if err != nil {
-			return err
-		}
+	for _, e := range all {
 		if e.name == "lookup" {
 			if numbers := r.protocols(e.data.text("1")); numbers != nil {
 				r.numbers[setName(numbers)] = numbers
 				e.data["1"] = []byte(setName(numbers) + "\x00")
 			}
 		}
-		all = append(all, e)
 	}
 	name := a.text(unix.NFTA_RULE_CHAIN)
 	for i := range r.chains {

@@ -35,6 +35,9 @@ type Table struct {
 	want    render.Ruleset // what Replace put there last
 	refused tally          // what the rules counted
 	intact  uint32         // the generation of the kernel's rules at which the table was seen to hold that; 0 for none
+
+	surveyed uint32   // the generation at which other tables were looked at last; 0 for none
+	foreign  []string // what of them undermines this one
 }
 
 // bufferSize holds a transaction's messages, and the kernel's acknowledgement of each. Some 70 messages of rules and the
