@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"mantlet/lab"
+	"mantlet/reconcile"
 )
 
 // logLine is a line of mantlet's log about a connection.
@@ -33,6 +34,7 @@ type logLine struct {
 	Code        string   `json:"code"`
 	Reason      string   `json:"reason"`
 	Detail      string   `json:"detail"`
+	Ended       string   `json:"ended"`
 }
 
 // logged waits for the line about a connection, and returns it.
@@ -174,20 +176,66 @@ func TestRefusals(t *testing.T) {
 	p.protect(tlsPort)
 	p.protect(listedPort)
 	p.ready()
-	for i, c := range refusals {
-		t.Run(c.what, func(t *testing.T) {
-			t.Parallel()
-			to := netip.AddrPortFrom(p.Addrs()[i%2], c.port)
-			conn := p.dial(p.outside, to)
-			c.speak(p, conn)
-			got := p.logged(conn)
-			if got.Code != c.code || got.Reason != c.reason || got.Message != "connection refused" || got.Level != "WARN" || got.Detail == "" {
-				t.Errorf("the line is %+v, want %s: %s", got, c.code, c.reason)
-			}
-			if got.Direction != "ingress" || got.Destination != to.String() || !slices.Equal(got.SANs, c.sans) {
-				t.Errorf("the line is %+v, want ingress to %s of %q", got, to, c.sans)
-			}
-		})
+	counts := map[string]uint64{}
+	t.Run("each", func(t *testing.T) {
+		for i, c := range refusals {
+			counts[c.code]++
+			t.Run(c.what, func(t *testing.T) {
+				t.Parallel()
+				to := netip.AddrPortFrom(p.Addrs()[i%2], c.port)
+				conn := p.dial(p.outside, to)
+				c.speak(p, conn)
+				got := p.logged(conn)
+				if got.Code != c.code || got.Reason != c.reason || got.Message != "connection refused" || got.Level != "WARN" || got.Detail == "" {
+					t.Errorf("the line is %+v, want %s: %s", got, c.code, c.reason)
+				}
+				if got.Direction != "ingress" || got.Destination != to.String() || !slices.Equal(got.SANs, c.sans) {
+					t.Errorf("the line is %+v, want ingress to %s of %q", got, to, c.sans)
+				}
+			})
+		}
+	})
+	status := p.status()
+	for _, r := range status.Refused {
+		if r.By == "envoy" && r.Count != counts[r.Reason] {
+			t.Errorf("%s was counted %d times, want %d", r.Reason, r.Count, counts[r.Reason])
+		}
+		delete(counts, r.Reason)
+	}
+	if len(counts) > 0 {
+		t.Errorf("not counted: %v", counts)
+	}
+	for _, c := range refusals {
+		if !slices.ContainsFunc(status.Refusals, func(r reconcile.Refusal) bool {
+			return r.Code == c.code && r.Reason == c.reason && r.Direction == "ingress" && slices.Contains([]string{p.outside.IPv4.String(), p.outside.IPv6.String()}, r.Peer)
+		}) {
+			t.Errorf("%s: not among the last refusals: %+v", c.code, status.Refusals)
+		}
+	}
+}
+
+// TestFloodOfRefusals: strangers fill neither the log nor the status.
+func TestFloodOfRefusals(t *testing.T) {
+	t.Parallel()
+	began := time.Now()
+	p := start(t, web)
+	conn := p.dial(p.outside, netip.AddrPortFrom(p.IPv4, mtlsPort))
+	speakTLS(nil)(p, conn)
+	const flood = 300
+	var status reconcile.Status
+	p.await("a flood of plaintext is refused", func() bool {
+		status = p.status()
+		return slices.ContainsFunc(status.Refused, func(r reconcile.Refused) bool { return r.Reason == "plaintext" && r.Count > flood })
+	})
+	lines, most := p.log.count(`"msg":"connection refused"`), 50+5*(1+int(time.Since(began).Seconds()))
+	if lines == 0 || lines > most {
+		t.Errorf("%d refusals are logged, want %d at the most", lines, most)
+	}
+	p.await("a line that says how many were left out", func() bool {
+		return p.log.count(`"left_out_before":`) > p.log.count(`"left_out_before":0`)
+	})
+	if !slices.ContainsFunc(status.Refusals, func(r reconcile.Refusal) bool { return r.Code == "no_client_certificate" }) || len(status.Refusals) > 20 {
+		t.Errorf("the flood hides the one refusal that somebody looks for: %+v", status.Refusals)
 	}
 }
 
@@ -266,6 +314,8 @@ func TestEgressRefusals(t *testing.T) {
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	p.run()
 	p.ready()
+	closed := p.dial(p.outside, netip.AddrPortFrom(p.IPv4, mtlsPort))
+	p.must(closed.Close())
 	for i, c := range egressRefusals {
 		to := listen(fmt.Sprintf("127.137.0.%d:80", 1+i))
 		conn := p.dial(p.Host, to)
@@ -276,6 +326,9 @@ func TestEgressRefusals(t *testing.T) {
 		if got.Code != c.code || got.Reason != c.reason || got.Direction != "egress" || got.Destination != to.String() || !slices.Equal(got.SANs, c.sans) {
 			t.Errorf("the line is %+v, want %s of %q: %s", got, c.code, c.sans, c.reason)
 		}
+	}
+	if p.log.count(closed.LocalAddr().String()) > 0 {
+		t.Error("a client that closes its connection is refused")
 	}
 }
 
@@ -302,6 +355,12 @@ func TestConnectionLog(t *testing.T) {
 		}
 		p.logs(t, conn, want)
 	}
+	closed := p.dial(p.outside, netip.AddrPortFrom(p.IPv4, mtlsPort))
+	p.must(closed.Close())
+	p.logs(t, closed, logLine{
+		Level: "INFO", Message: "connection", Direction: "ingress", Peer: closed.LocalAddr().String(), Destination: closed.RemoteAddr().String(),
+		Ended: "by the client, before it was let in",
+	})
 	// An attempt at an address that is dead, before the one that is not, makes no refusal.
 	for range 4 {
 		conn := p.dial(p.Host, listen("127.137.0.1:80"))

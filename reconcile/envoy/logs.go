@@ -90,15 +90,23 @@ func (l *logs) access(from io.Reader) {
 			continue
 		}
 		reason := c.reason()
-		if reason == "" {
+		if reason == "" && c.Upstream != "" {
 			l.to.LogAttrs(context.Background(), slog.LevelInfo, "connection", c.attrs()...)
 			continue
 		}
 		refusal := c.refusal(reason)
-		l.refused.note(refusal)
-		if leftOut, ok := l.refused.admit(c.Direction, refusal.Time); ok {
+		if reason != "" {
+			l.refused.note(refusal)
+		}
+		leftOut, ok := l.refused.admit(c.Direction, refusal.Time)
+		switch {
+		case !ok:
+		case reason == "":
+			l.to.LogAttrs(context.Background(), slog.LevelInfo, "connection", append(c.attrs(),
+				slog.String("ended", "by the client, before it was let in"), slog.Int("left_out_before", leftOut))...)
+		default:
 			l.to.LogAttrs(context.Background(), slog.LevelWarn, "connection refused", append(c.attrs(), slog.String("reason", refusal.Reason),
-				slog.String("code", string(reason)), slog.String("detail", refusal.Detail), slog.Int("left_out_before", leftOut))...)
+				slog.String("code", refusal.Code), slog.String("detail", refusal.Detail), slog.Int("left_out_before", leftOut))...)
 		}
 	}
 }

@@ -75,6 +75,7 @@ func TestAccessLog(t *testing.T) {
 		{
 			"level": "INFO", "msg": "connection", "direction": "ingress", "peer": "192.0.2.1:1", "destination": "192.0.2.2:9000",
 			"bytes_in": 0.0, "bytes_out": 0.0, "duration_ms": 0.0,
+			"ended": "by the client, before it was let in", "left_out_before": 0.0,
 		},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
@@ -89,6 +90,19 @@ func TestAccessLog(t *testing.T) {
 func refusedLine(direction, peer string) string {
 	return fmt.Sprintf(`{"direction": %q, "peer": %q, "destination": "192.0.2.2:9000", "refused": %q}`+"\n",
 		direction, peer, "TLS_error:|268435648:SSL_routines:OPENSSL_internal:PEER_DID_NOT_RETURN_A_CERTIFICATE:TLS_error_end")
+}
+
+// TestStrangersConnections shows that who does not even shake hands can't fill the log, though all connections are asked for.
+func TestStrangersConnections(t *testing.T) {
+	const many = 10 * refusalsAtOnce
+	abandoned := `{"direction": "ingress", "peer": "192.0.2.1:1", "destination": "192.0.2.2:9000", "flags": "-"}` + "\n"
+	got, _ := relayed(t, func(l *logs) {
+		l.access(strings.NewReader(strings.Repeat(abandoned, many) + strings.Repeat(accessed+"\n", many)))
+	})
+	strangers := slices.IndexFunc(got, func(fields map[string]any) bool { return fields["ended"] == nil })
+	if strangers < refusalsAtOnce || strangers > 2*refusalsAtOnce || len(got) != strangers+many {
+		t.Errorf("%d connections of strangers and %d of others gave %d and %d lines", many, many, strangers, len(got)-strangers)
+	}
 }
 
 func TestRefusals(t *testing.T) {
@@ -112,9 +126,12 @@ func TestRefusals(t *testing.T) {
 		t.Errorf("those who are refused hide what fails on the way out: the last line is %v", last)
 	}
 	// What is left out is counted: by the next line that is not, and by reason.
-	past := time.Now().Add(time.Minute)
-	if leftOut, ok := l.refused.admit("ingress", past); !ok || leftOut != many-len(got)+1 {
-		t.Errorf("%d of %d lines are said to be left out, and %d were logged", leftOut, many, len(got)-1)
+	leftOut, ok := l.refused.admit("ingress", time.Now().Add(time.Minute))
+	for _, fields := range got {
+		leftOut += int(fields["left_out_before"].(float64))
+	}
+	if logged := len(got) - 1; !ok || leftOut+logged != many {
+		t.Errorf("%d of %d lines are said to be left out, and %d were logged", leftOut, many, logged)
 	}
 	r := &Runner{refused: refusals{last: l.refused.last, counts: l.refused.counts}}
 	last, counts := r.Refusals()
