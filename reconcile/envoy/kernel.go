@@ -79,7 +79,8 @@ func socketStates(pid int) (map[string]string, error) {
 
 // Evict ends Envoys of this network namespace that this program did not start. A mantlet that was killed leaves one behind
 // where that was stopped: the signal that is to end it waits until it goes on. It would share the listeners' connections,
-// and let in what the configuration of then did. It is called before the first Start.
+// and let in what the configuration of then did. What they have in the runtime directory is removed. It is called before the
+// first Start.
 func (r *Runner) Evict() error {
 	b, err := newBase(nil)
 	if err != nil {
@@ -99,7 +100,7 @@ func (r *Runner) Evict() error {
 			return fmt.Errorf("ending Envoy %d, which a mantlet before this one left behind: %w", pid, err)
 		}
 	}
-	return nil
+	return r.sweep()
 }
 
 // runs reports whether a process was started as an Envoy of the network namespace that the base is made from.

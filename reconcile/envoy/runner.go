@@ -495,11 +495,23 @@ func (r *Runner) Close() error {
 	for _, b := range r.bases {
 		errs = append(errs, b.remove())
 	}
-	for _, pattern := range []string{"hot-restart_*", "admin-*.sock", "bootstrap-*.json", "sds-*.json"} {
+	return errors.Join(append(errs, r.sweep(), r.remove("sds-*.json"))...)
+}
+
+// sweep removes what Envoys, and a mantlet that was killed while it wrote, leave in the runtime directory. None may be running.
+func (r *Runner) sweep() error {
+	return r.remove("hot-restart_*", "admin-*.sock", "bootstrap-*.json", ".*.json*")
+}
+
+func (r *Runner) remove(patterns ...string) error {
+	var errs []error
+	for _, pattern := range patterns {
 		files, err := filepath.Glob(filepath.Join(r.RuntimeDirectory, pattern))
 		errs = append(errs, err)
 		for _, f := range files {
-			errs = append(errs, os.Remove(f))
+			if err := os.Remove(f); !errors.Is(err, os.ErrNotExist) {
+				errs = append(errs, err)
+			}
 		}
 	}
 	return errors.Join(errs...)
