@@ -1,7 +1,12 @@
 package main
 
 import (
+	"fmt"
 	"os"
+	"os/signal"
+	"runtime"
+	"runtime/pprof"
+	"syscall"
 	"testing"
 
 	"mantlet/lab"
@@ -12,6 +17,7 @@ const asMantlet = "RUN_AS_MANTLET"
 
 func TestMain(m *testing.M) {
 	if os.Getenv(asMantlet) != "" {
+		tellGoroutines()
 		main()
 	}
 	lab.Enter()
@@ -19,4 +25,19 @@ func TestMain(m *testing.M) {
 		panic(err)
 	}
 	os.Exit(m.Run())
+}
+
+// tellGoroutines makes mantlet write, at a SIGUSR1, how many goroutines it has; and where they are, if they are many.
+func tellGoroutines() {
+	asked := make(chan os.Signal, 1)
+	signal.Notify(asked, syscall.SIGUSR1)
+	go func() {
+		for range asked {
+			n := runtime.NumGoroutine()
+			fmt.Fprintf(os.Stderr, "goroutines: %d\n", n)
+			if many := 60; n > many {
+				_ = pprof.Lookup("goroutine").WriteTo(os.Stderr, 1)
+			}
+		}
+	}()
 }

@@ -241,9 +241,11 @@ func (p *pod) exchange(to netip.AddrPort, config *tls.Config) error {
 }
 
 // echo says something and wants to hear the same.
-func echo(conn net.Conn) error {
+func echo(conn net.Conn) error { return talk(conn, time.Now().Add(limit)) }
+
+func talk(conn net.Conn, deadline time.Time) error {
 	const text = "hello"
-	if err := conn.SetDeadline(time.Now().Add(limit)); err != nil {
+	if err := conn.SetDeadline(deadline); err != nil {
 		return err
 	}
 	if _, err := io.WriteString(conn, text); err != nil {
