@@ -639,7 +639,22 @@ func (c *chaos) amiss() string {
 	if reason := c.sidecar.Unready(ctx); reason != "" {
 		return "unready: " + reason
 	}
-	return cmp.Or(c.behaves(), c.leaks())
+	return cmp.Or(c.behaves(), c.differs(), c.leaks())
+}
+
+// differs returns what `mantlet diff` says, where there is something good to compare with.
+func (c *chaos) differs() string {
+	if c.badConfig || c.badTLS {
+		return ""
+	}
+	cmd := c.sidecar.Command("diff")
+	var output bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &output, &output
+	c.must(c.Start(cmd))
+	if err := cmd.Wait(); err != nil {
+		return fmt.Sprintf("mantlet diff: %v: %s", err, &output)
+	}
+	return ""
 }
 
 // trial is one visit, and what came of it last.
