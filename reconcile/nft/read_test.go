@@ -1,12 +1,17 @@
 package nft
 
 import (
+	"fmt"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/mdlayher/netlink"
+	"github.com/rogpeppe/go-internal/txtar"
 	"golang.org/x/sys/unix"
+	"pgregory.net/rapid"
 
 	"mantlet/render"
 	"mantlet/schema"
@@ -123,4 +128,193 @@ func TestUnderminingByWhatIsMissingHere(t *testing.T) {
 		}
 		s.lines = nil
 	}
+}
+
+// goldens returns the rulesets of render's golden cases, by their texts.
+func goldens(t *testing.T) map[string]render.Ruleset {
+	t.Helper()
+	files, err := filepath.Glob("../../render/testdata/*.txtar")
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := map[string]render.Ruleset{}
+	for _, file := range files {
+		archive, err := txtar.ParseFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		environ, content := []string(nil), []byte(nil)
+		for _, f := range archive.Files {
+			switch f.Name {
+			case "env":
+				environ = strings.Split(strings.TrimSuffix(string(f.Data), "\n"), "\n")
+			case "config.yaml":
+				content, environ = f.Data, append(environ, "MANTLET_CONFIG=/config.yaml")
+			}
+		}
+		env, err := schema.ParseEnvironment(environ)
+		if err != nil {
+			continue // a case of what is refused
+		}
+		config := env.Base()
+		if content != nil {
+			config, err = env.Merge(content)
+		}
+		if err == nil {
+			r := render.Rules(config.Mesh, render.Generations{})
+			all[r.Text()] = r
+		}
+	}
+	if len(all) < 10 {
+		t.Fatalf("%d golden rulesets", len(all))
+	}
+	return all
+}
+
+// readsBack puts a ruleset in place, and wants to read the same.
+func (p *place) readsBack(t interface{ Errorf(string, ...any) }, want render.Ruleset) {
+	if err := p.table.Replace(want); err != nil {
+		t.Errorf("%v", err)
+	}
+	have, err := p.table.Read()
+	if lines := render.Diff(want, have); err != nil || len(lines) > 0 {
+		t.Errorf("%v, it differs: %s\nwant\n%shave\n%s", err, strings.Join(lines, "\n"), want.Text(), have.Text())
+	}
+}
+
+func TestReadGivesBackGoldens(t *testing.T) {
+	t.Parallel()
+	modes(t, func(t *testing.T, p *place) {
+		for _, want := range goldens(t) {
+			p.readsBack(t, want)
+		}
+	})
+}
+
+func TestReadGivesBackAnyRuleset(t *testing.T) {
+	t.Parallel()
+	p := newPlace(t)
+	rapid.Check(t, func(t *rapid.T) {
+		mesh := schema.Mesh{
+			OtherProtocols: rapid.SampledFrom([]schema.OtherProtocols{schema.OtherProtocolsDrop, schema.OtherProtocolsAccept}).Draw(t, "other protocols"),
+		}
+		generation := rapid.Custom(func(t *rapid.T) render.Generation {
+			return render.Generation(rapid.Uint8Max(uint8(render.MaxGeneration)).Draw(t, "generation"))
+		})
+		generations := render.Generations{Default: generation.Draw(t, "default")}
+		edges := rapid.SliceOfNDistinct(rapid.Uint16Min(1), 0, 30, rapid.ID).Draw(t, "edges")
+		slices.Sort(edges)
+		for pair := range slices.Chunk(edges, 2) {
+			at := schema.Ports{First: pair[0], Last: pair[len(pair)-1]}
+			mode := rapid.SampledFrom([]schema.Mode{schema.ModeMTLS, schema.ModeTLS, schema.ModePassthrough}).Draw(t, "mode")
+			mesh.Ingress = append(mesh.Ingress, schema.Ingress{Ports: at, Mode: mode})
+			if rapid.Bool().Draw(t, "has a generation") {
+				generations.Ports = append(generations.Ports, render.PortsGeneration{Ports: at, Generation: generation.Draw(t, "of ports")})
+			}
+		}
+		p.readsBack(t, render.Rules(mesh, generations))
+	})
+}
+
+// substitutes are what other text may stand in a rule for some text; nft does not take each everywhere.
+var substitutes = [][2]string{
+	{"accept", "drop"},
+	{"drop", "accept"},
+	{"goto", "jump"},
+	{"counter", ""},
+	{"tcp reset", "icmpx admin-prohibited"},
+	{`"lo"`, `"nope"`},
+	{"iif ", "oif "},
+	{"oif ", "iif "},
+	{"127.0.0.0/8", "127.0.0.0/16"},
+	{"::1", "::2"},
+	{"unicast", "local"},
+	{"type local", "type unicast"},
+	{"meta l4proto tcp", "meta l4proto udp"},
+	{"meta l4proto tcp", "tcp sport 1"},
+	{"!= tcp", "tcp"},
+	{"{ icmp, ipv6-icmp }", "{ icmp, ipv6-icmp, sctp }"},
+	{"{ tcp, udp }", "{ tcp, udp, sctp }"},
+	{"reply", "original"},
+	{"original", "reply"},
+	{"invalid", "established"},
+	{"snat", "dnat"},
+	{"==", "!="},
+	{"!=", "=="},
+	{"0x0ff00000", "0x07f00000"},
+	{"0x00400000", "0x00500000"},
+	{"0x00300000", "0x00700000"},
+	{"| 0x00", "| 0x01"},
+	{"flags syn", "flags ack"},
+	{"rst == rst", "fin == fin"},
+	{"syn,rst,ack", "syn,ack"},
+	{"wildcard 0", "wildcard 1"},
+	{":15006", ":15999"},
+	{":15007", ":15006"},
+	{"127.0.0.1", "127.0.0.2"},
+	{"@modes", "@answers"},
+	{"@answers", "@modes"},
+	{"sport", "dport"},
+	{"dport", "sport"},
+}
+
+// TestEachStatementCounts: in a live table each rule that is taken away, and each statement that is changed, is told, and
+// nothing else; and so it can be put back.
+func TestEachStatementCounts(t *testing.T) {
+	t.Parallel()
+	p := newPlace(t)
+	want := rules(port1(7890, schema.ModePassthrough), port1(8080, schema.ModeTLS))
+	p.replace(want)
+	told := func(command, start string) {
+		t.Helper()
+		found, err := p.table.Mend()
+		if err != nil || len(found) != 1 || !strings.HasPrefix(found[0], start) {
+			t.Errorf("after %s differ, %v:\n\t%s\nwant one line that begins\n\t%s", command, err, strings.Join(found, "\n\t"), start)
+		}
+	}
+	for _, chain := range want.Chains {
+		for i, rule := range chain.Rules {
+			handle := p.handles(chain.Name)[i]
+			command := fmt.Sprintf("delete rule inet mantlet %s handle %s", chain.Name, handle)
+			nft(t, p.pod, command)
+			told(command, fmt.Sprintf("chain %s rule %d: ", chain.Name, i+1))
+			for s := range rule {
+				tried := 0
+				for _, text := range variants(rule, s) {
+					command := fmt.Sprintf("replace rule inet mantlet %s handle %s %s", chain.Name, p.handles(chain.Name)[i], text)
+					if _, err := p.pod.Run("nft", command); err != nil {
+						continue
+					}
+					tried++
+					told(command, fmt.Sprintf("chain %s rule %d: have `", chain.Name, i+1))
+				}
+				if tried == 0 {
+					t.Errorf("chain %s, rule %q: no change of %q could be tried", chain.Name, rule.Text(), rule[s].Text())
+				}
+			}
+		}
+	}
+}
+
+// variants returns a rule's text with another text in one of its statements.
+func variants(rule render.Rule, statement int) (all []string) {
+	before, after := rule[:statement].Text(), rule[statement+1:].Text()
+	text := rule[statement].Text()
+	for _, s := range substitutes {
+		if other := strings.Replace(text, s[0], s[1], 1); other != text {
+			all = append(all, strings.Join([]string{before, other, after}, " "))
+		}
+	}
+	return all
+}
+
+// handles returns those of a chain's rules.
+func (p *place) handles(chain string) (all []string) {
+	p.t.Helper()
+	for line := range strings.Lines(nft(p.t, p.pod, "-a", "-s", "list", "chain", "inet", "mantlet", chain)) {
+		if rule, handle, ok := strings.Cut(strings.TrimSpace(line), " # handle "); ok && !strings.HasSuffix(rule, "{") {
+			all = append(all, handle)
+		}
+	}
+	return all
 }
