@@ -178,10 +178,17 @@ func closePod(log *slog.Logger) (*nft.Table, render.Ruleset, error) {
 // /hot-restart_udp_parent_ and a number of ten digits.
 const maxDirectory = 107 - 34
 
-// private makes the runtime directory and closes it to others: it comes to hold the key.
-func private(directory string) error {
+func fits(directory string) error {
 	if len(directory) > maxDirectory {
 		return fmt.Errorf("MANTLET_RUNTIME_DIRECTORY %q is too long for the sockets in it: at most %d bytes", directory, maxDirectory)
+	}
+	return nil
+}
+
+// private makes the runtime directory and closes it to others: it comes to hold the key.
+func private(directory string) error {
+	if err := fits(directory); err != nil {
+		return err
 	}
 	if err := os.MkdirAll(directory, 0o700); err != nil {
 		return fmt.Errorf("making the runtime directory: %w", err)

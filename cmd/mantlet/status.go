@@ -36,7 +36,7 @@ func statusCommand() *cobra.Command {
 			return fmt.Errorf("the configuration is not valid, so no mantlet runs with it: %w", err)
 		}
 		show := func(ctx context.Context) error {
-			return showStatus(ctx, cmd.OutOrStdout(), reconcile.StatusSocket(env.Process.RuntimeDirectory), *output)
+			return showStatus(ctx, cmd.OutOrStdout(), reconcile.StatusSocket(env.Process.RuntimeDirectory), *output, os.Environ())
 		}
 		if watch {
 			return watchStatus(cmd.Context(), cmd.OutOrStdout(), show)
@@ -50,8 +50,9 @@ func statusCommand() *cobra.Command {
 // statusLimit is more than mantlet takes where Envoy hangs.
 const statusLimit = 10 * time.Second
 
-// showStatus prints what mantlet says. The error is errNot where that is not all well.
-func showStatus(ctx context.Context, to io.Writer, socket, output string) error {
+// showStatus prints what mantlet says. The error is errNot where that is not all well; then what mantlet check would find
+// comes with it.
+func showStatus(ctx context.Context, to io.Writer, socket, output string, environ []string) error {
 	ctx, cancel := context.WithTimeout(ctx, statusLimit)
 	defer cancel()
 	ok, text, err := probe(ctx, socket, "/status")
@@ -65,12 +66,20 @@ func showStatus(ctx context.Context, to io.Writer, socket, output string) error 
 	if err != nil {
 		return fmt.Errorf("it does not answer: %w", err)
 	}
-	if output == "json" {
-		err = printData(to, json.RawMessage(text), "json")
-	} else {
-		err = printStatus(to, status, time.Now())
+	var needs []finding
+	well := status.Ready && len(status.Problems) == 0
+	if !well {
+		needs = amiss(findings(ctx, environ))
 	}
-	if err == nil && (!status.Ready || len(status.Problems) > 0) {
+	if output == "json" {
+		err = printData(to, struct {
+			reconcile.Status
+			Findings []finding `json:"findings,omitempty"`
+		}{status, needs}, "json")
+	} else if err = printStatus(to, status, time.Now()); err == nil {
+		err = printFindings(to, needs)
+	}
+	if err == nil && !well {
 		return errNot
 	}
 	return err

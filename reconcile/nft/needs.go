@@ -50,12 +50,15 @@ func (t *Table) Try() ([]Trial, error) {
 }
 
 func (t *Table) tryAll() ([]Trial, error) {
+	if err := t.try(nil); err != nil {
+		if errors.Is(err, unix.EOPNOTSUPP) { // nfnetlink's answer where nobody took the transaction
+			err = fmt.Errorf("%w: the kernel has no nftables (CONFIG_NF_TABLES)", err)
+		}
+		return nil, hint(err)
+	}
 	var trials []Trial
 	for _, n := range t.needs {
 		err := t.try(n.rule)
-		if errors.Is(err, unix.EPERM) {
-			return nil, hint(err)
-		}
 		if err != nil {
 			err = fmt.Errorf("the kernel lacks %s, tried with %q: %w", n.options, n.rule.Text(), err)
 		}

@@ -1,0 +1,353 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"mantlet/reconcile/envoy"
+	"mantlet/reconcile/nft"
+	"mantlet/schema"
+)
+
+func checkCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "check",
+		Short: "Try everything that mantlet needs of this place; exit 0 if it is there, 1 if not",
+		Long: "Try everything that mantlet needs of this place, a line each, with what to do where it is not there. It leaves\n" +
+			"nothing behind, and disturbs no mantlet that runs here. Exit 0: all is there, warnings aside; 1: something is not.",
+		Args: cobra.NoArgs,
+	}
+	output := outputFlag(cmd, "how to say it:", "text", "json")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		findings := findings(cmd.Context(), os.Environ())
+		missing := slices.ContainsFunc(findings, func(f finding) bool { return f.Severity == failing })
+		var err error
+		if *output == "json" {
+			err = printData(cmd.OutOrStdout(), map[string]any{"ok": !missing, "findings": findings}, "json")
+		} else {
+			err = printFindings(cmd.OutOrStdout(), findings)
+		}
+		if err == nil && missing {
+			return errNot
+		}
+		return err
+	}
+	return cmd
+}
+
+// finding is what came of trying one need. Its JSON is stable.
+type finding struct {
+	Need     string   `json:"need"`
+	Severity severity `json:"severity"`
+	Detail   string   `json:"detail,omitempty"`
+	Remedy   string   `json:"remedy,omitempty"`
+}
+
+type severity string
+
+const (
+	fine    severity = "ok"
+	warning severity = "warning" // mantlet does its work, not all of it or not for long
+	failing severity = "error"   // mantlet ends, or is not ready
+)
+
+func printFindings(to io.Writer, findings []finding) error {
+	page := tabwriter.NewWriter(to, 0, 0, 2, ' ', 0)
+	for _, f := range findings {
+		text := f.Detail
+		if f.Remedy != "" {
+			text += "; " + f.Remedy
+		}
+		_, _ = fmt.Fprintf(page, "%s\t%s\t%s\n", f.Severity, f.Need, strings.Join(strings.Fields(text), " "))
+	}
+	return page.Flush()
+}
+
+// tried is a need that has to be met. The detail is for one that is.
+func tried(need, detail string, err error, remedy string) finding {
+	if err != nil {
+		return finding{need, failing, err.Error(), remedy}
+	}
+	return finding{need, fine, detail, ""}
+}
+
+// wanted is a need that mantlet can do without, for a while or in part.
+func wanted(need, detail string, err error, remedy string) finding {
+	f := tried(need, detail, err, remedy)
+	if err != nil {
+		f.Severity = warning
+	}
+	return f
+}
+
+// amiss returns the findings that are worth a look.
+func amiss(all []finding) []finding {
+	return slices.DeleteFunc(all, func(f finding) bool { return f.Severity == fine })
+}
+
+// findings tries all needs. What the environment says of them counts as far as it is right.
+func findings(ctx context.Context, environ []string) []finding {
+	env, err := schema.ParseEnvironment(environ)
+	process := env.Process
+	all := slices.Concat(
+		[]finding{tryNamespace(environ), tryCapabilities()},
+		tryKernel(),
+		[]finding{
+			tryIPv6(), tryConntrack("/proc/sys/net/netfilter"),
+			tryEnvoy(ctx, process.EnvoyPath), trySharedMemory("/dev/shm"), tryRuntimeDirectory(process.RuntimeDirectory),
+			tryCertificates(process.TLSDirectory),
+		},
+	)
+	for _, problem := range schema.Problems(err) {
+		all = append(all, tried("environment", "", problem, "mantlet render --explain shows what mantlet reads"))
+	}
+	if err != nil {
+		return all
+	}
+	all = append(all, tried("environment", "", nil, ""))
+	config, err := env.Load()
+	if err != nil {
+		config = env.Base()
+	}
+	return slices.Concat(all, tryOverrides(env, err), tryUpstreams(ctx, config.Mesh.Egress))
+}
+
+// ofNodes are interfaces that network plugins make on a node. A pod that nests containers may have some too.
+var ofNodes = []string{"cni0", "cilium_host", "flannel.1", "kube-bridge", "kube-ipvs0", "nodelocaldns", "ovn-k8s-mp0"}
+
+func tryNamespace(environ []string) finding {
+	const need, remedy = "network namespace", "take hostNetwork out of the pod's specification"
+	if err := schema.HostNetwork(environ); err != nil {
+		return tried(need, "", err, remedy)
+	}
+	interfaces, err := net.Interfaces()
+	if err != nil {
+		return wanted(need, "", err, "")
+	}
+	for _, i := range interfaces {
+		if slices.Contains(ofNodes, i.Name) {
+			return wanted(need, "", fmt.Errorf("it has the interface %s, as a node's has; mantlet would close the node", i.Name), remedy)
+		}
+	}
+	return tried(need, "the pod's own, as far as can be seen", nil, "")
+}
+
+func tryCapabilities() finding {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var sets [2]unix.CapUserData
+	err := unix.Capget(&header, &sets[0])
+	if err == nil && sets[0].Effective&(1<<unix.CAP_NET_ADMIN) == 0 {
+		err = errors.New("CAP_NET_ADMIN is missing")
+	}
+	return tried("capabilities", "CAP_NET_ADMIN", err,
+		"give mantlet's container capabilities {add: [NET_ADMIN]} and runAsUser: 0: another user gets none of it")
+}
+
+// tryKernel tries what the rules need, in a table that is never there outside of a transaction.
+func tryKernel() []finding {
+	const options = "take a kernel that is built with it, or load its module on the node before the pod starts"
+	table, err := nft.Open()
+	var trials []nft.Trial
+	if err == nil {
+		defer func() { _ = table.Close() }()
+		trials, err = table.Try()
+	}
+	all := []finding{tried("nftables", "", err, "it takes a kernel with CONFIG_NF_TABLES and CONFIG_NF_TABLES_INET, and CAP_NET_ADMIN")}
+	if err != nil {
+		return all
+	}
+	for _, t := range trials {
+		all = append(all, tried(t.Options, "", t.Err, options))
+	}
+	owns, err := table.CanOwn()
+	if err == nil && !owns {
+		err = errors.New("the kernel keeps no owner for a table: other privileged processes can change the rules, and mantlet puts them back")
+	}
+	return append(all, wanted("owned table", "", err, "take Linux 6.9 or later"))
+}
+
+func tryIPv6() finding {
+	var err error
+	if !hasIPv6() {
+		err = errors.New("it is switched off; mantlet does without")
+	}
+	return wanted("IPv6", "", err, "where clients or upstreams have IPv6, set the sysctls net.ipv6.conf.all.disable_ipv6 and .lo. to 0")
+}
+
+// fullConntrack is how full its table may be, in percent. Where it is full nothing new comes in, nor goes out.
+const fullConntrack = 80
+
+func tryConntrack(directory string) finding {
+	const need = "conntrack's table"
+	var numbers [2]int
+	for i, name := range []string{"nf_conntrack_count", "nf_conntrack_max"} {
+		text, err := os.ReadFile(filepath.Join(directory, name))
+		if err == nil {
+			numbers[i], err = strconv.Atoi(strings.TrimSpace(string(text)))
+		}
+		if errors.Is(err, os.ErrNotExist) {
+			return tried(need, "nothing uses it yet", nil, "")
+		}
+		if err != nil {
+			return wanted(need, "", err, "")
+		}
+	}
+	filled := fmt.Sprintf("%d of %d entries", numbers[0], numbers[1])
+	var err error
+	if numbers[0]*100 >= numbers[1]*fullConntrack {
+		err = errors.New(filled + " are taken; where all are, no new connection comes in")
+	}
+	return wanted(need, filled, err, "raise net.netfilter.nf_conntrack_max on the node, or shorten nf_conntrack_tcp_timeout_time_wait")
+}
+
+// The Envoy that mantlet was tried with: an older one lacks settings that the bootstrap has.
+const (
+	envoyMajor = 1
+	envoyMinor = 40
+)
+
+// versionLimit is much more than the 50 ms that Envoy takes to print its version.
+const versionLimit = 10 * time.Second
+
+func tryEnvoy(ctx context.Context, path string) finding {
+	const need, remedy = "Envoy", "MANTLET_ENVOY_PATH names the binary of Envoy %d.%d"
+	ctx, cancel := context.WithTimeout(ctx, versionLimit)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, path, "--version")
+	cmd.WaitDelay = time.Second // for a script whose child holds the pipe
+	text, err := cmd.CombinedOutput()
+	said := strings.TrimSpace(string(text))
+	var commit string
+	var major, minor, patch int
+	if err == nil {
+		_, version, _ := strings.Cut(said, "version: ")
+		commit, version, _ = strings.Cut(version, "/")
+		_, err = fmt.Sscanf(version, "%d.%d.%d", &major, &minor, &patch)
+	}
+	right := fmt.Sprintf(remedy, envoyMajor, envoyMinor)
+	switch {
+	case err != nil:
+		return tried(need, "", fmt.Errorf("asking %q for its version: %w: %.200s", path, err, said), right)
+	case major < envoyMajor || major == envoyMajor && minor < envoyMinor:
+		return tried(need, "", fmt.Errorf("%q is version %d.%d.%d, which is too old", path, major, minor, patch), right)
+	case major != envoyMajor || minor != envoyMinor:
+		return wanted(need, "", fmt.Errorf("%q is version %d.%d.%d, which mantlet was not tried with", path, major, minor, patch), right)
+	}
+	return tried(need, fmt.Sprintf("%d.%d.%d, %.12s", major, minor, patch, commit), nil, "")
+}
+
+func trySharedMemory(directory string) finding {
+	return tried("shared memory", directory, writable(directory), "mount a memory-backed emptyDir at /dev/shm: Envoy's hot restart needs it")
+}
+
+func tryRuntimeDirectory(directory string) finding {
+	const need, remedy = "runtime directory", "mount a memory-backed emptyDir of mantlet's own there; MANTLET_RUNTIME_DIRECTORY names another place"
+	err := fits(directory)
+	there := directory
+	for err == nil {
+		if _, err = os.Stat(there); errors.Is(err, os.ErrNotExist) && there != "/" {
+			there, err = filepath.Dir(there), nil // mantlet makes what is missing
+			continue
+		}
+		break
+	}
+	if err == nil {
+		err = writable(there)
+	}
+	var owner unix.Stat_t
+	if err == nil && there == directory {
+		if err = unix.Stat(there, &owner); err == nil && int(owner.Uid) != os.Geteuid() {
+			err = fmt.Errorf("%s belongs to user %d: mantlet can't close it to others", directory, owner.Uid)
+		}
+	}
+	if err != nil {
+		return tried(need, "", err, remedy)
+	}
+	var system unix.Statfs_t
+	if err = unix.Statfs(there, &system); err == nil && system.Type != unix.TMPFS_MAGIC && system.Type != unix.RAMFS_MAGIC {
+		err = fmt.Errorf("%s is not in memory, and comes to hold the key", directory)
+	}
+	return wanted(need, directory, err, remedy)
+}
+
+// writable returns nil if this process may make files in a directory. It makes none.
+func writable(directory string) error {
+	info, err := os.Stat(directory)
+	switch {
+	case err != nil:
+		return err
+	case !info.IsDir():
+		return fmt.Errorf("%s is not a directory", directory)
+	}
+	if err := unix.Faccessat(unix.AT_FDCWD, directory, unix.W_OK|unix.X_OK, unix.AT_EACCESS); err != nil {
+		return fmt.Errorf("writing to %s: %w", directory, err)
+	}
+	return nil
+}
+
+func tryCertificates(directory string) finding {
+	_, err := envoy.LoadCertificates(directory, time.Now())
+	remedy := "put a good set there, and mantlet takes it"
+	if errors.Is(err, os.ErrNotExist) {
+		remedy = "mount certChain.pem, key.pem and mesh-ca.pem there, or let an init container write them; mantlet waits for them. " +
+			"MANTLET_TLS_DIRECTORY names another place"
+	}
+	return tried("certificates", directory, err, remedy)
+}
+
+func tryOverrides(env *schema.Environment, err error) []finding {
+	const need = "override file"
+	path := env.Process.ConfigFile
+	switch {
+	case !env.ReadsFile():
+		return []finding{tried(need, "none is read", nil, "")}
+	case err == nil:
+		return []finding{tried(need, path, nil, "")}
+	case schema.IsMissing(err):
+		return []finding{tried(need, "", err, "mount it; at its first start mantlet waits for it")}
+	}
+	var all []finding
+	for _, problem := range schema.Problems(err) {
+		all = append(all, tried(need, "", problem, "mantlet schema describes the file"))
+	}
+	return all
+}
+
+// lookupLimit is what a resolver gets that asks a second server after five seconds.
+const lookupLimit = 6 * time.Second
+
+// tryUpstreams resolves the names among upstreams. One that does not is waited for, and holds up nothing else.
+func tryUpstreams(ctx context.Context, entries []schema.Egress) []finding {
+	ctx, cancel := context.WithTimeout(ctx, lookupLimit)
+	defer cancel()
+	all := make([]finding, len(entries))
+	var lookups sync.WaitGroup
+	for i, e := range entries {
+		if _, isAddress := e.Upstream.Addr(); isAddress {
+			continue
+		}
+		lookups.Go(func() {
+			addrs, err := net.DefaultResolver.LookupHost(ctx, e.Upstream.Host)
+			all[i] = wanted("upstream "+e.Upstream.Host, strings.Join(addrs, ", "), err,
+				"connections to "+e.Listen.String()+" fail until it resolves: is there such a Service, and does the pod's DNS work?")
+		})
+	}
+	lookups.Wait()
+	all = slices.DeleteFunc(all, func(f finding) bool { return f.Need == "" })
+	return slices.Compact(all)
+}

@@ -1,0 +1,216 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// within returns a command that ends in executing mantlet, without arguments yet.
+func (p *pod) within(command ...string) *exec.Cmd {
+	p.t.Helper()
+	self, err := os.Executable()
+	p.must(err)
+	cmd := exec.Command(command[0], append(command[1:], self)...)
+	cmd.Env = p.sidecar.Command().Env
+	return cmd
+}
+
+// needs runs `mantlet check` beside the sidecar, in a mount namespace of its own that a shell has prepared, and returns what
+// is amiss by need.
+func (p *pod) needs(prepare string, env ...string) map[string]finding {
+	p.t.Helper()
+	cmd := p.within("unshare", "--mount", "sh", "-ec", prepare+"\nexec \"$@\"", "sh")
+	cmd.Args = append(cmd.Args, "check", "-o", "json")
+	cmd.Env = append(cmd.Env, env...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	p.must(p.Start(cmd))
+	_ = cmd.Wait()
+	var said struct {
+		OK       bool
+		Findings []finding
+	}
+	if err := json.Unmarshal(stdout.Bytes(), &said); err != nil {
+		p.t.Fatalf("%v: %s%s", err, &stdout, &stderr)
+	}
+	failed := slices.ContainsFunc(said.Findings, func(f finding) bool { return f.Severity == failing })
+	if code := cmd.ProcessState.ExitCode(); said.OK == failed || (code == 1) != failed || (code == 0) == failed {
+		p.t.Errorf("exit %d, ok %t: %+v", code, said.OK, said.Findings)
+	}
+	found := map[string]finding{}
+	for _, f := range amiss(said.Findings) {
+		if f.Detail == "" || f.Remedy == "" {
+			p.t.Errorf("%+v does not say what is amiss, or what to do", f)
+		}
+		found[f.Need] = f
+	}
+	return found
+}
+
+// TestCheck takes the needs away one by one: each is named, and nothing else.
+func TestCheck(t *testing.T) {
+	t.Parallel()
+	p := newPod(t)
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	memory, err := os.MkdirTemp("/dev/shm", "check")
+	p.must(err)
+	t.Cleanup(func() { _ = os.RemoveAll(memory) })
+	p.sidecar.RuntimeDirectory = filepath.Join(memory, "run", "mantlet")
+	script := func(name, text string) string {
+		path := filepath.Join(t.TempDir(), name)
+		p.must(os.WriteFile(path, []byte(text), 0o755))
+		return path
+	}
+	tls := p.sidecar.TLSDirectory
+	empty, other, file := t.TempDir(), t.TempDir(), script("file", "")
+	bad := script("bad.yaml", "ingress:\n  - {port: 0, mode: tls}\n  - {port: 80, mode: none}\n")
+	for name, c := range map[string]struct {
+		prepare string
+		env     []string
+		need    string // "" for nothing
+		level   severity
+		says    string
+	}{
+		"nothing": {},
+		"nothing, in whole": {env: []string{
+			"EDG_EGRESS_PROXY_CONFIG=a#127.0.0.2:1#localhost:2##b#127.0.0.3:1#192.0.2.1:1", "MANTLET_POD_IP=192.0.2.1", "MANTLET_HOST_IP=192.0.2.2",
+			"MANTLET_CONFIG=" + script("good.yaml", "ingress:\n  - {port: 80, mode: tls}\n"),
+		}},
+		"hostNetwork":             {"", []string{"MANTLET_POD_IP=192.0.2.1", "MANTLET_HOST_IP=192.0.2.1"}, "network namespace", failing, "hostNetwork"},
+		"no Envoy":                {"", []string{"MANTLET_ENVOY_PATH=no-envoy"}, "Envoy", failing, "executable file not found"},
+		"Envoy can't be started":  {"", []string{"MANTLET_ENVOY_PATH=" + bad + "/envoy"}, "Envoy", failing, "not a directory"},
+		"Envoy is something else": {"", []string{"MANTLET_ENVOY_PATH=" + script("else", "#!/bin/sh\necho hello\n")}, "Envoy", failing, "hello"},
+		"Envoy is old": {
+			"",
+			[]string{"MANTLET_ENVOY_PATH=" + script("old", "#!/bin/sh\necho 'x  version: abc/1.39.2/Clean/RELEASE/BoringSSL'\n")},
+			"Envoy", failing, "1.39.2, which is too old",
+		},
+		"Envoy is new": {
+			"",
+			[]string{"MANTLET_ENVOY_PATH=" + script("new", "#!/bin/sh\necho 'x  version: abc/1.41.0/Clean/RELEASE/BoringSSL'\n")},
+			"Envoy", warning, "1.41.0, which mantlet was not tried with",
+		},
+		"no shared memory":            {"mount -t tmpfs -o ro none /dev/shm", []string{"MANTLET_RUNTIME_DIRECTORY=" + empty}, "shared memory", failing, "read-only"},
+		"no runtime directory":        {"mount -t tmpfs -o ro none " + empty, []string{"MANTLET_RUNTIME_DIRECTORY=" + empty + "/run"}, "runtime directory", failing, "read-only"},
+		"runtime directory on disk":   {"", []string{"MANTLET_RUNTIME_DIRECTORY=" + filepath.Join(empty, "run")}, "runtime directory", warning, "not in memory"},
+		"runtime directory, a file":   {"", []string{"MANTLET_RUNTIME_DIRECTORY=" + file}, "runtime directory", failing, "not a directory"},
+		"runtime directory, too long": {"", []string{"MANTLET_RUNTIME_DIRECTORY=/run/" + strings.Repeat("x", 100)}, "runtime directory", failing, "too long"},
+		"no certificates":             {"", []string{"MANTLET_TLS_DIRECTORY=" + empty}, "certificates", failing, "key.pem: no such file"},
+		"bad certificates": {
+			"mount -t tmpfs none " + other + "; cp " + tls + "/* " + other + "; echo >" + other + "/key.pem",
+			[]string{"MANTLET_TLS_DIRECTORY=" + other},
+			"certificates", failing, "key.pem",
+		},
+		"no override file":  {"", []string{"MANTLET_CONFIG=" + empty + "/mesh.yaml"}, "override file", failing, "no such file"},
+		"bad override file": {"", []string{"MANTLET_CONFIG=" + bad}, "override file", failing, "bad.yaml"},
+		"bad environment":   {"", []string{"EDG_INGRESS_PROXY_CONFIG=web#0#true"}, "environment", failing, "EDG_INGRESS_PROXY_CONFIG"},
+		"a dead name":       {"", []string{"EDG_EGRESS_PROXY_CONFIG=a#127.0.0.2:1#nowhere.invalid:1"}, "upstream nowhere.invalid", warning, "lookup nowhere.invalid"},
+		"conntrack is full": {
+			"echo 80 >" + other + "/80; echo 100 >" + other + "/100; cd /proc/sys/net/netfilter; mount --bind " + other + "/80 nf_conntrack_count; mount --bind " + other + "/100 nf_conntrack_max",
+			nil, "conntrack's table", warning, "80 of 100",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			found := p.needs(c.prepare, c.env...)
+			f, ok := found[c.need]
+			if c.need == "" {
+				ok = true
+			}
+			if delete(found, c.need); !ok || f.Severity != c.level || !strings.Contains(f.Detail, c.says) {
+				t.Errorf("found %+v, want %s %q: %q", f, c.level, c.need, c.says)
+			}
+			// In the lab's own directories two needs can go at once.
+			if c.need != "shared memory" {
+				delete(found, "shared memory")
+			}
+			if c.need == "shared memory" {
+				delete(found, "runtime directory")
+			}
+			if len(found) > 0 {
+				t.Errorf("found beside it: %+v", found)
+			}
+		})
+	}
+	if _, err := os.Stat(p.sidecar.RuntimeDirectory); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the runtime directory was made: %v", err)
+	}
+	if tables, err := p.Run("nft", "list", "tables"); err != nil || tables != "" {
+		t.Errorf("there are tables, %v:\n%s", err, tables)
+	}
+	p.must(p.Sysctl("net.ipv6.conf.all.disable_ipv6", "1"))
+	if found := p.needs(""); len(found) != 1 || found["IPv6"].Severity != warning {
+		t.Errorf("without IPv6: %+v", found)
+	}
+}
+
+// TestCheckWithoutPrivilege: what can't be tried is not said to be missing.
+func TestCheckWithoutPrivilege(t *testing.T) {
+	t.Parallel()
+	p := newPod(t)
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	cmd := p.within("setpriv", "--bounding-set=-net_admin", "--")
+	cmd.Args = append(cmd.Args, "check")
+	var text bytes.Buffer
+	cmd.Stdout = &text
+	p.must(p.Start(cmd))
+	_ = cmd.Wait()
+	if code := cmd.ProcessState.ExitCode(); code != 1 {
+		t.Errorf("exit %d", code)
+	}
+	for _, line := range []string{"error    capabilities", "error    nftables"} {
+		if !strings.Contains(text.String(), line) {
+			t.Errorf("want %q in:\n%s", line, &text)
+		}
+	}
+	if strings.Contains(text.String(), "CONFIG_NFT_TPROXY") {
+		t.Errorf("what could not be tried is among:\n%s", &text)
+	}
+}
+
+// TestCheckBesideMantlet: a mantlet that runs is not disturbed, and its status has what a check finds when something is amiss.
+func TestCheckBesideMantlet(t *testing.T) {
+	t.Parallel()
+	p := start(t, web)
+	before := p.rules()
+	for range 3 {
+		for need, f := range p.needs("") {
+			if f.Severity == failing {
+				t.Errorf("%s: %+v", need, f)
+			}
+		}
+	}
+	p.ready()
+	if diff := cmp.Diff(before, p.rules()); diff != "" {
+		t.Errorf("the rules changed (-before +after):\n%s", diff)
+	}
+	if n := p.log.count("changed from outside"); n > 0 {
+		t.Errorf("mantlet saw %d changes", n)
+	}
+	if code, text, _ := p.mantlet("status"); code != 0 || strings.Contains(text, "runtime directory") {
+		t.Errorf("exit %d, while all is well:\n%s", code, text)
+	}
+
+	p.must(os.Remove(filepath.Join(p.sidecar.TLSDirectory, "key.pem")))
+	p.await("status says what check finds", func() bool {
+		code, text, _ := p.mantlet("status")
+		return code == 1 && strings.Contains(text, "error    certificates") && strings.Contains(text, "init container")
+	})
+	var status struct {
+		Ready    bool
+		Findings []finding
+	}
+	_, text, _ := p.mantlet("status", "-o", "json")
+	p.must(json.Unmarshal([]byte(text), &status))
+	if !status.Ready || !slices.ContainsFunc(status.Findings, func(f finding) bool { return f.Need == "certificates" && f.Remedy != "" }) {
+		t.Errorf("%+v", status)
+	}
+}
