@@ -8,25 +8,25 @@ import (
 )
 
 // advance returns the generations for a mesh that follows another one: a new one at each port where connections may be
-// open that would not be let in any more, and the old one at all others. everywhere asks for a new one at all ports: a mesh
-// CA was taken away.
+// open that would not be let in any more, and the old one at all others. revoked tells that a mesh CA was taken away, which
+// is nothing to ports that ask for no certificate.
 //
 // The mode's mark alone would not do: a connection that says nothing while its port goes to another mode and back would
 // outlive what was tightened meanwhile.
-func advance(have render.Generations, from, to schema.Mesh, everywhere bool) render.Generations {
-	everywhere = everywhere || to.TLS.MinVersion > from.TLS.MinVersion
+func advance(have render.Generations, from, to schema.Mesh, revoked bool) render.Generations {
+	raised := to.TLS.MinVersion > from.TLS.MinVersion
 	ranges := make([]schema.Ports, 0, len(have.Ports))
 	for _, p := range have.Ports {
 		ranges = append(ranges, p.Ports)
 	}
 	next := render.Generations{Default: have.Default}
-	if everywhere {
+	if revoked || raised {
 		next.Default = after(have, have.Default)
 	}
 	for _, part := range schema.Cut(append(ranges, schema.Parts(from.Ingress, to.Ingress)...)) {
 		was, is := schema.PolicyOf(from.Ingress, part.First), schema.PolicyOf(to.Ingress, part.First)
 		generation := have.At(part.First)
-		if everywhere || !was.Within(is) {
+		if raised || revoked && was.Mode != schema.ModeTLS || !was.Within(is) {
 			generation = after(have, generation)
 		}
 		if generation != next.Default {

@@ -36,8 +36,8 @@ func TestAdvance(t *testing.T) {
 			to, revoked := mesh.Draw(t, "mesh"), rapid.IntRange(0, 9).Draw(t, "revoked") == 0
 			next := advance(generations, from, to, revoked)
 			for port := uint16(1); port < 80; port++ {
-				tightened := revoked || to.TLS.MinVersion > from.TLS.MinVersion ||
-					!schema.PolicyOf(from.Ingress, port).Within(schema.PolicyOf(to.Ingress, port))
+				was, is := schema.PolicyOf(from.Ingress, port), schema.PolicyOf(to.Ingress, port)
+				tightened := revoked && was.Mode != schema.ModeTLS || to.TLS.MinVersion > from.TLS.MinVersion || !was.Within(is)
 				if changed := next.At(port) != generations.At(port); changed != tightened {
 					t.Fatalf("port %d, tightened %t: generation %d follows %d", port, tightened, next.At(port), generations.At(port))
 				}

@@ -134,7 +134,7 @@ type Daemon struct {
 	ill map[string]bool // probes of the workload that failed when they were last asked
 
 	// Why the daemon is not where it should be, each nil where it is not the reason.
-	badConfig, badCertificates, down error
+	badConfig, badCertificates, expiring, down error
 
 	// What Status tells beside that.
 	started   time.Time
@@ -213,6 +213,11 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 	if ctx.Err() != nil || d.want == nil || d.expires.IsZero() {
 		return 0
 	}
+	if d.revoked && d.have != nil { // that waits for no Envoy
+		if err := d.enforce(d.have); err != nil {
+			d.Log.Error("connections by a mesh CA that was taken away live on", "error", err)
+		}
+	}
 	if wait := d.hold(time.Now()); wait > 0 {
 		return wait
 	}
@@ -257,6 +262,11 @@ func (d *Daemon) apply(ctx context.Context, want *desired) error {
 			return err
 		}
 	}
+	return d.enforce(want)
+}
+
+// enforce puts a state's rules in force, in generations that end what it does not let in any more.
+func (d *Daemon) enforce(want *desired) error {
 	next := *want
 	if d.have != nil {
 		next.generations = advance(d.have.generations, d.have.mesh, want.mesh, d.revoked)
@@ -367,6 +377,22 @@ func (d *Daemon) readCertificates(ctx context.Context) {
 			d.badCertificates = nil
 		}
 	})
+	d.foresee(time.Now())
+}
+
+// foresee warns while there is time left to mend it: what expires should have been replaced by the last fifth of its life.
+func (d *Daemon) foresee(now time.Time) {
+	for _, c := range d.given {
+		if c.Role == RoleMeshCA || now.Before(c.NotAfter.Add(-c.NotAfter.Sub(c.NotBefore)/5)) { // a bundle may hold a CA of before
+			continue
+		}
+		err := fmt.Errorf("%s (%s) expires at %s, and there is no new one", c.Role, c.Subject, c.NotAfter.Format(time.RFC3339))
+		if d.complain(&d.expiring, "the certificates should be replaced", err) {
+			d.failed(checkCertificates, d.expiring)
+		}
+		return
+	}
+	d.locked(func() { d.expiring = nil })
 }
 
 // complain notes a reason why the daemon is not where it should be. It logs it when it is new, and reports whether it is.

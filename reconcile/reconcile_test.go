@@ -39,6 +39,7 @@ type world struct {
 	found        error         // what is not as it should be with the rules in the kernel
 	secretErr    error
 	expiry       time.Time
+	revoked      bool // a mesh CA was taken away; told once
 	latest       *process
 	open         func(context.Context) (int, error) // how many connections are
 
@@ -137,7 +138,8 @@ func (w *world) Update(context.Context) (revoked bool, err error) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return false, w.secretErr
+	revoked, w.revoked = w.revoked, false
+	return revoked, w.secretErr
 }
 
 func (w *world) Renew() error {
@@ -160,7 +162,16 @@ func (w *world) Valid(now time.Time) error {
 	return nil
 }
 
-func (w *world) Certificates() []Certificate { return nil }
+func (w *world) Certificates() []Certificate {
+	expiry := w.Expires()
+	if expiry.IsZero() {
+		return nil
+	}
+	return []Certificate{
+		{Role: RoleLeaf, Subject: "CN=pod", NotBefore: expiry.Add(-5 * time.Hour), NotAfter: expiry},
+		{Role: RoleMeshCA, NotAfter: time.Now()},
+	}
+}
 
 func (w *world) Epochs(context.Context) []Epoch { return nil }
 
@@ -405,6 +416,59 @@ func TestBadCertificates(t *testing.T) {
 			t.Errorf("reported %d times", n)
 		}
 		expect(t, w, "start Envoy", "rules")
+	})
+}
+
+// TestForesight: certificates that will expire are told of while there is time, once, and until there are others.
+func TestForesight(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.expiry = time.Now().Add(2 * time.Hour)
+		w.run(t)
+		time.Sleep(time.Hour - pollMissing)
+		if notes := w.Notes(); len(notes) > 0 {
+			t.Errorf("it is too early for %v", notes)
+		}
+		time.Sleep(time.Minute)
+		ready(t, w, "")
+		if notes := fmt.Sprint(w.Notes()); !strings.Contains(notes, "leaf (CN=pod) expires at ") {
+			t.Errorf("an hour before the end of five: %s", notes)
+		}
+		if n := strings.Count(w.logged(), "should be replaced"); n != 1 {
+			t.Errorf("reported %d times", n)
+		}
+		w.set(func() { w.expiry = time.Now().Add(2 * time.Hour) })
+		time.Sleep(time.Minute)
+		if notes := w.Notes(); len(notes) > 0 {
+			t.Errorf("replaced, and there is %v", notes)
+		}
+	})
+}
+
+// TestRevocation: what was let in by a mesh CA that is gone ends although no Envoy can be started.
+func TestRevocation(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.run(t)
+		expect(t, w, "start Envoy", "rules")
+		w.set(func() { w.startErr = errors.New("no room") })
+		close(w.latest.exited)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		w.done()
+		w.set(func() { w.revoked = true })
+		time.Sleep(pollMissing)
+		synctest.Wait()
+		if did := w.done(); !slices.Contains(did, "rules") {
+			t.Errorf("the daemon did %q", did)
+		}
+		if g := w.have.generations.Default; g != 1 {
+			t.Errorf("generation %d is in force", g)
+		}
+		w.set(func() { w.startErr = nil })
+		time.Sleep(maxPause)
+		expect(t, w, "start Envoy")
+		ready(t, w, "")
 	})
 }
 

@@ -118,13 +118,20 @@ type Envoys struct {
 
 // Certificate is one that Envoy was given.
 type Certificate struct {
-	Role        string    `json:"role"` // leaf, intermediate, mesh CA
+	Role        string    `json:"role"` // one of the Role constants
 	Subject     string    `json:"subject"`
 	SANs        []string  `json:"sans"`
 	NotBefore   time.Time `json:"notBefore"`
 	NotAfter    time.Time `json:"notAfter"`
 	LeftSeconds float64   `json:"leftSeconds"` // until it expires; negative once it has
 }
+
+// The roles of certificates.
+const (
+	RoleLeaf         = "leaf"
+	RoleIntermediate = "intermediate"
+	RoleMeshCA       = "mesh CA"
+)
 
 // The checks of readiness: places where something can be wrong.
 const (
@@ -273,7 +280,7 @@ func (d *Daemon) Dead() error {
 func (d *Daemon) Notes() []error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	notes := []error{d.badConfig, d.badCertificates, d.down, d.unserved}
+	notes := []error{d.badConfig, d.badCertificates, d.expiring, d.down, d.unserved}
 	for _, line := range d.foreign {
 		notes = append(notes, located{checkRules, errors.New(line)})
 	}

@@ -155,13 +155,13 @@ func (s *Secrets) Certificates() []reconcile.Certificate {
 	}
 	for i, c := range published.certs {
 		if i == 0 {
-			describe("leaf", c)
+			describe(reconcile.RoleLeaf, c)
 		} else {
-			describe("intermediate", c)
+			describe(reconcile.RoleIntermediate, c)
 		}
 	}
 	for _, c := range published.anchors {
-		describe("mesh CA", c)
+		describe(reconcile.RoleMeshCA, c)
 	}
 	return all
 }
