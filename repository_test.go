@@ -57,6 +57,39 @@ func TestVersions(t *testing.T) {
 	}
 }
 
+// TestClaims checks that each row of the README's table of failures names tests, and that every test it names is there.
+func TestClaims(t *testing.T) {
+	name := regexp.MustCompile(`\bTest[A-Z]\w+`)
+	const form = `{{$d := .Dir}}{{range .TestGoFiles}}{{$d}}/{{.}} {{end}}{{range .XTestGoFiles}}{{$d}}/{{.}} {{end}}`
+	files, err := exec.Command("go", "list", "-f", form, "./...").Output()
+	if err != nil {
+		t.Fatalf("listing the tests: %v", err)
+	}
+	tests := map[string]bool{}
+	for _, file := range strings.Fields(string(files)) {
+		for _, match := range regexp.MustCompile(`(?m)^func (Test\w+)\(`).FindAllStringSubmatch(read(t, file), -1) {
+			tests[match[1]] = true
+		}
+	}
+	readme := read(t, "README.md")
+	for _, named := range name.FindAllString(readme, -1) {
+		if !tests[named] {
+			t.Errorf("README.md names %s, and there is no such test", named)
+		}
+	}
+	_, section, found := strings.Cut(readme, "\n## How it fails closed\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	rows := regexp.MustCompile(`(?m)^\| .*$`).FindAllString(section, -1)
+	if !found || len(rows) < 2 {
+		t.Fatal("README.md has no table of failures")
+	}
+	for _, row := range rows[1:] {
+		if !name.MatchString(row) {
+			t.Errorf("README.md shows by no test: %s", row)
+		}
+	}
+}
+
 // TestContainerfile checks what can be checked without an engine: every package that the binary is made of is copied, is
 // not ignored, and what runs at the end is what was built.
 func TestContainerfile(t *testing.T) {

@@ -2,12 +2,18 @@ package main
 
 import (
 	"bytes"
+	"crypto/tls"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/google/renameio/v2"
 
 	"mantlet/lab"
 )
@@ -188,4 +194,142 @@ func TestBadRotation(t *testing.T) {
 	next := p.issue("pod")
 	p.must(next.Write(directory))
 	p.shows(next)
+}
+
+// TestExpiry: mantlet warns before certificates expire, is unready once they have, and ready with others.
+func TestExpiry(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	soon, err := p.mesh.Issue(lab.Leaf{DNSNames: []string{"pod"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(10 * time.Second)})
+	p.must(err)
+	p.must(soon.Write(p.sidecar.TLSDirectory))
+	p.besiege()
+	p.run()
+	p.protect(tlsPort)
+	p.protect(mtlsPort)
+	p.ready()
+	if said := strings.Join(p.status().Problems, "\n"); !strings.Contains(said, "the certificates should be replaced: leaf (CN=pod) expires at ") {
+		t.Errorf("seconds before its end the problems are %q", said)
+	}
+	p.unready("expired at ")
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.ready()
+	p.shows(p.identity)
+	if problems := p.status().Problems; len(problems) > 0 {
+		t.Errorf("the problems are %q", problems)
+	}
+	p.besieged()
+}
+
+// TestOverlap replaces the mesh CA as it is done: the next one beside it, then certificates of that, then the next one alone.
+// Nobody is refused whom a CA of the bundle vouches for, on any new connection, and nothing that is open is cut before its CA
+// is gone.
+func TestOverlap(t *testing.T) {
+	t.Parallel()
+	p := start(t, web)
+	next, err := lab.NewAuthority("mesh")
+	p.must(err)
+	nextPod, err := next.Issue(lab.Leaf{DNSNames: []string{"pod"}})
+	p.must(err)
+	nextClient, err := next.Issue(lab.Leaf{DNSNames: []string{"client"}})
+	p.must(err)
+	config := func(client *lab.Identity) *tls.Config { // that trusts both
+		config := client.ClientConfig("pod")
+		config.RootCAs = p.mesh.Pool()
+		config.RootCAs.AppendCertsFromPEM(next.CAPEM())
+		return config
+	}
+	bundle := func(identity *lab.Identity, cas ...[]byte) {
+		directory := t.TempDir()
+		p.must(identity.Write(directory))
+		p.must(os.WriteFile(filepath.Join(directory, lab.CAFile), bytes.Join(cas, nil), 0o600))
+		for _, name := range []string{lab.ChainFile, lab.KeyFile, lab.CAFile} {
+			text, err := os.ReadFile(filepath.Join(directory, name))
+			p.must(err)
+			p.must(renameio.WriteFile(filepath.Join(p.sidecar.TLSDirectory, name), text, 0o600))
+		}
+	}
+	open := map[*lab.Identity][]*tls.Conn{}
+	connect := func(client *lab.Identity) error {
+		for _, addr := range p.Addrs() {
+			conn, err := p.handshake(netip.AddrPortFrom(addr, mtlsPort), config(client))
+			if err == nil {
+				err = echo(conn)
+			}
+			if err != nil {
+				return err
+			}
+			open[client] = append(open[client], conn)
+		}
+		return nil
+	}
+	p.must(connect(p.client))
+	if connect(nextClient) == nil {
+		t.Error("a client of a CA that is not in the bundle is let in")
+	}
+	bundle(p.identity, p.mesh.CAPEM(), next.CAPEM())
+	p.await("the next CA's client is let in", func() bool { return connect(nextClient) == nil })
+	p.must(connect(p.client))
+	bundle(nextPod, next.CAPEM(), p.mesh.CAPEM())
+	p.await("the next CA's certificate is shown", func() bool {
+		p.must(connect(p.client))
+		p.must(connect(nextClient))
+		all := open[nextClient]
+		return all[len(all)-1].ConnectionState().PeerCertificates[0].Equal(nextPod.Leaf)
+	})
+	for _, conns := range open {
+		for _, conn := range conns {
+			p.must(echo(conn))
+		}
+	}
+	bundle(nextPod, next.CAPEM())
+	p.await("the old CA's client is refused", func() bool { return connect(p.client) != nil })
+	p.await("the rules follow", func() bool { return p.log.count(inForce) > 1 })
+	for _, conn := range open[p.client] {
+		_, _ = conn.NetConn().Write([]byte("x"))
+		if err := cut(conn.NetConn()); err != nil {
+			t.Errorf("a connection by the CA that is gone: %v", err)
+		}
+	}
+	p.must(connect(nextClient))
+	p.ready()
+	p.besieged()
+}
+
+// TestRotationUnderLoad: not one handshake fails while certificates are replaced, in each way that they can be.
+func TestRotationUnderLoad(t *testing.T) {
+	t.Parallel()
+	p := start(t, web)
+	var done atomic.Int64
+	var stop atomic.Bool
+	var clients sync.WaitGroup
+	for _, addr := range p.Addrs() {
+		clients.Go(func() {
+			for !stop.Load() {
+				if err := p.exchange(netip.AddrPortFrom(addr, mtlsPort), p.client.ClientConfig("pod")); err != nil {
+					t.Errorf("connection %d: %v", done.Load(), err)
+				}
+				done.Add(1)
+			}
+		})
+	}
+	defer func() { stop.Store(true); clients.Wait() }()
+	published := func() int { return p.log.count("certificates published") }
+	for range 5 {
+		for _, write := range []func(*lab.Identity, string) error{(*lab.Identity).Write, (*lab.Identity).WriteInPlace} {
+			before, calls := published(), done.Load()
+			next := p.issue("pod")
+			p.must(write(next, p.sidecar.TLSDirectory))
+			p.await("it is published", func() bool { return published() > before })
+			p.shows(next)
+			p.await("the clients go on", func() bool { return done.Load() > calls+10 })
+		}
+	}
+	stop.Store(true)
+	clients.Wait()
+	t.Logf("%d connections over %d rotations", done.Load(), published()-1)
+	if got := published(); got != 11 {
+		t.Errorf("certificates were published %d times, want 11: one mixed generation more is one too many", got)
+	}
+	p.besieged()
 }

@@ -1,14 +1,20 @@
 package main
 
 import (
+	"crypto/sha256"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"mantlet/lab"
 )
@@ -98,6 +104,101 @@ func TestReload(t *testing.T) {
 	p.besieged()
 }
 
+// TestFirstOverrideFile: nothing comes in before there is a good one. A mantlet that is started again beside a bad one goes on
+// with the last good one, and says so.
+func TestFirstOverrideFile(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	m := p.mount()
+	p.sidecar.Env = append(p.sidecar.Env, "MANTLET_CONFIG="+m.file())
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.besiege()
+	p.run()
+	p.protect(tlsPort)
+	p.protect(mtlsPort)
+	p.unready("no such file")
+	m.write("ingress: [{port: 8080, mode: tsl}]")
+	p.unready("ingress[8080].mode")
+	p.besieged()
+	if total := p.prober.Stats().Total(); total.Accepted > 0 {
+		t.Errorf("%+v, want nothing accepted", total)
+	}
+	good := fmt.Sprintf("ingress: [{port: %d, mode: mtls}]", tlsPort)
+	m.write(good)
+	p.ready()
+	m.write("ingress: [{port: 8080, mode: tsl}]")
+	p.await("it is reported", func() bool { return len(p.status().Problems) == 1 })
+	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		p.must(p.sidecar.Signal(signal))
+		_ = p.sidecar.Wait()
+		p.run()
+		p.ready()
+		s := p.status()
+		if len(s.Problems) != 1 || !strings.Contains(s.Problems[0], "ingress[8080].mode") || !strings.Contains(s.Problems[0], "the last good state goes on") {
+			t.Errorf("the problems are %q", s.Problems)
+		}
+		if want := fmt.Sprintf("%x", sha256.Sum256([]byte(good))); s.Applied == nil || s.Applied.SourceDigest != want {
+			t.Errorf("in force is %+v, want the file with digest %s", s.Applied, want)
+		}
+		if err := p.exchange(netip.AddrPortFrom(p.IPv4, tlsPort), p.anonymous()); err == nil {
+			t.Error("the last good file is not in force")
+		}
+	}
+	m.write("{}")
+	p.await("the next good one is in force", func() bool {
+		return p.exchange(netip.AddrPortFrom(p.IPv4, tlsPort), p.anonymous()) == nil
+	})
+	if s := p.status(); len(s.Problems) > 0 {
+		t.Errorf("the problems are %q", s.Problems)
+	}
+	p.besieged()
+}
+
+// TestRuntimeDirectoryFull: what is in force goes on, what can't be written is told, and comes about once it can.
+func TestRuntimeDirectoryFull(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	m := p.mount()
+	m.write("{}")
+	p.sidecar.Env = append(p.sidecar.Env, "MANTLET_CONFIG="+m.file())
+	p.must(os.MkdirAll(p.sidecar.RuntimeDirectory, 0o700))
+	p.must(unix.Mount("tmpfs", p.sidecar.RuntimeDirectory, "tmpfs", 0, "size=1m,mode=700"))
+	t.Cleanup(func() { _ = unix.Unmount(p.sidecar.RuntimeDirectory, unix.MNT_DETACH) })
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.besiege()
+	p.run()
+	p.protect(tlsPort)
+	p.protect(mtlsPort)
+	p.ready()
+	mesh := p.client.ClientConfig("pod")
+	long, err := p.handshake(netip.AddrPortFrom(p.IPv6, mtlsPort), mesh)
+	p.must(err)
+
+	filler := filepath.Join(p.sidecar.RuntimeDirectory, "filler")
+	if err := os.WriteFile(filler, make([]byte, 2<<20), 0o600); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("the directory is not full: %v", err)
+	}
+	m.write(fmt.Sprintf("ingress: [{port: %d, allow: [somebody-else]}]", mtlsPort))
+	next := p.issue("pod")
+	p.must(next.Write(p.sidecar.TLSDirectory))
+	p.await("it is told", func() bool {
+		problems := strings.Join(p.status().Problems, "\n")
+		return strings.Contains(problems, "bootstrap") && strings.Contains(problems, "secret") && strings.Count(problems, "no space left") > 1
+	})
+	p.must(echo(long))
+	p.must(p.exchange(netip.AddrPortFrom(p.IPv4, mtlsPort), mesh))
+	p.ready()
+
+	p.must(os.Remove(filler))
+	p.await("the client is not let in any more", func() bool { return p.exchange(netip.AddrPortFrom(p.IPv4, mtlsPort), mesh) != nil })
+	p.await("the certificate is in use", func() bool {
+		conn, err := p.handshake(netip.AddrPortFrom(p.IPv4, tlsPort), p.anonymous())
+		return err == nil && conn.ConnectionState().PeerCertificates[0].Equal(next.Leaf)
+	})
+	p.await("all is well", func() bool { return len(p.status().Problems) == 0 })
+	p.besieged()
+}
+
 // tryPlain connects to the port that may be passthrough.
 func (p *pod) tryPlain(addr netip.Addr) (net.Conn, error) {
 	ctx, cancel := p.context()
@@ -170,23 +271,85 @@ func TestHotRestart(t *testing.T) {
 	p.besieged()
 }
 
-// TestTightening: a list of clients ends connections that it would not let in, on the port that it is for, and no others.
-func TestTightening(t *testing.T) {
+// TestTightenings: each kind ends the connections that it is for, on its ports, at their next packet, and no others.
+func TestTightenings(t *testing.T) {
 	t.Parallel()
-	p, m, others, concerned := reloadable(t)
-	m.write(fmt.Sprintf("ingress: [{port: %d, allow: [somebody-else]}]", mtlsPort))
-	p.await("the client is not let in any more", func() bool {
-		return p.exchange(netip.AddrPortFrom(p.IPv4, mtlsPort), p.client.ClientConfig("pod")) != nil
-	})
-	p.await("the rules follow", func() bool { return p.log.count("rules are in force") > 1 })
-	for _, conn := range concerned {
-		_, _ = conn.NetConn().Write([]byte("x")) // it may be reset before or after
-		p.must(cut(conn.NetConn()))
+	const listed = 9091
+	const before = "ingress: [{port: 9091, allow: [client, somebody-else]}]"
+	for name, c := range map[string]struct {
+		tighten func(p *pod, m *mounted)
+		ends    []uint16
+	}{
+		"mode": {func(_ *pod, m *mounted) {
+			m.write("ingress: [{port: 9091, allow: [client, somebody-else]}, {port: 8080, mode: mtls}]")
+		}, []uint16{tlsPort}},
+		"mode of plaintext": {func(_ *pod, m *mounted) {
+			m.write("ingress: [{port: 9091, allow: [client, somebody-else]}, {port: 7890, mode: tls}]")
+		}, []uint16{passthroughPort}},
+		"allow": {func(_ *pod, m *mounted) {
+			m.write("ingress: [{port: 9091, allow: [somebody-else]}]")
+		}, []uint16{listed}},
+		"TLS minimum": {func(_ *pod, m *mounted) {
+			m.write(before + "\ntls: {minVersion: '1.3'}")
+		}, []uint16{tlsPort, mtlsPort, listed}},
+		"CA": {func(p *pod, _ *mounted) {
+			next, err := lab.NewAuthority("mesh")
+			p.must(err)
+			identity, err := next.Issue(lab.Leaf{DNSNames: []string{"pod"}})
+			p.must(err)
+			p.must(identity.Write(p.sidecar.TLSDirectory))
+		}, []uint16{mtlsPort, listed}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newPod(t, web)
+			m := p.mount()
+			m.write(before)
+			p.sidecar.Env = append(p.sidecar.Env, "MANTLET_CONFIG="+m.file())
+			p.must(p.identity.Write(p.sidecar.TLSDirectory))
+			p.besiege()
+			p.run()
+			for _, port := range []uint16{tlsPort, mtlsPort, listed} {
+				p.protect(port)
+			}
+			p.serve(p.Host, lab.Service{Address: fmt.Sprintf(":%d", passthroughPort)})
+			p.ready()
+			open := map[uint16][]net.Conn{}
+			for _, addr := range p.Addrs() {
+				for _, port := range []uint16{tlsPort, mtlsPort, listed} {
+					for _, version := range versions {
+						conn, err := p.handshake(netip.AddrPortFrom(addr, port), only(version, p.client.ClientConfig("pod")))
+						p.must(err)
+						open[port] = append(open[port], conn)
+					}
+				}
+				open[passthroughPort] = append(open[passthroughPort], p.dial(p.outside, netip.AddrPortFrom(addr, passthroughPort)))
+			}
+			for _, conns := range open {
+				for _, conn := range conns {
+					p.must(echo(conn))
+				}
+			}
+			c.tighten(p, m)
+			p.await("it is in force", func() bool { return p.log.count(inForce) > 1 })
+			for port, conns := range open {
+				for _, conn := range conns {
+					if !slices.Contains(c.ends, port) {
+						if err := echo(conn); err != nil {
+							t.Errorf("a connection to %s, which nothing forbids: %v", conn.RemoteAddr(), err)
+						}
+						continue
+					}
+					if secured, ok := conn.(*tls.Conn); ok {
+						conn = secured.NetConn()
+					}
+					_, _ = conn.Write([]byte("x"))
+					if err := cut(conn); err != nil {
+						t.Errorf("a connection to %s, which is forbidden: %v", conn.RemoteAddr(), err)
+					}
+				}
+			}
+			p.besieged()
+		})
 	}
-	for _, conn := range others {
-		p.must(echo(conn))
-	}
-	p.must(p.exchange(netip.AddrPortFrom(p.IPv6, mtlsPort), p.issue("somebody-else").ClientConfig("pod")))
-	p.ready()
-	p.besieged()
 }
