@@ -6,11 +6,11 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"mantlet/render"
@@ -58,42 +58,41 @@ func begins(all, with []expression) bool {
 }
 
 // guesses returns the statements with parameters that the expressions could begin with, by their names alone.
-func (r *reader) guesses(all []expression) []render.Statement {
-	names := make([]string, 0, 7)
-	for _, e := range all[:min(len(all), cap(names))] {
-		names = append(names, e.name)
+func (r *reader) guesses(all []expression) (s []render.Statement) {
+	is := func(names ...string) bool {
+		return len(all) >= len(names) && slices.EqualFunc(names, all[:len(names)], func(name string, e expression) bool { return name == e.name })
 	}
-	op := func(i int) render.Op { return all[i].data.u32("2") == uint32(expr.CmpOpNeq) }
-	value := func(i int, path string) uint32 { return all[i].data.native(path) }
-	var s []render.Statement
-	for shape, guess := range map[string]func(){
-		"meta cmp":                func() { s = append(s, render.Protocol{Op: op(1), Numbers: all[1].data["3.1"]}) },
-		"meta lookup":             func() { s = append(s, r.protocolSet(all[1])) },
-		"ct bitwise cmp":          func() { s = append(s, render.Marked{Op: op(2), Mark: render.Mark(value(2, "3.1"))}) },
-		"ct bitwise ct":           func() { s = append(s, render.SetMark{Mark: render.Mark(value(1, "5.1"))}) },
-		"meta cmp payload cmp":    func() { s = append(s, destinationOf(all[3].data["3.1"], all[1].data["3.1"])...) },
-		"meta cmp payload lookup": func() { s = append(s, render.LookUp{Source: true, Map: all[3].data.text("1")}) },
-		"meta lookup payload lookup": func() {
-			s = append(s, render.LookUp{Map: all[3].data.text("1")})
-		},
-		"meta cmp payload bitwise cmp": func() {
-			s = append(s, render.TCPFlags{Mask: all[3].data.byte("4.1"), Value: all[4].data.byte("3.1")})
-		},
-		"meta cmp meta cmp immediate immediate tproxy": func() {
-			if addr, ok := netip.AddrFromSlice(all[4].data["2.1"]); ok && len(all[5].data["2.1"]) == 2 {
-				s = append(s, render.TProxy{To: netip.AddrPortFrom(addr, binary.BigEndian.Uint16(all[5].data["2.1"]))})
-			}
-		},
-	} {
-		if words := strings.Fields(shape); len(names) >= len(words) && slices.Equal(names[:len(words)], words) {
-			guess()
+	op := func(e expression) render.Op { return e.data.u32("2") == uint32(expr.CmpOpNeq) }
+	if is("meta", "cmp") {
+		s = append(s, render.Protocol{Op: op(all[1]), Numbers: all[1].data["3.1"]})
+	}
+	if is("meta", "lookup") {
+		s = append(s, render.Protocol{Op: all[1].data.u32("5") != 0, Numbers: r.numbers[all[1].data.text("1")]})
+	}
+	if is("ct", "bitwise", "cmp") {
+		s = append(s, render.Marked{Op: op(all[2]), Mark: render.Mark(all[2].data.native("3.1"))})
+	}
+	if is("ct", "bitwise", "ct") {
+		s = append(s, render.SetMark{Mark: render.Mark(all[1].data.native("5.1"))})
+	}
+	if is("meta", "cmp", "payload", "cmp") {
+		s = append(s, destinationOf(all[3].data["3.1"], all[1].data["3.1"])...)
+	}
+	if is("meta", "cmp", "payload", "lookup") {
+		s = append(s, render.LookUp{Source: true, Map: all[3].data.text("1")})
+	}
+	if is("meta", "lookup", "payload", "lookup") {
+		s = append(s, render.LookUp{Map: all[3].data.text("1")})
+	}
+	if is("meta", "cmp", "payload", "bitwise", "cmp") {
+		s = append(s, render.TCPFlags{Mask: all[3].data.byte("4.1"), Value: all[4].data.byte("3.1")})
+	}
+	if is("meta", "cmp", "meta", "cmp", "immediate", "immediate", "tproxy") {
+		if addr, ok := netip.AddrFromSlice(all[4].data["2.1"]); ok && len(all[5].data["2.1"]) == 2 {
+			s = append(s, render.TProxy{To: netip.AddrPortFrom(addr, binary.BigEndian.Uint16(all[5].data["2.1"]))})
 		}
 	}
 	return s
-}
-
-func (r *reader) protocolSet(lookup expression) render.Statement {
-	return render.Protocol{Op: lookup.data.u32("5") != 0, Numbers: r.numbers[lookup.data.text("1")]}
 }
 
 // destinationOf makes a prefix of its whole bytes.
@@ -168,20 +167,13 @@ func (f fields) verdict(path string) render.Verdict {
 	return render.Verdict{Kind: verdictKind(int32(f.u32(path + ".1"))), Goto: f.text(path + ".2")}
 }
 
-func parseRule(a attributes) ([]expression, error) {
-	list, err := netlink.UnmarshalAttributes(a[unix.NFTA_RULE_EXPRESSIONS])
-	if err != nil {
-		return nil, err
-	}
-	var all []expression
-	for _, item := range list {
-		e, err := parseExpression(item.Data)
-		if err != nil {
-			return nil, err
-		}
+func parseRule(a attributes) (all []expression, err error) {
+	err = each(a[unix.NFTA_RULE_EXPRESSIONS], func(_ uint16, data []byte) error {
+		e, err := parseExpression(data)
 		all = append(all, e)
-	}
-	return all, nil
+		return err
+	})
+	return all, err
 }
 
 func parseExpression(data []byte) (expression, error) {
@@ -227,21 +219,19 @@ func flatten(name string, data []byte) (fields, error) {
 	f := fields{}
 	var add func(prefix string, data []byte) error
 	add = func(prefix string, data []byte) error {
-		list, err := netlink.UnmarshalAttributes(data)
-		if err != nil {
-			return fmt.Errorf("reading attributes of %s: %w", name, err)
-		}
-		for _, a := range list {
-			path := fmt.Sprintf("%s%d", prefix, a.Type&^(unix.NLA_F_NESTED|unix.NLA_F_NET_BYTEORDER))
-			if !nested[name+" "+path] {
-				f[path] = a.Data
-			} else if err := add(path+".", a.Data); err != nil {
-				return err
+		return each(data, func(kind uint16, value []byte) error {
+			path := prefix + strconv.Itoa(int(kind))
+			if nested[name+" "+path] {
+				return add(path+".", value)
 			}
-		}
-		return nil
+			f[path] = value
+			return nil
+		})
 	}
-	return f, add("", data)
+	if err := add("", data); err != nil {
+		return nil, fmt.Errorf("reading attributes of %s: %w", name, err)
+	}
+	return f, nil
 }
 
 // raw tells expressions apart.

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/google/nftables/binaryutil"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
@@ -162,16 +163,33 @@ func text(kind uint16, s string) netlink.Attribute {
 }
 
 func unpack(data []byte) (attributes, error) {
-	list, err := netlink.UnmarshalAttributes(data)
-	if err != nil {
-		return nil, err
-	}
 	a := attributes{}
-	for _, attribute := range list {
-		a[attribute.Type&^(unix.NLA_F_NESTED|unix.NLA_F_NET_BYTEORDER)] = attribute.Data
-	}
-	return a, nil
+	return a, each(data, func(kind uint16, value []byte) error {
+		a[kind] = value
+		return nil
+	})
 }
+
+// each calls do for each of the attributes (struct nlattr), without a copy of them: a table has some thousand.
+func each(data []byte, do func(kind uint16, value []byte) error) error {
+	const header, alignment = 4, 4
+	for len(data) > 0 {
+		if len(data) < header {
+			return errCut
+		}
+		size, kind := int(binaryutil.NativeEndian.Uint16(data)), binaryutil.NativeEndian.Uint16(data[2:])
+		if size < header || size > len(data) {
+			return errCut
+		}
+		if err := do(kind&^(unix.NLA_F_NESTED|unix.NLA_F_NET_BYTEORDER), data[header:size]); err != nil {
+			return err
+		}
+		data = data[min((size+alignment-1)&^(alignment-1), len(data)):]
+	}
+	return nil
+}
+
+var errCut = errors.New("an attribute is cut off")
 
 // request calls each for each object of the family inet that the kernel tells of. What is not there is no error.
 func (t *Table) request(
@@ -365,12 +383,8 @@ func (r *reader) addSet(a attributes) error {
 }
 
 func (s *set) addElements(a attributes) error {
-	list, err := netlink.UnmarshalAttributes(a[unix.NFTA_SET_ELEM_LIST_ELEMENTS])
-	if err != nil {
-		return err
-	}
-	for _, item := range list {
-		fields, err := flatten("element", item.Data)
+	return each(a[unix.NFTA_SET_ELEM_LIST_ELEMENTS], func(_ uint16, data []byte) error {
+		fields, err := flatten("element", data)
 		if err != nil {
 			return err
 		}
@@ -383,8 +397,8 @@ func (s *set) addElements(a attributes) error {
 			e.more = e.more || !slices.Contains([]string{"1.1", "2.2.1", "2.2.2", "3", elementComment}, path)
 		}
 		s.elements = append(s.elements, e)
-	}
-	return nil
+		return nil
+	})
 }
 
 // elementComment is NFTA_SET_ELEM_USERDATA.

@@ -318,3 +318,14 @@ func (p *place) handles(chain string) (all []string) {
 	}
 	return all
 }
+
+func BenchmarkRead(b *testing.B) {
+	p := newPlace(b)
+	p.replace(rules(port1(7890, schema.ModePassthrough), port1(8080, schema.ModeTLS)))
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := p.table.Read(); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -687,7 +687,7 @@ func TestLinkLocalAddress(t *testing.T) {
 }
 
 // address adds an address to a host's eth0.
-func address(t *testing.T, host *lab.Host, prefix netip.Prefix) {
+func address(t testing.TB, host *lab.Host, prefix netip.Prefix) {
 	t.Helper()
 	if err := host.Do(func() error {
 		eth0, err := netlink.LinkByName("eth0")

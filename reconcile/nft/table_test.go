@@ -74,7 +74,7 @@ func newHost(t *testing.T) *lab.Host {
 }
 
 // nft runs the real nft on the host.
-func nft(t *testing.T, host *lab.Host, args ...string) string {
+func nft(t testing.TB, host *lab.Host, args ...string) string {
 	t.Helper()
 	out, err := host.Run("nft", args...)
 	if err != nil {
@@ -84,7 +84,7 @@ func nft(t *testing.T, host *lab.Host, args ...string) string {
 }
 
 // load puts text into the kernel with the real nft.
-func load(t *testing.T, host *lab.Host, text string) {
+func load(t testing.TB, host *lab.Host, text string) {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "rules.nft")
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
@@ -95,7 +95,7 @@ func load(t *testing.T, host *lab.Host, text string) {
 
 // loadRules loads a ruleset's text. In a user namespace nft has the smaller one of two socket buffers, into which some
 // 1,000 elements fit: what is more is added bit by bit.
-func loadRules(t *testing.T, host *lab.Host, r render.Ruleset) {
+func loadRules(t testing.TB, host *lab.Host, r render.Ruleset) {
 	t.Helper()
 	const most = 400
 	head := render.Ruleset{Chains: r.Chains}
@@ -118,7 +118,7 @@ func loadRules(t *testing.T, host *lab.Host, r render.Ruleset) {
 }
 
 // listing returns the table as nft prints it, without what it says of an owner.
-func listing(t *testing.T, host *lab.Host) string {
+func listing(t testing.TB, host *lab.Host) string {
 	t.Helper()
 	text := nft(t, host, "-s", "list", "table", "inet", render.Table)
 	return owner.ReplaceAllString(text, "{\n")
@@ -128,7 +128,7 @@ var owner = regexp.MustCompile(`\{( # progname \S+)?\n\tflags (owner)?\n\n`)
 
 // objects returns all of a host's rules as nft prints them in JSON, without what is not for comparison: nft's version,
 // handles and the table's owner.
-func objects(t *testing.T, host *lab.Host) any {
+func objects(t testing.TB, host *lab.Host) any {
 	t.Helper()
 	var all struct {
 		Nftables []map[string]any `json:"nftables"`
@@ -468,6 +468,9 @@ func TestMissingCapabilityIsNamed(t *testing.T) {
 			return err
 		}
 		_, tried["Own"] = table.Own()
+		_, tried["Read"] = table.Read()
+		_, tried["Mend"] = table.Mend()
+		_, tried["Undermining"] = table.Undermining()
 		tried["DenyAll"], tried["Replace"] = table.DenyAll(), table.Replace(rules())
 		_, tried["Try"] = table.Try()
 		_, tried["CanOwn"] = table.CanOwn()

@@ -26,7 +26,7 @@ import (
 // limit bounds what must happen. It takes milliseconds, unless a machine has much else to do.
 const limit = time.Minute
 
-func until(t *testing.T, what string, cond func() bool) {
+func until(t testing.TB, what string, cond func() bool) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
@@ -37,13 +37,13 @@ func until(t *testing.T, what string, cond func() bool) {
 
 // place is a pod with a table and, on the same link, somebody outside.
 type place struct {
-	t            *testing.T
+	t            testing.TB
 	network      *lab.Network
 	pod, outside *lab.Host
 	table        *Table
 }
 
-func newPlace(t *testing.T) *place {
+func newPlace(t testing.TB) *place {
 	t.Helper()
 	network, err := lab.NewNetwork()
 	if err != nil {
@@ -72,7 +72,7 @@ func newPlace(t *testing.T) *place {
 }
 
 // open returns a connection to the host's table that the test closes, if nobody did before.
-func open(t *testing.T, host *lab.Host) *Table {
+func open(t testing.TB, host *lab.Host) *Table {
 	t.Helper()
 	var table *Table
 	if err := host.Do(func() (err error) { table, err = Open(); return err }); err != nil {
@@ -275,7 +275,7 @@ func hear(conn net.Conn, what string) error {
 // stranger makes its packets by itself, below every kernel: it has an address on the link that no host has, and whatever the
 // pod sends there arrives here.
 type stranger struct {
-	t     *testing.T
+	t     testing.TB
 	file  *os.File
 	raw   syscall.RawConn
 	index int              // of outside's eth0
