@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"net/url"
 	"regexp"
 	"slices"
 	"strconv"
@@ -287,21 +288,17 @@ func (serverNameText) JSONSchema() *jsonschema.Schema {
 // probeName names a probe in a URL.
 type probeName string
 
-const probeNamePattern = `^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`
-
-var probeNames = regexp.MustCompile(probeNamePattern)
-
 func (probeName) scalar() yamlType { return yamlString }
 
 func (probeName) parse(text string) (string, string) {
-	if !probeNames.MatchString(text) {
+	if len(text) < 1 || len(text) > 63 || !consists(text, lower+digits+"-") || strings.Trim(text, "-") != text {
 		return "", "must be a DNS label: 1 to 63 lower-case letters, digits and inner hyphens"
 	}
 	return text, ""
 }
 
 func (probeName) JSONSchema() *jsonschema.Schema {
-	return &jsonschema.Schema{Type: "string", Pattern: probeNamePattern}
+	return &jsonschema.Schema{Type: "string", Pattern: `^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`}
 }
 
 // The targets of probes. They are fixed here, as a whole: nothing of a probe's request goes on to the workload.
@@ -309,21 +306,34 @@ const (
 	pathPattern    = `/([A-Za-z0-9._~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})*(\?([A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})*)?`
 	servicePattern = `/[A-Za-z0-9._-]{1,255}`
 	maxPath        = 1024
+	maxService     = 255
 )
 
-var (
-	path    = regexp.MustCompile("^" + pathPattern + "$")
-	service = regexp.MustCompile("^" + servicePattern + "$")
+// What they are made of; expressions for it would be compiled at each start.
+const (
+	lower    = "abcdefghijklmnopqrstuvwxyz"
+	digits   = "0123456789"
+	alphabet = lower + "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + digits
+	inPath   = alphabet + "._~!$&'()*+,;=:@/-%" // RFC 3986, section 3.3
 )
+
+// consists reports whether a text has no other characters than these.
+func consists(text, chars string) bool { return strings.Trim(text, chars) == "" }
+
+func isPath(text string) bool {
+	path, query, _ := strings.Cut(text, "?")
+	_, err := url.PathUnescape(text)
+	return strings.HasPrefix(path, "/") && consists(path, inPath) && consists(query, inPath+"?") && err == nil
+}
 
 // cutTarget splits the value of a probe after its port, and returns the reason against the port, if there is one.
 func cutTarget(text string) (port uint16, target, reason string) {
-	digits, _, _ := strings.Cut(text, "/")
-	port, reason = parsePort(digits)
+	number, _, _ := strings.Cut(text, "/")
+	port, reason = parsePort(number)
 	if port == IngressMTLSPort || port == IngressTLSPort {
 		reason = reservedPorts()
 	}
-	return port, text[len(digits):], reason
+	return port, text[len(number):], reason
 }
 
 // probeSchema is for a port alone, where that will do, and for a port that something follows.
@@ -354,7 +364,7 @@ func (httpProbeText) parse(text string) (string, string) {
 		return "", reason
 	case target == "":
 		target = "/"
-	case !path.MatchString(target):
+	case !isPath(target):
 		return "", "its path must be as URLs have it: other characters are written as %20"
 	case len(target) > maxPath:
 		return "", fmt.Sprintf("its path is longer than %d bytes", maxPath)
@@ -386,13 +396,14 @@ func (grpcProbeText) scalar() yamlType { return yamlProbe }
 
 func (grpcProbeText) parse(text string) (string, string) {
 	port, target, reason := cutTarget(text)
+	service := strings.TrimPrefix(target, "/")
 	switch {
 	case reason != "" && port != 0:
 		return "", reason
-	case port == 0 || target != "" && !service.MatchString(target):
+	case port == 0 || target == "/" || len(service) > maxService || !consists(service, alphabet+"._-"):
 		return "", "must be a port, as 9000, or a port and a service, as 9000/my.Service"
 	}
-	return Probe{Kind: ProbeGRPC, Port: port, Target: strings.TrimPrefix(target, "/")}.String(), ""
+	return Probe{Kind: ProbeGRPC, Port: port, Target: service}.String(), ""
 }
 
 func (grpcProbeText) JSONSchema() *jsonschema.Schema { return probeSchema("(" + servicePattern + ")?") }

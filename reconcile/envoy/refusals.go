@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"maps"
 	"net/netip"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -100,25 +99,19 @@ func (c accessLine) reason() Reason {
 	}
 }
 
-// failure matches what Envoy says of a TLS error: the first of BoringSSL's reasons, and what Envoy's verifier adds. A
-// peer's SANs may follow, so nothing after that is looked at.
-var failure = regexp.MustCompile(`^TLS_error:\|\d+:\w+:OPENSSL_internal:(\w+)` +
-	`(?::verify_cert_failed:_(?:(SAN_matcher)|X509_verify_cert:_certificate_verification_error_at_depth_\d+:_([\w-]+)))?`)
-
-// tlsReason returns what a TLS error means here.
+// tlsReason returns what a TLS error means here: TLS_error:|NUMBER:LIBRARY:OPENSSL_internal:REASON, and more after a colon
+// or a bar. A peer's SANs may be among that, so no more of it is looked at than the beginning.
 func tlsReason(detail string) Reason {
-	m := failure.FindStringSubmatch(detail)
-	if m == nil {
-		return HandshakeFailed
+	_, text, _ := strings.Cut(detail, ":OPENSSL_internal:")
+	reason, more := text, ""
+	if end := strings.IndexAny(text, ":|"); end >= 0 {
+		reason, more = text[:end], text[end:]
 	}
-	switch reason, matcher, verifier := m[1], m[2], m[3]; reason {
+	switch reason {
 	case "PEER_DID_NOT_RETURN_A_CERTIFICATE":
 		return NoClientCertificate
 	case "CERTIFICATE_VERIFY_FAILED":
-		if matcher != "" {
-			return SANNotAllowed
-		}
-		return verifierReason(verifier)
+		return verifierReason(strings.TrimPrefix(more, ":verify_cert_failed:_"))
 	case "BAD_SIGNATURE":
 		return WrongKey
 	case "WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST":
@@ -135,8 +128,14 @@ func tlsReason(detail string) Reason {
 	}
 }
 
-// verifierReason returns what an error of X509_verify_cert means here.
+// verifierReason returns what an error of Envoy's verifier means here.
 func verifierReason(text string) Reason {
+	if strings.HasPrefix(text, "SAN_matcher,") {
+		return SANNotAllowed
+	}
+	text, _ = strings.CutPrefix(text, "X509_verify_cert:_certificate_verification_error_at_depth_")
+	_, text, _ = strings.Cut(text, ":_")
+	text, _, _ = strings.Cut(text, ":")
 	switch {
 	case text == "certificate_has_expired":
 		return Expired
