@@ -2,14 +2,14 @@ package reconcile
 
 import (
 	"bytes"
-	"errors"
+	"encoding/json"
+	"os"
 	"reflect"
-	"slices"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 )
 
@@ -70,40 +70,50 @@ func TestMetricsAreLinted(t *testing.T) {
 	}
 }
 
-// TestStatusCounts: what the daemon does is counted, by kind and result, and the last thing that failed is kept.
-func TestStatusCounts(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t)
-		w.startErr = errors.New("no room")
-		w.run(t)
-		time.Sleep(time.Millisecond)
-		synctest.Wait()
-		began := time.Now()
-		s := w.Status(t.Context())
-		if s.Ready || s.Envoys != (Envoys{Failed: 2}) || s.LastError == nil || s.LastError.Place != checkEnvoy || !strings.Contains(s.LastError.Text, "no room") ||
-			!s.LastError.Time.Equal(began) || !slices.Contains(s.Problems, "envoy: starting Envoy: no room") || s.Applied != nil || s.Desired.Generation != 1 {
-			t.Errorf("with an Envoy that does not start: %+v", s)
-		}
-		w.set(func() { w.startErr, w.startTake = nil, time.Second })
-		time.Sleep(maxPause)
-		synctest.Wait()
-		w.set(func() { w.rulesErr = nil })
-		close(w.latest.exited)
-		time.Sleep(time.Minute)
-		synctest.Wait()
-		s = w.Status(t.Context())
-		if !s.Ready || len(s.Problems) > 0 || s.Envoys != (Envoys{Started: 2, Failed: s.Envoys.Failed, Ended: 1, Recovered: 1}) || s.Applied.Generation != 1 {
-			t.Errorf("after it was mended: %+v", s)
-		}
-		for _, a := range s.Applies {
-			switch {
-			case a.Kind == applyStart && (a.Succeeded != 2 || a.Failed != s.Envoys.Failed || a.Seconds != 2):
-				t.Errorf("starts: %+v", a)
-			case a.Kind == applyRules && (a.Succeeded != 1 || a.Failed != 0 || a.Within[0] != 1):
-				t.Errorf("rules: %+v", a)
-			case a.Kind == applyHotRestart && a.Succeeded+a.Failed > 0:
-				t.Errorf("hot restarts: %+v", a)
+// TestStatusIsDocumented holds the fields of the status against those of the example: none is missing, or there no more.
+func TestStatusIsDocumented(t *testing.T) {
+	text, err := json.Marshal(full(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	example, err := os.ReadFile("../examples/status.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, want := fields(t, example), fields(t, text)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("examples/status.json has (+) and lacks (-):\n%s", diff)
+	}
+	decoder := json.NewDecoder(bytes.NewReader(example))
+	decoder.DisallowUnknownFields()
+	if err := decoder.Decode(new(Status)); err != nil {
+		t.Error(err)
+	}
+}
+
+// fields returns the paths of all that is in a JSON text, elements of lists as one.
+func fields(t *testing.T, text []byte) map[string]bool {
+	t.Helper()
+	var value any
+	if err := json.Unmarshal(text, &value); err != nil {
+		t.Fatal(err)
+	}
+	all := map[string]bool{}
+	var walk func(path string, value any)
+	walk = func(path string, value any) {
+		switch value := value.(type) {
+		case map[string]any:
+			for name, inner := range value {
+				walk(path+"."+name, inner)
 			}
+		case []any:
+			for _, inner := range value {
+				walk(path+"[]", inner)
+			}
+		default:
+			all[path] = true
 		}
-	})
+	}
+	walk("", value)
+	return all
 }

@@ -652,6 +652,47 @@ func TestDead(t *testing.T) {
 	}
 }
 
+// TestStatusCounts: what the daemon does is counted, by kind and result, and the last thing that failed is kept.
+func TestStatusCounts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.startErr = errors.New("no room")
+		w.run(t)
+		time.Sleep(time.Millisecond)
+		synctest.Wait()
+		began := time.Now()
+		s := w.Status(t.Context())
+		if s.Ready || s.Envoys != (Envoys{Failed: 2}) || s.LastError == nil || s.LastError.Place != checkEnvoy || !strings.Contains(s.LastError.Text, "no room") ||
+			!s.LastError.Time.Equal(began) || !slices.Contains(s.Problems, "envoy: starting Envoy: no room") || s.Applied != nil || s.Desired.Generation != 1 {
+			t.Errorf("with an Envoy that does not start: %+v", s)
+		}
+		w.set(func() { w.startErr, w.startTake = nil, time.Second })
+		time.Sleep(maxPause)
+		synctest.Wait()
+		w.set(func() { w.found = errors.New("a rule is missing") })
+		w.changes <- "iptables"
+		synctest.Wait()
+		w.set(func() { w.found = nil })
+		close(w.latest.exited)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		s = w.Status(t.Context())
+		if !s.Ready || len(s.Problems) > 0 || s.Envoys != (Envoys{Started: 2, Failed: s.Envoys.Failed, Ended: 1, Recovered: 1}) || s.Applied.Generation != 1 || s.Repaired != 1 || s.Repairs[0].By != "iptables" || !slices.Equal(s.Repairs[0].Found, []string{"a rule is missing"}) {
+			t.Errorf("after it was mended: %+v", s)
+		}
+		for _, a := range s.Applies {
+			switch {
+			case a.Kind == applyStart && (a.Succeeded != 2 || a.Failed != s.Envoys.Failed || a.Seconds != 2):
+				t.Errorf("starts: %+v", a)
+			case a.Kind == applyRules && (a.Succeeded != 1 || a.Failed != 0 || a.Within[0] != 1):
+				t.Errorf("rules: %+v", a)
+			case a.Kind == applyHotRestart && a.Succeeded+a.Failed > 0:
+				t.Errorf("hot restarts: %+v", a)
+			}
+		}
+	})
+}
+
 func TestBackoff(t *testing.T) {
 	var b backoff
 	now := time.Now()

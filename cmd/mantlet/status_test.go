@@ -9,6 +9,8 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -16,6 +18,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"mantlet/reconcile"
 )
@@ -324,4 +328,60 @@ func TestMetricsUnderLoad(t *testing.T) {
 	m.write("ingress: [{port: 9091, allow: nobody}]")
 	shows("mantlet_problems", 1)
 	shows("mantlet_ready", 1)
+}
+
+// TestWatch: a terminal has one screen, drawn anew; a pipe gets one text after another; neither ends before it is told to.
+func TestWatch(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	watch := func(output *os.File) (end func()) {
+		cmd := p.sidecar.Command("status", "--watch")
+		cmd.Stdout, cmd.Stderr = output, output
+		p.must(p.Start(cmd))
+		return func() {
+			p.must(cmd.Process.Signal(syscall.SIGINT))
+			if err := cmd.Wait(); err != nil {
+				t.Errorf("it ended: %v", err)
+			}
+		}
+	}
+	file, err := os.Create(filepath.Join(t.TempDir(), "screens"))
+	p.must(err)
+	defer file.Close()
+	end := watch(file)
+	text := func() string {
+		said, err := os.ReadFile(file.Name())
+		p.must(err)
+		return string(said)
+	}
+	p.await("it waits for mantlet", func() bool { return strings.Contains(text(), "does not answer") })
+	p.run()
+	p.await("several screens", func() bool { return strings.Count(text(), ": ready,") >= 2 })
+	end()
+	if strings.Contains(text(), "\x1b") {
+		t.Errorf("no terminal, and it is drawn on:\n%q", text())
+	}
+
+	terminal, screen := pty(t)
+	end = watch(screen)
+	said := &journal{}
+	go func() { _, _ = io.Copy(said, terminal) }() // until both are closed
+	p.await("several screens", func() bool { return said.count("\x1b[H\x1b[2Jmantlet ") >= 2 })
+	end()
+}
+
+// pty returns both ends of a pseudo-terminal.
+func pty(t *testing.T) (terminal, screen *os.File) {
+	t.Helper()
+	terminal, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	check(t, err)
+	t.Cleanup(func() { _ = terminal.Close() })
+	check(t, unix.IoctlSetPointerInt(int(terminal.Fd()), unix.TIOCSPTLCK, 0))
+	number, err := unix.IoctlGetInt(int(terminal.Fd()), unix.TIOCGPTN)
+	check(t, err)
+	screen, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", number), os.O_RDWR|unix.O_NOCTTY, 0)
+	check(t, err)
+	t.Cleanup(func() { _ = screen.Close() })
+	return terminal, screen
 }

@@ -241,6 +241,9 @@ func TestSecrets(t *testing.T) {
 	if err := s.Renew(); err != nil {
 		t.Errorf("nothing is there to renew: %v", err)
 	}
+	if err := s.Valid(time.Now()); err != nil || s.Certificates() != nil {
+		t.Errorf("nothing is there: %v, %+v", err, s.Certificates())
+	}
 	if _, err := os.Stat(path); err == nil {
 		t.Error("nothing was published")
 	}
@@ -249,6 +252,20 @@ func TestSecrets(t *testing.T) {
 	}
 	if _, err := s.Update(t.Context()); err != nil || !s.Expires().Equal(first.Leaf.NotAfter) {
 		t.Errorf("%v, expires %v", err, s.Expires())
+	}
+	for at, want := range map[time.Time]string{
+		time.Now(): "", first.Leaf.NotAfter.Add(time.Second): "expired at", first.Leaf.NotBefore.Add(-time.Second): "is not valid before",
+	} {
+		if err := s.Valid(at); want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("at %s: %v, want %q", at, err, want)
+		}
+	}
+	var roles []string
+	for _, c := range s.Certificates() {
+		roles = append(roles, c.Role)
+	}
+	if !slices.Equal(roles, []string{"leaf", "intermediate", "mesh CA"}) || !s.Certificates()[0].NotAfter.Equal(first.Leaf.NotAfter) {
+		t.Errorf("%+v", s.Certificates())
 	}
 	before := read()
 	if info := must[os.FileInfo](t)(os.Stat(path)); info.Mode() != 0o600 {
