@@ -18,6 +18,7 @@ import (
 	"sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
 
+	"mantlet/sandbox"
 	"mantlet/schema"
 )
 
@@ -184,7 +185,7 @@ func probes(t *testing.T, pod *corev1.PodSpec, mesh schema.Mesh) {
 	}
 }
 
-// confined checks what each container may do: nothing out of the ordinary, but for mantlet and NET_ADMIN.
+// confined checks what each container may do: nothing out of the ordinary, and mantlet what it needs.
 func confined(t *testing.T, pod *corev1.PodSpec) {
 	t.Helper()
 	if pod.HostNetwork || pod.HostPID || pod.HostIPC || pod.ShareProcessNamespace != nil {
@@ -203,7 +204,9 @@ func confined(t *testing.T, pod *corev1.PodSpec) {
 		}
 		switch c.Name {
 		case "mantlet":
-			want.Capabilities.Add = []corev1.Capability{"NET_ADMIN"}
+			for _, c := range sandbox.Needs(1337) {
+				want.Capabilities.Add = append(want.Capabilities.Add, corev1.Capability(c.Name))
+			}
 		case "initializer":
 		default:
 			want.RunAsNonRoot, want.RunAsUser = new(true), new(int64(10001))

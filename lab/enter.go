@@ -20,6 +20,7 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -63,12 +64,49 @@ func Enter() {
 	default:
 		err = continueAs(stageInit, &syscall.SysProcAttr{
 			Cloneflags:  unix.CLONE_NEWUSER | unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWIPC,
-			UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Geteuid(), Size: 1}},
-			GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getegid(), Size: 1}},
-			Pdeathsig:   syscall.SIGKILL,
+			UidMappings: mapped(os.Geteuid()),
+			GidMappings: mapped(os.Getegid()),
+			// Root leaves the groups that it came with; who is not root may not.
+			GidMappingsEnableSetgroups: os.Geteuid() == 0,
+			Pdeathsig:                  syscall.SIGKILL,
 		})
 	}
 	fail(err)
+}
+
+// The users of the lab beside root, where root made it.
+const (
+	proxy    = 1337
+	Stranger = 2000 // nobody in particular
+)
+
+// mapped returns the lab's users: an ordinary user can map no id but its own.
+func mapped(own int) []syscall.SysProcIDMap {
+	all := []syscall.SysProcIDMap{{ContainerID: 0, HostID: own, Size: 1}}
+	if own == 0 {
+		for _, id := range []int{proxy, Stranger} {
+			all = append(all, syscall.SysProcIDMap{ContainerID: id, HostID: id, Size: 1})
+		}
+	}
+	return all
+}
+
+// EnvoyUser returns the user that Envoy can have in the lab: one of its own where root made the lab, and else root.
+func EnvoyUser() int {
+	text, err := os.ReadFile("/proc/self/uid_map")
+	if err != nil || strings.Count(string(text), "\n") == 1 {
+		return 0
+	}
+	return proxy
+}
+
+// Open lets all users pass through a directory and those above it, as far as this user can let them.
+func Open(directory string) {
+	for ; directory != "/"; directory = filepath.Dir(directory) {
+		if info, err := os.Stat(directory); err == nil && info.Mode()&0o011 != 0o011 {
+			_ = os.Chmod(directory, info.Mode()|0o011)
+		}
+	}
 }
 
 // prepare turns the bare namespaces of PID 1 into a place to work in.

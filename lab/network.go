@@ -217,15 +217,22 @@ func (h *Host) close() error {
 func (h *Host) Do(fn func() error) error {
 	result := make(chan error, 1)
 	onThread(func() {
-		err := errors.New("function ended its goroutine") // t.Fatal, as a rule: only the test's own goroutine may call it
+		err := h.enter()
 		defer func() { result <- err }()
-		if missing := unix.Setns(int(h.namespace.Fd()), unix.CLONE_NEWNET); missing != nil {
-			err = fmt.Errorf("entering host %q: %w", h.Name, missing)
-			return
+		if err == nil {
+			err = errors.New("function ended its goroutine") // t.Fatal, as a rule: only the test's own goroutine may call it
+			err = fn()
 		}
-		err = fn()
 	})
 	return <-result
+}
+
+// enter puts the calling thread into the host's network namespace.
+func (h *Host) enter() error {
+	if err := unix.Setns(int(h.namespace.Fd()), unix.CLONE_NEWNET); err != nil {
+		return fmt.Errorf("entering host %q: %w", h.Name, err)
+	}
+	return nil
 }
 
 // onThread calls fn in a goroutine that has an OS thread to itself, which ends with it: the lock is never given back, so that no

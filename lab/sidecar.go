@@ -10,9 +10,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"mantlet/sandbox"
 )
 
 // Sidecar is a mantlet on a host, with the directories that a pod would mount.
@@ -20,8 +25,9 @@ type Sidecar struct {
 	Host             *Host
 	TLSDirectory     string
 	RuntimeDirectory string
-	Env              []string // beside the directories' and Envoy's variables
-	Binary           string   // mantlet
+	Env              []string             // beside the directories' and Envoy's variables
+	Capabilities     []sandbox.Capability // what its container adds to `drop: [ALL]`
+	Binary           string               // mantlet
 	Log              io.Writer
 
 	cmd    *exec.Cmd
@@ -36,34 +42,61 @@ func (h *Host) Sidecar(dir, binary string, env ...string) (*Sidecar, error) {
 		TLSDirectory:     filepath.Join(dir, h.Name, "tls"),
 		RuntimeDirectory: filepath.Join(dir, h.Name, "run"),
 		Env:              env,
+		Capabilities:     sandbox.Needs(EnvoyUser()),
 		Binary:           binary,
 		Log:              io.Discard,
 	}
+	Open(dir)
 	return s, os.MkdirAll(s.TLSDirectory, 0o755)
 }
 
 // Command returns a mantlet command with the sidecar's environment, to be started on the host.
 func (s *Sidecar) Command(args ...string) *exec.Cmd {
 	cmd := exec.Command(s.Binary, args...)
-	cmd.Env = append(os.Environ(),
+	cmd.Env = append(os.Environ(), "MANTLET_ENVOY_UID="+strconv.Itoa(EnvoyUser()),
 		"MANTLET_TLS_DIRECTORY="+s.TLSDirectory, "MANTLET_RUNTIME_DIRECTORY="+s.RuntimeDirectory)
 	cmd.Env = append(cmd.Env, s.Env...)
 	return cmd
 }
 
-// Start executes `mantlet run`. It does not wait until anything works.
+// Start executes `mantlet run` as a container runtime would: root, with no more capabilities than its container adds, and no
+// way to more. It does not wait until anything works.
 func (s *Sidecar) Start() error {
 	s.cmd = s.Command("run")
 	s.cmd.Stdout, s.cmd.Stderr = s.Log, s.Log
-	if err := s.Host.Start(s.cmd); err != nil {
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	s.exited = make(chan struct{})
+	started := make(chan error, 1)
+	onThread(func() { // and keep the thread, see Host.Start
+		err := s.Host.enter()
+		if err == nil {
+			err = contain(s.Capabilities)
+		}
+		if err == nil {
+			err = s.cmd.Start()
+		}
+		if started <- err; err == nil {
+			s.err = s.cmd.Wait()
+			close(s.exited)
+		}
+	})
+	if err := <-started; err != nil {
 		return fmt.Errorf("starting mantlet on host %q: %w", s.Host.Name, err)
 	}
-	s.exited = make(chan struct{})
-	go func() {
-		s.err = s.cmd.Wait()
-		close(s.exited)
-	}()
 	return nil
+}
+
+// contain takes all other capabilities from what the thread will execute.
+func contain(add []sandbox.Capability) error {
+	for c := uintptr(0); c <= unix.CAP_LAST_CAP; c++ {
+		if slices.ContainsFunc(add, func(a sandbox.Capability) bool { return a.Number == c }) {
+			continue
+		}
+		if err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0); err != nil {
+			return fmt.Errorf("dropping capability %d: %w", c, err)
+		}
+	}
+	return unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 }
 
 // Unready returns what keeps the sidecar from being ready, or "" if it is.

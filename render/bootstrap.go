@@ -44,9 +44,10 @@ func AdminSocket(runtimeDirectory string, epoch int) string {
 	return filepath.Join(runtimeDirectory, fmt.Sprintf("admin-%d.sock", epoch))
 }
 
-// Admin returns the admin interface of an epoch: a unix socket that only this user may open, never TCP.
+// Admin returns the admin interface of an epoch: a unix socket, never TCP. It is open to whoever gets into the directory,
+// which Envoy and mantlet do, two users.
 func Admin(runtimeDirectory string, epoch int) *bootstrapv3.Admin {
-	pipe := &corev3.Pipe{Path: AdminSocket(runtimeDirectory, epoch), Mode: 0o600}
+	pipe := &corev3.Pipe{Path: AdminSocket(runtimeDirectory, epoch), Mode: 0o666}
 	return &bootstrapv3.Admin{Address: &corev3.Address{Address: &corev3.Address_Pipe{Pipe: pipe}}}
 }
 

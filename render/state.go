@@ -29,7 +29,7 @@ const DigestKey = "mantlet.digest"
 
 // Place is what rendering needs to know of where it is.
 type Place struct {
-	RuntimeDirectory string // holds the SDS files and the admin socket
+	RuntimeDirectory string // Envoy's: holds the SDS files and the admin socket
 	NoIPv6           bool   // the kernel has IPv6 switched off: Envoy could not bind to ::1
 }
 

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -49,9 +50,13 @@ const (
 	OverridesNone    Overrides = "none"    // it is not read
 )
 
+// defaultEnvoyUID is nobody's in common images, and what service meshes give their proxies.
+const defaultEnvoyUID = 1337
+
 // Process holds what only the environment may say: a mounted file never chooses which binary runs or which CA is trusted.
 type Process struct {
 	EnvoyPath        string // found on PATH where it has no slash
+	EnvoyUID         int    // and number of its group; mantlet's own means the same user and group
 	TLSDirectory     string // holds certChain.pem, key.pem and mesh-ca.pem
 	RuntimeDirectory string // private to mantlet; comes to hold the key
 	StatusAddress    string // where the status is served over TCP, an IP address or nothing before the port; empty for nowhere
@@ -86,9 +91,20 @@ func HostNetwork(environ []string) error {
 	return nil
 }
 
+// EnvoyDirectory returns the part of the runtime directory that Envoy sees.
+func (p *Process) EnvoyDirectory() string { return filepath.Join(p.RuntimeDirectory, "envoy") }
+
 func (p *Process) variables() map[string]processVariable {
 	return map[string]processVariable{
-		"MANTLET_ENVOY_PATH":        {&p.EnvoyPath, anyText},
+		"MANTLET_ENVOY_PATH": {&p.EnvoyPath, anyText},
+		"MANTLET_ENVOY_UID": {new(string), func(text string) (string, string) {
+			uid, err := strconv.ParseUint(text, 10, 31)
+			if err != nil {
+				return "", "must be a user's number: from 0 to 2147483647"
+			}
+			p.EnvoyUID = int(uid)
+			return text, ""
+		}},
 		"MANTLET_TLS_DIRECTORY":     {&p.TLSDirectory, absolute},
 		"MANTLET_RUNTIME_DIRECTORY": {&p.RuntimeDirectory, absolute},
 		"MANTLET_LOG_LEVEL": {&p.LogLevel, func(text string) (string, string) {
@@ -224,6 +240,7 @@ func ParseEnvironment(environ []string) (*Environment, error) {
 	}
 	env := &Environment{Process: Process{
 		EnvoyPath:        "envoy",
+		EnvoyUID:         defaultEnvoyUID,
 		TLSDirectory:     "/tls-config",
 		RuntimeDirectory: "/run/mantlet",
 		LogLevel:         "info",

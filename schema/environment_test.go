@@ -171,7 +171,7 @@ func environmentProblems() map[string]environmentProblem {
 		out      = "must have the 3 fields name#listen-ip:listen-port#host-or-ip:port, and has "
 		duration = "must be a duration from 1s to 24h in hours, minutes and seconds, as 10s or 1h30m"
 		known    = "ACCESS_LOG, CONFIG, CONFIG_INLINE, CONFIG_SHA256, ENVOY_CONCURRENCY, ENVOY_DRAIN_TIME, ENVOY_LOG_LEVEL, " +
-			"ENVOY_PARENT_SHUTDOWN_TIME, ENVOY_PATH, HOST_IP, LOG_LEVEL, OTHER_PROTOCOLS, OVERRIDES, POD_IP, RUNTIME_DIRECTORY, STATUS_ADDRESS, TLS_DIRECTORY, TLS_MIN_VERSION"
+			"ENVOY_PARENT_SHUTDOWN_TIME, ENVOY_PATH, ENVOY_UID, HOST_IP, LOG_LEVEL, OTHER_PROTOCOLS, OVERRIDES, POD_IP, RUNTIME_DIRECTORY, STATUS_ADDRESS, TLS_DIRECTORY, TLS_MIN_VERSION"
 	)
 	x120 := strings.Repeat("x", 120)
 	long := strings.Repeat("a.", 127) + "a"
@@ -399,6 +399,14 @@ func environmentProblems() map[string]environmentProblem {
 			[]string{"MANTLET_CONFIG=/x", "MANTLET_CONFIG_SHA256=" + pin + "  x"},
 			[]string{`MANTLET_CONFIG_SHA256: "` + pin + `  x": must be a SHA-256 digest: 64 hexadecimal digits and nothing else`},
 		},
+		"a user by name": {
+			[]string{"MANTLET_ENVOY_UID=nobody"},
+			[]string{`MANTLET_ENVOY_UID: "nobody": must be a user's number: from 0 to 2147483647`},
+		},
+		"the user that means none": {
+			[]string{"MANTLET_ENVOY_UID=4294967295"},
+			[]string{`MANTLET_ENVOY_UID: "4294967295": must be a user's number: from 0 to 2147483647`},
+		},
 		"a pin of no file": {
 			[]string{"MANTLET_CONFIG=", "MANTLET_CONFIG_SHA256=" + pin},
 			[]string{"MANTLET_CONFIG_SHA256: pins the content of a file, but MANTLET_CONFIG names none"},
@@ -467,18 +475,18 @@ func TestProcess(t *testing.T) {
 		want    schema.Process
 	}{
 		"defaults": {nil, schema.Process{
-			EnvoyPath: "envoy", TLSDirectory: "/tls-config", RuntimeDirectory: "/run/mantlet", LogLevel: "info", Overrides: schema.OverridesAll,
+			EnvoyPath: "envoy", EnvoyUID: 1337, TLSDirectory: "/tls-config", RuntimeDirectory: "/run/mantlet", LogLevel: "info", Overrides: schema.OverridesAll,
 		}},
 		"all set": {[]string{
-			"MANTLET_ENVOY_PATH=/opt/envoy=1", "MANTLET_TLS_DIRECTORY=/tls/", "MANTLET_RUNTIME_DIRECTORY=/run//x", "MANTLET_LOG_LEVEL=debug",
+			"MANTLET_ENVOY_PATH=/opt/envoy=1", "MANTLET_ENVOY_UID=0", "MANTLET_TLS_DIRECTORY=/tls/", "MANTLET_RUNTIME_DIRECTORY=/run//x", "MANTLET_LOG_LEVEL=debug",
 			"MANTLET_CONFIG=/etc/mantlet/../mesh.yaml", "MANTLET_CONFIG_SHA256=" + pin, "MANTLET_OVERRIDES=tighten",
 			"MANTLET_POD_IP=10.0.0.7", "MANTLET_HOST_IP=2001:db8::1",
 		}, schema.Process{
-			EnvoyPath: "/opt/envoy=1", TLSDirectory: "/tls", RuntimeDirectory: "/run/x", LogLevel: "debug", ConfigFile: "/etc/mesh.yaml",
+			EnvoyPath: "/opt/envoy=1", EnvoyUID: 0, TLSDirectory: "/tls", RuntimeDirectory: "/run/x", LogLevel: "debug", ConfigFile: "/etc/mesh.yaml",
 			ConfigDigest: strings.ToLower(pin), Overrides: schema.OverridesTighten, PodIP: "10.0.0.7", HostIP: "2001:db8::1",
 		}},
 		"as far as it is right": {[]string{"MANTLET_TLS_DIRECTORY=tls", "MANTLET_RUNTIME_DIRECTORY=/run/x", ingress + "x"}, schema.Process{
-			EnvoyPath: "envoy", TLSDirectory: "/tls-config", RuntimeDirectory: "/run/x", LogLevel: "info", Overrides: schema.OverridesAll,
+			EnvoyPath: "envoy", EnvoyUID: 1337, TLSDirectory: "/tls-config", RuntimeDirectory: "/run/x", LogLevel: "info", Overrides: schema.OverridesAll,
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {

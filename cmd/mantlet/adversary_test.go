@@ -86,7 +86,7 @@ func (p *pod) accepted() (sum int) {
 	client := &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(p.sidecar.RuntimeDirectory, "admin-0.sock"))
+			return (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(p.sidecar.RuntimeDirectory, "envoy", "admin-0.sock"))
 		},
 	}}
 	response, err := client.Get("http://envoy/stats?filter=^listener.ingress-m?tls.downstream_cx_total$")

@@ -39,9 +39,10 @@ func BenchmarkStart(b *testing.B) {
 	p.sidecar.RuntimeDirectory, err = os.MkdirTemp("/dev/shm", "run") // memory-backed, as in a pod
 	p.must(err)
 	b.Cleanup(func() { p.check(os.RemoveAll(p.sidecar.RuntimeDirectory)) })
+	directory := filepath.Join(p.sidecar.RuntimeDirectory, "envoy")
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	saved := filepath.Join(b.TempDir(), "bootstrap.json")
-	admin := filepath.Join(p.sidecar.RuntimeDirectory, "admin-0.sock")
+	admin := filepath.Join(directory, "admin-0.sock")
 
 	const rounds = 20
 	var ours, envoys []time.Duration
@@ -56,11 +57,11 @@ func BenchmarkStart(b *testing.B) {
 			// mantlet takes these with it: the one holds the paths of the others, which hold the key.
 			files := map[string]string{"bootstrap-0.json": saved}
 			for _, secret := range []string{render.IdentitySecret, render.MeshCASecret} {
-				files[render.SecretFile(secret)] = filepath.Join(p.sidecar.RuntimeDirectory, render.SecretFile(secret))
+				files[render.SecretFile(secret)] = filepath.Join(directory, render.SecretFile(secret))
 			}
 			texts := map[string][]byte{}
 			for name := range files {
-				texts[name], err = os.ReadFile(filepath.Join(p.sidecar.RuntimeDirectory, name))
+				texts[name], err = os.ReadFile(filepath.Join(directory, name))
 				p.must(err)
 			}
 			p.must(p.sidecar.Stop())

@@ -559,15 +559,18 @@ var goroutineCount = regexp.MustCompile(`goroutines: \d+`)
 func (c *chaos) litter() string {
 	files, err := os.ReadDir(c.sidecar.RuntimeDirectory)
 	c.must(err)
+	envoys, err := os.ReadDir(filepath.Join(c.sidecar.RuntimeDirectory, "envoy"))
+	c.must(err)
+	files = append(files, envoys...)
 	kinds := map[string]int{}
 	for _, f := range files {
 		kinds[number.ReplaceAllString(f.Name(), "N")]++
 	}
 	for kind, n := range kinds {
 		if n > map[string]int{
-			"mantlet.sock": 1, "last-good.json": 1, "sds-identity.json": 1, "sds-mesh-ca.json": 1,
+			"envoy": 1, "mantlet.sock": 1, "last-good.json": 1, "sds-identity.json": 1, "sds-mesh-ca.json": 1,
 			"admin-N.sock": 3, "bootstrap-N.json": 3,
-			"hot-restart_parent_N": 3, "hot-restart_child_N": 3, "hot-restart_udp_parent_N": 3, "hot-restart_udp_child_N": 3,
+			"epoch_parent_N": 3, "epoch_child_N": 3, "epoch_udp_parent_N": 3, "epoch_udp_child_N": 3,
 		}[kind] {
 			return fmt.Sprintf("%d files %s are in the runtime directory: %v", n, kind, files)
 		}

@@ -75,11 +75,11 @@ func diffLive(ctx context.Context, notes io.Writer) ([]reconcile.Step, error) {
 		return nil, err
 	}
 	process := env.Process
-	live, err := envoy.Read(ctx, process.RuntimeDirectory)
+	live, err := envoy.Read(ctx, process.EnvoyDirectory())
 	if err != nil {
 		return nil, fmt.Errorf("asking Envoy: %w", err)
 	}
-	certificates, err := envoy.Unpublished(process.TLSDirectory, process.RuntimeDirectory, live, time.Now())
+	certificates, err := envoy.Unpublished(process.TLSDirectory, process.EnvoyDirectory(), live, time.Now())
 	if err != nil {
 		_, _ = fmt.Fprintln(notes, "the certificates are not good, so they are not published:", err)
 	}

@@ -227,11 +227,13 @@ func (p *pod) dialBriefly(to netip.AddrPort) (net.Conn, error) {
 // may need.
 func (p *pod) leavesNothing() {
 	p.t.Helper()
-	files, err := os.ReadDir(p.sidecar.RuntimeDirectory)
-	p.must(err)
-	for _, f := range files {
-		if !strings.HasPrefix(f.Name(), "sds-") && f.Name() != "last-good.json" {
-			p.t.Errorf("%s is left in the runtime directory", f.Name())
+	for _, directory := range []string{"", "envoy"} {
+		files, err := os.ReadDir(filepath.Join(p.sidecar.RuntimeDirectory, directory))
+		p.must(err)
+		for _, f := range files {
+			if f.Name() != "envoy" && f.Name() != "last-good.json" {
+				p.t.Errorf("%s is left in the runtime directory", f.Name())
+			}
 		}
 	}
 	shared, err := filepath.Glob(fmt.Sprintf("/dev/shm/envoy_shared_memory_%d", p.baseID()*10))
@@ -489,27 +491,28 @@ func TestBadEnvironment(t *testing.T) {
 func TestEnvoyDoesNotStart(t *testing.T) {
 	t.Parallel()
 	egress := "EDG_EGRESS_PROXY_CONFIG=billing#127.137.0.1:8081#192.0.2.1:8080"
-	envoy := os.Getenv("MANTLET_ENVOY_PATH")
+	envoy := os.Getenv("MANTLET_ENVOY_PATH") // not linked to: mantlet executes nothing from where Envoy was not when it started
 	for name, c := range map[string]struct {
 		says    string
 		prepare func(p *pod, path string) (mend func())
 	}{
 		"missing": {"no such file or directory", func(p *pod, path string) func() {
-			return func() { p.must(os.Symlink(envoy, path)) }
+			return func() { p.install(envoy, path) }
 		}},
 		"not executable": {"permission denied", func(p *pod, path string) func() {
-			p.must(os.WriteFile(path, []byte("#!/bin/sh\nexec "+envoy+` "$@"`), 0o644))
+			p.install(envoy, path+"-proper")
+			p.must(os.WriteFile(path, []byte("#!/bin/sh\nexec "+path+`-proper "$@"`), 0o644))
 			return func() { p.must(os.Chmod(path, 0o755)) }
 		}},
 		"ends at once": {"exit status 3", func(p *pod, path string) func() {
 			p.must(os.WriteFile(path, []byte("#!/bin/sh\nexit 3"), 0o755))
 			return func() {
 				p.must(os.Remove(path))
-				p.must(os.Symlink(envoy, path))
+				p.install(envoy, path)
 			}
 		}},
 		"port is taken": {"127.137.0.1:8081", func(p *pod, path string) func() {
-			p.must(os.Symlink(envoy, path))
+			p.install(envoy, path)
 			listener, err := p.Listen("tcp", "127.137.0.1:8081")
 			p.must(err)
 			return func() { p.must(listener.Close()) }

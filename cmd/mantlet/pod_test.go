@@ -62,6 +62,7 @@ func newPod(t testing.TB, env ...string) *pod {
 	t.Cleanup(func() { p.check(p.network.Close()) })
 	p.Host, err = p.network.Host("pod")
 	p.must(err)
+	p.must(p.Sysctl("net.ipv4.ip_unprivileged_port_start", "0")) // as container runtimes have it
 	p.outside = p.host("outside")
 	p.mesh, err = lab.NewAuthority("mesh")
 	p.must(err)

@@ -94,7 +94,7 @@ func renderCommand() *cobra.Command {
 }
 
 func printState(to io.Writer, env *schema.Environment, config schema.Config, output string) error {
-	state, err := render.Render(config.Mesh, render.Place{RuntimeDirectory: env.Process.RuntimeDirectory})
+	state, err := render.Render(config.Mesh, render.Place{RuntimeDirectory: env.Process.EnvoyDirectory()})
 	if err != nil {
 		return err
 	}

@@ -7,7 +7,9 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"runtime/debug"
 	"syscall"
 	"time"
@@ -20,6 +22,7 @@ import (
 	"mantlet/reconcile/envoy"
 	"mantlet/reconcile/nft"
 	"mantlet/render"
+	"mantlet/sandbox"
 	"mantlet/schema"
 )
 
@@ -67,6 +70,9 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 		return err
 	}
 	table, found, err := closePod(log)
+	if errors.Is(err, syscall.EPERM) {
+		err = errors.Join(sandbox.Missing(sandbox.Needs(os.Geteuid())), err)
+	}
 	if err != nil {
 		return err
 	}
@@ -78,15 +84,18 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	if err := level.UnmarshalText([]byte(env.Process.LogLevel)); err != nil {
 		return err
 	}
-	directory := env.Process.RuntimeDirectory
-	if err := private(directory); err != nil {
+	if err := private(env.Process.RuntimeDirectory); err != nil {
 		return err
 	}
-	runner := &envoy.Runner{Path: env.Process.EnvoyPath, RuntimeDirectory: directory, Log: log}
 	if port := env.Process.StatusPort(); port != 0 {
 		if err := table.OnlyStatus(port); err != nil {
 			log.Warn("the status address can't be reached until the desired state is in force", "error", err)
 		}
+	}
+	directory := env.Process.EnvoyDirectory()
+	runner := &envoy.Runner{Path: env.Process.EnvoyPath, UID: env.Process.EnvoyUID, RuntimeDirectory: directory, Log: log}
+	if err := confine(runner, env.Process, log); err != nil {
+		return errors.Join(err, runner.Close())
 	}
 	if err := runner.Evict(); err != nil {
 		return errors.Join(err, runner.Close())
@@ -174,8 +183,42 @@ func closePod(log *slog.Logger) (*nft.Table, render.Ruleset, error) {
 	return table, found, nil
 }
 
+// confine gives up, for good, what neither mantlet nor Envoy needs from here on.
+func confine(runner *envoy.Runner, process schema.Process, log *slog.Logger) error {
+	rules := sandbox.System()
+	rules.Write = append(rules.Write, runner.RuntimeDirectory)
+	binary := process.EnvoyPath
+	if found, err := exec.LookPath(binary); err == nil {
+		binary = found
+	}
+	if filepath.IsAbs(binary) {
+		rules.Execute = append(rules.Execute, filepath.Dir(binary))
+		if real, err := filepath.EvalSymlinks(binary); err == nil {
+			rules.Execute = append(rules.Execute, real)
+		}
+	}
+	return runner.Confine(rules, func() error {
+		own := sandbox.Rules{
+			Read:  sandbox.Inputs(process.TLSDirectory, envoy.TLSFiles()...),
+			Write: []string{process.RuntimeDirectory},
+		}
+		if process.ConfigFile != "" {
+			own.Read = append(own.Read, sandbox.Inputs(filepath.Dir(process.ConfigFile), filepath.Base(process.ConfigFile))...)
+		}
+		if err := sandbox.Drop(); err != nil {
+			return err
+		}
+		err := rules.And(own).Restrict()
+		if errors.Is(err, sandbox.ErrNoLandlock) {
+			log.Warn("files are guarded by their owners and modes alone", "reason", err)
+			return nil
+		}
+		return err
+	})
+}
+
 // maxDirectory leaves room in a unix socket's 108 bytes for the longest name that Envoy makes of it:
-// /hot-restart_udp_parent_ and a number of ten digits.
+// /envoy/epoch_udp_parent_ and a number of ten digits.
 const maxDirectory = 107 - 34
 
 func fits(directory string) error {
@@ -201,7 +244,7 @@ func private(directory string) error {
 
 // place is where mantlet runs.
 func place(env *schema.Environment) render.Place {
-	return render.Place{RuntimeDirectory: env.Process.RuntimeDirectory, NoIPv6: !hasIPv6()}
+	return render.Place{RuntimeDirectory: env.Process.EnvoyDirectory(), NoIPv6: !hasIPv6()}
 }
 
 // hasIPv6 tells whether Envoy can bind to ::1. Where it can't, the kernel has no IPv6 and nothing to redirect.

@@ -22,7 +22,6 @@ import (
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
-	"github.com/google/renameio/v2"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/types/known/anypb"
 
@@ -36,6 +35,9 @@ const (
 	keyFile    = "key.pem"
 	meshCAFile = "mesh-ca.pem"
 )
+
+// TLSFiles returns the names of the TLS directory's files.
+func TLSFiles() []string { return []string{chainFile, keyFile, meshCAFile} }
 
 // Secrets keeps Envoy supplied with the certificates of the TLS directory.
 type Secrets struct {
@@ -346,7 +348,7 @@ func Publish(c *Certificates, runtimeDirectory string, now time.Time) error {
 			return fmt.Errorf("marshalling secret %s: %w", s.Name, err)
 		}
 		path := filepath.Join(runtimeDirectory, render.SecretFile(s.Name))
-		if err := renameio.WriteFile(path, text, 0o600, renameio.WithTempDir(runtimeDirectory)); err != nil {
+		if err := writeFile(path, text); err != nil {
 			return fmt.Errorf("publishing secret %s: %w", s.Name, err)
 		}
 	}

@@ -268,7 +268,7 @@ func TestSecrets(t *testing.T) {
 		t.Errorf("%+v", s.Certificates())
 	}
 	before := read()
-	if info := must[os.FileInfo](t)(os.Stat(path)); info.Mode() != 0o600 {
+	if info := must[os.FileInfo](t)(os.Stat(path)); info.Mode() != 0o640 {
 		t.Errorf("the key's file has mode %v", info.Mode())
 	}
 	if _, err := s.Update(t.Context()); err != nil || read() != before {

@@ -96,7 +96,7 @@ func (r *Runner) Evict() error {
 			continue
 		}
 		r.Log.Warn("ending an Envoy that a mantlet before this one left behind", "pid", pid)
-		if err := b.end(pid); err != nil {
+		if err := r.spawner.do(func() error { return b.end(pid) }); err != nil {
 			return fmt.Errorf("ending Envoy %d, which a mantlet before this one left behind: %w", pid, err)
 		}
 	}

@@ -15,6 +15,7 @@ import (
 
 	"mantlet/lab"
 	"mantlet/render"
+	"mantlet/sandbox"
 	"mantlet/schema"
 )
 
@@ -65,8 +66,15 @@ func runner(t testing.TB) (*Runner, *journal) {
 	if path == "" {
 		t.Fatal("MANTLET_ENVOY_PATH names no Envoy to test with; `go tool task test` fetches one")
 	}
-	log := &journal{}
-	r := &Runner{Path: path, RuntimeDirectory: t.TempDir(), Log: log.logger()}
+	log, directory := &journal{}, t.TempDir()
+	lab.Open(directory)
+	r := &Runner{Path: path, UID: lab.EnvoyUser(), RuntimeDirectory: filepath.Join(directory, "envoy"), Log: log.logger()}
+	rules := sandbox.System()
+	rules.Write = append(rules.Write, r.RuntimeDirectory)
+	rules.Execute = append(rules.Execute, filepath.Dir(path), os.TempDir()) // for scripts in its place
+	if err := r.Confine(rules, func() error { return nil }); err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() {
 		if err := r.Close(); err != nil {
 			t.Error(err)

@@ -22,6 +22,7 @@ type Process struct {
 	counted map[string]uint64 // statistics, as it told them last
 	drains  bool              // another one was live after it
 	most    time.Duration     // how long it may drain
+	spawner *spawner
 	cmd     *exec.Cmd
 	admin   admin
 	logs    *logs
@@ -141,7 +142,7 @@ func (p *Process) Kill() { p.signal(syscall.SIGKILL) }
 // signal goes to the process group: Path may be a script whose child Envoy is. The only error is that it has ended.
 func (p *Process) signal(s syscall.Signal) {
 	if p.alive() { // else its number may be another's by now
-		_ = syscall.Kill(-p.PID(), s)
+		_ = p.spawner.do(func() error { return syscall.Kill(-p.PID(), s) })
 	}
 }
 

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
+	"mantlet/lab"
 	"mantlet/render"
 )
 
@@ -35,7 +36,7 @@ func TestStart(t *testing.T) {
 		t.Errorf("Envoy is in process group %d, want its own: %v", group, err)
 	}
 	sockets := 0
-	for _, pattern := range []string{"admin-*.sock", "hot-restart_*"} {
+	for pattern, mode := range map[string]os.FileMode{"admin-*.sock": 0o666, "epoch_*": 0o600} {
 		files, err := filepath.Glob(filepath.Join(r.RuntimeDirectory, pattern))
 		if err != nil {
 			t.Fatal(err)
@@ -45,7 +46,7 @@ func TestStart(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if info.Mode() != os.ModeSocket|0o600 {
+			if info.Mode() != os.ModeSocket|mode {
 				t.Errorf("%s has mode %v", f, info.Mode())
 			}
 			sockets++
@@ -94,8 +95,9 @@ func TestStart(t *testing.T) {
 // script makes a program that takes the place of Envoy.
 func script(t testing.TB, r *Runner, text string) {
 	t.Helper()
-	envoy := r.Path
-	r.Path = filepath.Join(t.TempDir(), "envoy")
+	envoy, directory := r.Path, t.TempDir()
+	lab.Open(directory)
+	r.Path = filepath.Join(directory, "envoy")
 	text = "#!/bin/sh\nENVOY=" + envoy + "\nDIRECTORY=" + r.RuntimeDirectory + "\n" + text
 	if err := os.WriteFile(r.Path, []byte(text), 0o755); err != nil {
 		t.Fatal(err)

@@ -2,16 +2,17 @@
 package envoy
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,11 +21,11 @@ import (
 	"time"
 
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
-	"github.com/google/renameio/v2"
 	"google.golang.org/protobuf/proto"
 
 	"mantlet/reconcile"
 	"mantlet/render"
+	"mantlet/sandbox"
 	"mantlet/schema"
 )
 
@@ -32,7 +33,8 @@ import (
 // fields are set before the first Start. Start is not safe for concurrent use.
 type Runner struct {
 	Path             string // the binary; found on PATH where it has no slash
-	RuntimeDirectory string // private: holds sockets, SDS files and bootstraps
+	UID              int    // of Envoys
+	RuntimeDirectory string // theirs and mantlet's: holds sockets, SDS files and bootstraps
 	Log              *slog.Logger
 
 	spawner  spawner
@@ -66,6 +68,9 @@ func (r *Runner) Start(ctx context.Context, state render.State, settings schema.
 }
 
 func (r *Runner) restart(ctx context.Context, state render.State, settings schema.Envoy) (*Process, error) {
+	if err := r.spawner.do(func() error { return nil }); err != nil { // before anything is made that it would have to remove
+		return nil, err
+	}
 	parent := r.serving()
 	// Where it drains already, the one after it died: nobody listens, and a failure can't make it worse.
 	if parent != nil && !parent.drains {
@@ -91,7 +96,7 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 		p.Kill() // SIGTERM would make it end its parent, which serves
 		<-p.exited
 		if parent != nil && parent.alive() {
-			parent.base.stuck = errors.Join(parent.base.clearInitializing(), r.settle(parent))
+			parent.base.stuck = errors.Join(r.spawner.do(parent.base.clearInitializing), r.settle(parent))
 		}
 		return nil, err
 	}
@@ -109,7 +114,7 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 // obstacle returns why no epoch can follow a process, if it is known beforehand.
 func (r *Runner) obstacle(parent *Process) error {
 	_, err := os.Stat(parent.base.path())
-	return errors.Join(parent.base.stuck, err, reach(r.parentSocket(parent)))
+	return errors.Join(parent.base.stuck, err, r.spawner.do(func() error { return reach(r.parentSocket(parent)) }))
 }
 
 // reach returns nil if a process listens at a socket. It sends nothing.
@@ -302,11 +307,17 @@ func (r *Runner) preflight(ctx context.Context, state render.State, serving *Pro
 	defer func() { _ = os.Remove(config) }()
 	ctx, cancel := context.WithTimeout(ctx, cmp.Or(r.liveLimit, defaultLiveLimit))
 	defer cancel()
+	var said bytes.Buffer
 	cmd := exec.CommandContext(ctx, r.Path, "--mode", "validate", "--config-path", config, "--log-level", "error")
-	if said, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("Envoy does not accept the bootstrap: %w: %s", cmp.Or(ctx.Err(), err), said)
+	cmd.Stdout, cmd.Stderr = &said, &said
+	cmd.Cancel = func() error { return r.spawner.do(cmd.Process.Kill) }
+	if err = r.spawner.do(cmd.Start); err == nil {
+		err = cmd.Wait()
 	}
-	return tryBinds(state, serving)
+	if err != nil {
+		return fmt.Errorf("Envoy does not accept the bootstrap: %w: %s", cmp.Or(ctx.Err(), err), &said)
+	}
+	return r.spawner.do(func() error { return tryBinds(state, serving) })
 }
 
 // tryBinds binds, for a moment, to the addresses of listeners that the serving Envoy does not have.
@@ -338,7 +349,7 @@ func (r *Runner) write(name string, bootstrap *bootstrapv3.Bootstrap) (string, e
 		return "", err
 	}
 	path := filepath.Join(r.RuntimeDirectory, name)
-	if err := renameio.WriteFile(path, text, 0o600, renameio.WithTempDir(r.RuntimeDirectory)); err != nil {
+	if err := writeFile(path, text); err != nil {
 		return "", fmt.Errorf("writing the bootstrap: %w", err)
 	}
 	return path, nil
@@ -389,6 +400,7 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Proc
 	p.logs = &logs{to: r.Log.With("epoch", p.Epoch), refused: &r.refused}
 	p.exited = make(chan struct{})
 	p.cmd = exec.Command(r.Path, arguments(config, r.socket(), p.base.id, p.Epoch, settings)...)
+	p.spawner = &r.spawner
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{
 		Setpgid: true, // a terminal's Ctrl-C is for mantlet, which ends Envoy when it is time
 		// Until Envoy asks for SIGTERM itself: an Envoy without mantlet would serve what nobody watches.
@@ -397,16 +409,25 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Proc
 	return p, r.start(p)
 }
 
+// start makes the pipes too on the spawner's thread: Envoy opens /dev/stdout, and may only if its user made it.
 func (r *Runner) start(p *Process) error {
-	stderr, err := p.cmd.StderrPipe()
-	if err != nil {
-		return fmt.Errorf("opening Envoy's standard error: %w", err)
+	var stdout, stderr io.ReadCloser
+	err := r.spawner.do(func() (err error) {
+		if p.cmd.SysProcAttr.AmbientCaps, err = sandbox.AmbientCapabilities(ports(p.Bootstrap)); err != nil {
+			return err
+		}
+		if stderr, err = p.cmd.StderrPipe(); err != nil {
+			return fmt.Errorf("opening its standard error: %w", err)
+		}
+		if stdout, err = p.cmd.StdoutPipe(); err != nil {
+			return fmt.Errorf("opening its standard output: %w", err)
+		}
+		return p.cmd.Start()
+	})
+	if errors.Is(err, os.ErrPermission) {
+		err = fmt.Errorf("%w: user %d must be allowed to execute it, where it was when mantlet started", err, r.UID)
 	}
-	stdout, err := p.cmd.StdoutPipe()
 	if err != nil {
-		return fmt.Errorf("opening Envoy's standard output: %w", err)
-	}
-	if err := r.spawner.do(p.cmd.Start); err != nil {
 		return fmt.Errorf("executing %q: %w", r.Path, err)
 	}
 	go func() {
@@ -420,9 +441,17 @@ func (r *Runner) start(p *Process) error {
 	return nil
 }
 
+// ports returns those of a bootstrap's listeners.
+func ports(b *bootstrapv3.Bootstrap) (ports []uint32) {
+	for _, l := range b.StaticResources.Listeners {
+		ports = append(ports, l.GetAddress().GetSocketAddress().GetPortValue())
+	}
+	return ports
+}
+
 // socket is the prefix of the hot restart's sockets. They are files of the runtime directory: abstract ones could be
 // spoken to by every container of the pod.
-func (r *Runner) socket() string { return filepath.Join(r.RuntimeDirectory, "hot-restart") }
+func (r *Runner) socket() string { return filepath.Join(r.RuntimeDirectory, "epoch") }
 
 // parentSocket is where a process listens for what its successor asks and tells.
 func (r *Runner) parentSocket(p *Process) string {
@@ -451,13 +480,17 @@ func (r *Runner) standIn(parent, child *Process) {
 
 // takeOver listens where the parent did. Where the child does not serve any more it has told the parent already, and
 // the place may be a later epoch's.
-func (r *Runner) takeOver(parent, child *Process) (*net.UnixConn, error) {
+func (r *Runner) takeOver(parent, child *Process) (sink *net.UnixConn, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.running[len(r.running)-1] != child {
 		return nil, nil
 	}
-	return listenAt(r.parentSocket(parent))
+	err = r.spawner.do(func() error {
+		sink, err = listenAt(r.parentSocket(parent))
+		return err
+	})
+	return sink, err
 }
 
 // arguments returns Envoy's command line.
@@ -490,17 +523,17 @@ func (r *Runner) Stop() {
 // Close ends the Runner and removes what its Envoys left behind. No Process may be running.
 func (r *Runner) Close() error {
 	r.standIns.Wait()
-	r.spawner.close()
 	var errs []error
 	for _, b := range r.bases {
-		errs = append(errs, b.remove())
+		errs = append(errs, r.spawner.do(b.remove))
 	}
+	r.spawner.fail(errors.New("the Runner is closed"))
 	return errors.Join(append(errs, r.sweep(), r.remove("sds-*.json"))...)
 }
 
 // sweep removes what Envoys, and a mantlet that was killed while it wrote, leave in the runtime directory. None may be running.
 func (r *Runner) sweep() error {
-	return r.remove("hot-restart_*", "admin-*.sock", "bootstrap-*.json", ".*.json*")
+	return r.remove("epoch_*", "admin-*.sock", "bootstrap-*.json", ".*.json*", "../.*.json*")
 }
 
 func (r *Runner) remove(patterns ...string) error {
@@ -515,32 +548,4 @@ func (r *Runner) remove(patterns ...string) error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// spawner starts processes from one OS thread that lives as long as they do. Envoy asks the kernel for SIGTERM at its
-// parent's death, and the kernel takes the end of the thread that forked it for that; Go ends threads as it likes.
-type spawner struct {
-	calls chan func()
-}
-
-func (s *spawner) do(start func() error) error {
-	if s.calls == nil {
-		s.calls = make(chan func())
-		go func() {
-			runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-			for call := range s.calls {
-				call()
-			}
-		}()
-	}
-	done := make(chan error)
-	s.calls <- func() { done <- start() }
-	return <-done
-}
-
-func (s *spawner) close() {
-	if s.calls != nil {
-		close(s.calls)
-		s.calls = nil
-	}
 }

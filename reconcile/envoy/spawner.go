@@ -1,0 +1,96 @@
+package envoy
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync"
+
+	"github.com/google/renameio/v2"
+	"golang.org/x/sys/unix"
+
+	"mantlet/sandbox"
+)
+
+// Confine makes the thread that starts Envoys their user's, within rules where the kernel can enforce them, and lets no
+// other user but root into the runtime directory. In between, while the thread still has what all threads are to give up
+// alike, it calls drop. Where Envoys can't have a user of their own, none is started: Start says why.
+func (r *Runner) Confine(rules sandbox.Rules, drop func() error) error {
+	failed := os.MkdirAll(r.RuntimeDirectory, 0o700)
+	if failed == nil {
+		failed = r.spawner.do(func() error { return sandbox.Become(r.UID, filepath.Dir(r.RuntimeDirectory), r.RuntimeDirectory) })
+	}
+	if err := drop(); err != nil {
+		return err
+	}
+	if failed == nil {
+		failed = r.spawner.do(func() error { return errors.Join(sandbox.Confine(), rules.RestrictThread()) })
+	}
+	if failed != nil && !errors.Is(failed, sandbox.ErrNoLandlock) {
+		r.spawner.fail(fmt.Errorf("Envoy is not started with more privileges than it needs: %w", failed))
+	}
+	return nil
+}
+
+// writeFile replaces a file that Envoy may read, and no other user. Its group is the directory's, which Envoy's is.
+func writeFile(path string, content []byte) error {
+	return renameio.WriteFile(path, content, 0, renameio.WithStaticPermissions(0o640), renameio.WithTempDir(filepath.Dir(path)))
+}
+
+// spawner is the OS thread that starts Envoys, lives as long as they do, and does whatever else only their user may.
+//
+// It must live: Envoy asks the kernel for SIGTERM at its parent's death, and the kernel takes the end of the thread that
+// forked it for that; Go ends threads as it likes.
+type spawner struct {
+	mu     sync.Mutex
+	calls  chan func()
+	failed error // why it does nothing
+}
+
+// do calls fn on the thread.
+func (s *spawner) do(fn func() error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.failed != nil {
+		return s.failed
+	}
+	if s.calls == nil {
+		s.calls = make(chan func())
+		go serve(s.calls)
+	}
+	done := make(chan error)
+	s.calls <- func() { done <- fn() }
+	return <-done
+}
+
+// serve calls what comes, on a thread that is never unlocked and so ends with the goroutine. The process's first thread
+// can't end, and its user is the process's to others: that one is held until another is found.
+func serve(calls <-chan func()) {
+	runtime.LockOSThread()
+	if unix.Gettid() == unix.Getpid() {
+		found := make(chan struct{})
+		go func() {
+			runtime.LockOSThread()
+			close(found)
+			serve(calls)
+		}()
+		<-found
+		runtime.UnlockOSThread() //nolint:forbidigo // nothing was changed on this one
+		return
+	}
+	for call := range calls {
+		call()
+	}
+}
+
+// fail ends the thread. It says why nothing is done any more.
+func (s *spawner) fail(why error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.calls != nil {
+		close(s.calls)
+	}
+	s.calls, s.failed = nil, why
+}
