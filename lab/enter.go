@@ -30,8 +30,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// marker is the environment variable that tells the three stages of Enter apart: unset (or set by a lab further out) outside,
-// stageInit in the process that sets the lab up, and inside the name of the PID namespace, which the lab's processes share.
+// marker is the environment variable that tells the stages of Enter apart: unset (or set by a lab further out) outside,
+// stageInit in the process that sets the lab up, and inside the name of the PID namespace, which the lab's processes share. stageContainer is that of a container's process in it.
 const (
 	marker    = "LAB_NAMESPACE"
 	stageInit = "init"
@@ -56,6 +56,8 @@ func Enter() {
 	switch os.Getenv(marker) {
 	case here:
 		return
+	case stageContainer:
+		err = execute()
 	case stageInit:
 		err = prepare()
 		if err == nil {

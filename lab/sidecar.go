@@ -10,12 +10,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
-
-	"golang.org/x/sys/unix"
 
 	"mantlet/sandbox"
 )
@@ -27,6 +24,7 @@ type Sidecar struct {
 	RuntimeDirectory string
 	Env              []string             // beside the directories' and Envoy's variables
 	Capabilities     []sandbox.Capability // what its container adds to `drop: [ALL]`
+	Contained        bool                 // PID 1, with a read-only root and the system calls that RuntimeDefault lets through
 	Binary           string               // mantlet
 	Log              io.Writer
 
@@ -69,8 +67,12 @@ func (s *Sidecar) Start() error {
 	started := make(chan error, 1)
 	onThread(func() { // and keep the thread, see Host.Start
 		err := s.Host.enter()
-		if err == nil {
-			err = contain(s.Capabilities)
+		switch {
+		case err != nil:
+		case s.Contained:
+			err = container{Writable: s.RuntimeDirectory, Capabilities: s.Capabilities}.around(s.cmd)
+		default:
+			err = limit(s.Capabilities)
 		}
 		if err == nil {
 			err = s.cmd.Start()
@@ -84,19 +86,6 @@ func (s *Sidecar) Start() error {
 		return fmt.Errorf("starting mantlet on host %q: %w", s.Host.Name, err)
 	}
 	return nil
-}
-
-// contain takes all other capabilities from what the thread will execute.
-func contain(add []sandbox.Capability) error {
-	for c := uintptr(0); c <= unix.CAP_LAST_CAP; c++ {
-		if slices.ContainsFunc(add, func(a sandbox.Capability) bool { return a.Number == c }) {
-			continue
-		}
-		if err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0); err != nil {
-			return fmt.Errorf("dropping capability %d: %w", c, err)
-		}
-	}
-	return unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 }
 
 // Unready returns what keeps the sidecar from being ready, or "" if it is.

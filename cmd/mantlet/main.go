@@ -6,12 +6,52 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
+	"runtime"
 	"runtime/debug"
+	"syscall"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 )
 
-func main() { os.Exit(execute(os.Args[1:], os.Stdout, os.Stderr)) }
+func main() {
+	done := make(chan int, 1)
+	run := func() { done <- execute(os.Args[1:], os.Stdout, os.Stderr) }
+	if os.Getpid() == 1 {
+		go run()
+		os.Exit(reap(done))
+	}
+	run()
+	os.Exit(<-done)
+}
+
+// init keeps main on the process's first thread where that is PID 1 of a container, see reap.
+func init() { //nolint:gochecknoinits // later it may be another thread already
+	if os.Getpid() == 1 {
+		runtime.LockOSThread()
+	}
+}
+
+// reap reaps orphans until the program is done: the kernel gives them to PID 1, whose first thread becomes their parent.
+// It looks for that thread's children only. What mantlet starts itself is another thread's, and os/exec waits for it.
+func reap(done <-chan int) (code int) {
+	ended := make(chan os.Signal, 1)
+	signal.Notify(ended, syscall.SIGCHLD)
+	for {
+		for {
+			pid, err := unix.Wait4(-1, nil, unix.WNOHANG|unix.WNOTHREAD, nil)
+			if pid <= 0 && !errors.Is(err, unix.EINTR) {
+				break
+			}
+		}
+		select {
+		case <-ended:
+		case code := <-done:
+			return code
+		}
+	}
+}
 
 // Exit codes: 0 all is well, 1 it is not, 2 the command could not do its work.
 const (

@@ -137,7 +137,6 @@ func TestMissingCapability(t *testing.T) {
 				t.Errorf("%+v, want nothing accepted", total)
 			}
 			p.must(p.sidecar.Stop())
-			p.leavesNothing()
 		})
 	}
 }
@@ -348,6 +347,65 @@ func TestForeignListener(t *testing.T) {
 			t.Errorf("user %d joins Envoy's listener: %v", uid, err)
 		}
 	}
+}
+
+// TestContainer: mantlet as PID 1 of a container, with all mounts read-only but the runtime directory and /dev/shm, and
+// with the system calls that the runtimes' default profiles let through. It reaps what others leave behind, and takes
+// no child's end from whoever waits for it.
+func TestContainer(t *testing.T) {
+	t.Parallel()
+	directory := t.TempDir()
+	lab.Open(directory)
+	path, config := filepath.Join(directory, "envoy"), filepath.Join(directory, "mesh.yaml")
+	p := newPod(t, web, "MANTLET_ENVOY_PATH="+path, "MANTLET_CONFIG="+config)
+	p.sidecar.Contained = true
+	p.install(os.Getenv("MANTLET_ENVOY_PATH"), path+"-proper")
+	p.must(os.WriteFile(path, []byte("#!/bin/sh\n(sleep 86397 >/dev/null 2>&1 &)\nexec "+path+`-proper "$@"`), 0o755))
+	p.must(os.WriteFile(config, []byte("tls: {minVersion: '1.2'}"), 0o644))
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.besiege()
+	p.run()
+	p.protect(mtlsPort)
+	p.ready()
+	if p.threads(p.sidecar.PID(), "NSpid")[0] == strconv.Itoa(p.sidecar.PID()) {
+		t.Error("mantlet is not PID 1")
+	}
+
+	children := func(comm string) (pids []int) {
+		all, err := p.sidecar.Envoys()
+		p.must(err)
+		for _, pid := range all {
+			name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+			if err == nil && strings.TrimSpace(string(name)) == comm {
+				pids = append(pids, pid)
+			}
+		}
+		return pids
+	}
+	for round := range 3 {
+		p.await("mantlet has the orphan and Envoy", func() bool { return len(children("sleep")) == 1 && len(children("envoy-proper")) == 1 })
+		orphan, envoy := children("sleep")[0], children("envoy-proper")[0]
+		p.must(syscall.Kill(orphan, syscall.SIGKILL))
+		p.await("the orphan is reaped", func() bool { return errors.Is(syscall.Kill(orphan, 0), syscall.ESRCH) })
+		p.must(syscall.Kill(envoy, syscall.SIGKILL))
+		p.await("mantlet knows how Envoy ended", func() bool { return p.log.count("it ended: signal: killed") > round })
+		p.await("Envoy is back", func() bool { return len(children("envoy-proper")) == 1 && children("envoy-proper")[0] != envoy })
+		p.ready()
+	}
+	p.must(os.WriteFile(config, []byte("tls: {minVersion: '1.3'}"), 0o644))
+	p.await("a hot restart", func() bool { return p.log.count(`"epoch":1`) > 0 })
+	p.ready()
+	for _, addr := range p.Addrs() {
+		p.must(p.exchange(netip.AddrPortFrom(addr, mtlsPort), p.client.ClientConfig("pod")))
+	}
+	p.besieged()
+	for _, bad := range []string{"read-only file system", "operation not permitted", "no child processes", "could not be kept"} {
+		if p.log.count(bad) > 0 {
+			t.Errorf("mantlet's log has %q", bad)
+		}
+	}
+	p.must(p.sidecar.Stop())
+	p.leavesNothing()
 }
 
 // install puts a program in place, of the same content.
