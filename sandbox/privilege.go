@@ -42,7 +42,7 @@ func Needs(uid int) []Capability {
 	return []Capability{netAdmin, netRaw, setUID, setGID}
 }
 
-// Missing returns an error that names what is needed and the calling thread lacks, and the manifest's line that gives it.
+// Missing returns an error that names what is needed and the calling thread lacks.
 func Missing(needs []Capability) error {
 	has, err := capabilities()
 	if err != nil {
@@ -51,19 +51,20 @@ func Missing(needs []Capability) error {
 	var errs []error
 	for _, c := range needs {
 		if has.permitted&c.bit() == 0 {
-			errs = append(errs, fmt.Errorf("CAP_%s is missing, which mantlet needs %s: write capabilities: {drop: [ALL], add: [%s]} "+
-				"in the securityContext of its container, and runAsUser: 0", c.Name, c.For, names(needs)))
+			errs = append(errs, fmt.Errorf("CAP_%s is missing, which mantlet needs %s", c.Name, c.For))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-func names(all []Capability) string {
+// Remedy says which lines of a manifest give what is needed.
+func Remedy(needs []Capability) string {
 	var names []string
-	for _, c := range all {
+	for _, c := range needs {
 		names = append(names, c.Name)
 	}
-	return strings.Join(names, ", ")
+	return fmt.Sprintf("give mantlet's container capabilities: {drop: [ALL], add: [%s]} and runAsUser: 0: another user gets none of them",
+		strings.Join(names, ", "))
 }
 
 func (c Capability) bit() uint64 { return 1 << c.Number }
@@ -96,7 +97,7 @@ func capabilities() (sets, error) {
 // the kernel takes that one's user for the process's. The thread keeps its capabilities until Confine.
 func Become(uid int, outer, inner string) error {
 	if err := Missing(Needs(uid)); err != nil {
-		return err
+		return fmt.Errorf("%w; %s", err, Remedy(Needs(uid)))
 	}
 	gid := uid
 	same := uid == os.Geteuid()

@@ -21,6 +21,7 @@ import (
 
 	"mantlet/reconcile/envoy"
 	"mantlet/reconcile/nft"
+	"mantlet/sandbox"
 	"mantlet/schema"
 )
 
@@ -105,7 +106,7 @@ func findings(ctx context.Context, environ []string) []finding {
 	env, err := schema.ParseEnvironment(environ)
 	process := env.Process
 	all := slices.Concat(
-		[]finding{tryNamespace(environ), tryCapabilities()},
+		[]finding{tryNamespace(environ), tryCapabilities(process.EnvoyUID)},
 		tryKernel(),
 		[]finding{
 			tryIPv6(), tryConntrack("/proc/sys/net/netfilter"),
@@ -147,15 +148,9 @@ func tryNamespace(environ []string) finding {
 	return tried(need, "the pod's own, as far as can be seen", nil, "")
 }
 
-func tryCapabilities() finding {
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var sets [2]unix.CapUserData
-	err := unix.Capget(&header, &sets[0])
-	if err == nil && sets[0].Effective&(1<<unix.CAP_NET_ADMIN) == 0 {
-		err = errors.New("CAP_NET_ADMIN is missing")
-	}
-	return tried("capabilities", "CAP_NET_ADMIN", err,
-		"give mantlet's container capabilities {add: [NET_ADMIN]} and runAsUser: 0: another user gets none of it")
+func tryCapabilities(envoyUID int) finding {
+	needs := sandbox.Needs(envoyUID)
+	return tried("capabilities", "all that are needed", sandbox.Missing(needs), sandbox.Remedy(needs))
 }
 
 // tryKernel tries what the rules need, in a table that is never there outside of a transaction.

@@ -71,7 +71,8 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	}
 	table, found, err := closePod(log)
 	if errors.Is(err, syscall.EPERM) {
-		err = errors.Join(sandbox.Missing(sandbox.Needs(os.Geteuid())), err)
+		needs := sandbox.Needs(os.Geteuid())
+		err = errors.Join(sandbox.Missing(needs), fmt.Errorf("%w; %s", err, sandbox.Remedy(needs)))
 	}
 	if err != nil {
 		return err
