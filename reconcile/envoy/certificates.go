@@ -140,7 +140,8 @@ func (s *Secrets) Valid(now time.Time) error {
 	if published == nil {
 		return nil
 	}
-	return published.verify(now)
+	_, err := published.verify(now)
+	return err
 }
 
 // Certificates describes what Envoy has: the chain, then the mesh CAs.
@@ -183,7 +184,8 @@ type Certificates struct {
 	chain, key, meshCA []byte
 	certs              []*x509.Certificate // of the chain, the leaf first
 	anchors            []*x509.Certificate
-	expires            time.Time // the first certificate of the chain that does
+	expires            time.Time             // the first certificate of the chain that does
+	verified           [][]*x509.Certificate // the ways from the leaf to a mesh CA that were found when they were checked
 }
 
 // Equal reports whether both hold the same bytes.
@@ -249,7 +251,7 @@ func (c *Certificates) check(directory string, now time.Time) error {
 			c.expires = cert.NotAfter
 		}
 	}
-	if err := c.verify(now); err != nil {
+	if c.verified, err = c.verify(now); err != nil {
 		return in(chainFile, err)
 	}
 	return nil
@@ -274,30 +276,36 @@ func usable(key any) error {
 	return nil
 }
 
-// verify does what a peer does with the chain at a time.
-func (c *Certificates) verify(now time.Time) error {
+// verify does what a peer does with the chain at a time, and returns its ways to a mesh CA. Signatures stay good: of a way
+// that was verified only the times are looked at again. Readiness asks often, while Envoy starts.
+func (c *Certificates) verify(now time.Time) ([][]*x509.Certificate, error) {
+	for i, cert := range c.certs {
+		if now.After(cert.NotAfter) {
+			return nil, fmt.Errorf("certificate %d (%s) expired at %s", i+1, cert.Subject, cert.NotAfter.Format(time.RFC3339))
+		}
+		if now.Before(cert.NotBefore) {
+			return nil, fmt.Errorf("certificate %d (%s) is not valid before %s: is the clock right?", i+1, cert.Subject, cert.NotBefore.Format(time.RFC3339))
+		}
+	}
+	if slices.ContainsFunc(c.verified, func(way []*x509.Certificate) bool {
+		return !slices.ContainsFunc(way, func(cert *x509.Certificate) bool { return now.Before(cert.NotBefore) || now.After(cert.NotAfter) })
+	}) {
+		return c.verified, nil
+	}
 	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
 	for _, cert := range c.anchors {
 		roots.AddCert(cert)
 	}
-	for i, cert := range c.certs {
-		if now.After(cert.NotAfter) {
-			return fmt.Errorf("certificate %d (%s) expired at %s", i+1, cert.Subject, cert.NotAfter.Format(time.RFC3339))
-		}
-		if now.Before(cert.NotBefore) {
-			return fmt.Errorf("certificate %d (%s) is not valid before %s: is the clock right?", i+1, cert.Subject, cert.NotBefore.Format(time.RFC3339))
-		}
-		if i > 0 {
-			intermediates.AddCert(cert)
-		}
+	for _, cert := range c.certs[1:] {
+		intermediates.AddCert(cert)
 	}
-	_, err := c.certs[0].Verify(x509.VerifyOptions{
+	ways, err := c.certs[0].Verify(x509.VerifyOptions{
 		Roots: roots, Intermediates: intermediates, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	})
 	if err != nil {
-		return fmt.Errorf("the leaf (%s) does not verify up to %s: %w", c.certs[0].Subject, meshCAFile, err)
+		return nil, fmt.Errorf("the leaf (%s) does not verify up to %s: %w", c.certs[0].Subject, meshCAFile, err)
 	}
-	return nil
+	return ways, nil
 }
 
 // parse returns the certificates of a PEM text, at least one.
