@@ -1,6 +1,9 @@
 package main
 
 import (
+	"bytes"
+	"context"
+	"fmt"
 	"net/http"
 	"os"
 	"os/exec"
@@ -13,6 +16,7 @@ import (
 	"time"
 
 	"mantlet/reconcile"
+	"mantlet/reconcile/nft"
 	"mantlet/render"
 )
 
@@ -36,9 +40,7 @@ func BenchmarkStart(b *testing.B) {
 	check(b, err)
 	p := newPod(b, web, "EDG_EGRESS_PROXY_CONFIG=billing#127.137.0.1:8081#192.0.2.1:8080##cart#127.137.0.2:8081#[2001:db8::1]:8080")
 	p.sidecar.Binary = binary
-	p.sidecar.RuntimeDirectory, err = os.MkdirTemp("/dev/shm", "run") // memory-backed, as in a pod
-	p.must(err)
-	b.Cleanup(func() { p.check(os.RemoveAll(p.sidecar.RuntimeDirectory)) })
+	p.inMemory()
 	directory := filepath.Join(p.sidecar.RuntimeDirectory, "envoy")
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	saved := filepath.Join(b.TempDir(), "bootstrap.json")
@@ -91,6 +93,217 @@ func BenchmarkStart(b *testing.B) {
 	if ratio > mostRatio || mib > mostMemory || size > mostBinary {
 		b.Errorf("mantlet is ready after %v, %.2f times the %v that Envoy takes (%v at most), has %.1f MiB resident (%d) and a binary of %.1f MiB (%d)",
 			median(ours), ratio, median(envoys), mostRatio, mib, mostMemory, size, mostBinary)
+	}
+}
+
+// inMemory makes the runtime directory memory-backed, as in a pod.
+func (p *pod) inMemory() {
+	p.t.Helper()
+	directory, err := os.MkdirTemp("/dev/shm", "run")
+	p.must(err)
+	p.t.Cleanup(func() { p.check(os.RemoveAll(directory)) })
+	p.sidecar.RuntimeDirectory = directory
+}
+
+// reloaded runs a pod with an override file, quietly: nobody comes.
+func reloaded(b *testing.B, env ...string) (*pod, *mounted) {
+	p := newPod(b, append(env, web)...)
+	p.inMemory()
+	m := p.mount()
+	m.write("{}")
+	p.sidecar.Env = append(p.sidecar.Env, "MANTLET_CONFIG="+m.file())
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.ready()
+	return p, m
+}
+
+// commit is a transaction that changed the table, and whose it was.
+type commit struct {
+	at time.Time
+	by string
+}
+
+// commits returns what the kernel tells of changes of the pod's table.
+func (p *pod) commits() <-chan commit {
+	p.t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	var table *nft.Table
+	var notes <-chan string
+	p.must(p.Do(func() (err error) {
+		if table, err = nft.Open(); err == nil {
+			notes = table.Watch(ctx)
+		}
+		return err
+	}))
+	p.t.Cleanup(func() { cancel(); p.check(table.Close()) })
+	told := make(chan commit, 16)
+	go func() {
+		for {
+			select {
+			case by := <-notes:
+				if by != "" {
+					told <- commit{time.Now(), by}
+				}
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return told
+}
+
+// mostReload is what a change of modes may take beyond debounce, which is how long the file must be quiet to be read.
+const (
+	mostReload = 20 * time.Millisecond
+	debounce   = 50 * time.Millisecond
+)
+
+// BenchmarkReload measures from a change of the override file that concerns modes alone until its rules are in force.
+func BenchmarkReload(b *testing.B) {
+	p, m := reloaded(b)
+	commits := p.commits()
+	var took []time.Duration
+	for b.Loop() {
+		for i := range 100 {
+			began := time.Now()
+			m.write(fmt.Sprintf("ingress: [{port: %d, mode: tls}]", 9000+i))
+			took = append(took, (<-commits).at.Sub(began)-debounce)
+		}
+	}
+	percentiles(b, "in-force", took)
+	if median(took) > mostReload {
+		b.Errorf("a change of modes is in force %v after the debounce; %v at most", median(took), mostReload)
+	}
+}
+
+// BenchmarkReloadWithHotRestart takes turns between a change of the override file that needs a new Envoy, from the end of the
+// debounce until its rules are in force, and bare Envoy with the same bootstrap: validation, then from exec to LIVE.
+func BenchmarkReloadWithHotRestart(b *testing.B) {
+	p, m := reloaded(b)
+	commits := p.commits()
+	file := func(name string) string { return filepath.Join(p.sidecar.RuntimeDirectory, "envoy", name) }
+	var ours, bare []time.Duration
+	for b.Loop() {
+		for range 20 {
+			began := time.Now()
+			m.write(fmt.Sprintf("ingress: [{port: 9000, mode: mtls, allow: [client-%d]}]", len(ours))) // tightens, so it does not wait
+			ours = append(ours, (<-commits).at.Sub(began)-debounce)
+			epoch := len(ours)
+			text, err := os.ReadFile(file(fmt.Sprintf("bootstrap-%d.json", epoch)))
+			p.must(err)
+			text = bytes.ReplaceAll(text, fmt.Appendf(nil, "admin-%d.sock", epoch), []byte("bare.sock"))
+			p.must(os.WriteFile(file("bare.json"), text, 0o600))
+			bare = append(bare, p.bare(file("bare.json"), file("bare.sock")))
+		}
+	}
+	ratio := float64(median(ours)) / float64(median(bare))
+	percentiles(b, "in-force", ours)
+	percentiles(b, "bare", bare)
+	b.ReportMetric(ratio, "in-force/bare")
+	if ratio > mostRatio {
+		b.Errorf("a change that needs a new Envoy takes %v beyond the debounce, %.2f times the %v of bare Envoy; %v at most",
+			median(ours), ratio, median(bare), mostRatio)
+	}
+}
+
+// bare is how long Envoy by itself takes to validate a bootstrap and to get live with it.
+func (p *pod) bare(config, admin string) time.Duration {
+	p.t.Helper()
+	path := os.Getenv("MANTLET_ENVOY_PATH")
+	began := time.Now()
+	_, err := p.Run(path, "--mode", "validate", "--config-path", config)
+	p.must(err)
+	envoy := p.Command(path, "--config-path", config, "--disable-hot-restart", "--concurrency", "2", "--log-level", "warning")
+	envoy.Stdout, envoy.Stderr = nil, nil
+	p.must(p.Start(envoy))
+	p.answers(admin, "/server_info", `"state": "LIVE"`)
+	took := time.Since(began)
+	p.must(envoy.Process.Kill())
+	_ = envoy.Wait()
+	p.must(os.Remove(admin))
+	return took
+}
+
+// BenchmarkRepair measures from the kernel's note of a foreign change to the rules until the kernel's note that they are put
+// back.
+func BenchmarkRepair(b *testing.B) {
+	const most = 50 * time.Millisecond
+	p := newPod(b, web)
+	_, err := p.Run("nft", "add", "table", "inet", "mantlet") // one that is there stays without an owner
+	p.must(err)
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.ready()
+	commits := p.commits()
+	var took []time.Duration
+	for b.Loop() {
+		for i := range 100 {
+			change := tamperings()[i%len(tamperings())].text
+			if strings.Contains(change, "%s") {
+				continue
+			}
+			_, err := p.Run("nft", change)
+			p.must(err)
+			theirs, ours := <-commits, <-commits
+			if theirs.by != "nft" || ours.by == "nft" {
+				b.Fatalf("%s: changes by %q and %q", change, theirs.by, ours.by)
+			}
+			took = append(took, ours.at.Sub(theirs.at))
+		}
+	}
+	percentiles(b, "repair", took)
+	if median(took) > most {
+		b.Errorf("rules are put back after %v; %v at most", median(took), most)
+	}
+}
+
+// BenchmarkIdle measures what mantlet and its Envoy take of one core while nobody comes.
+func BenchmarkIdle(b *testing.B) {
+	const most = 0.2 // percent, mantlet's
+	p, _ := reloaded(b)
+	envoy := p.envoy()
+	tick := time.NewTicker(30 * time.Second)
+	defer tick.Stop()
+	var ours, envoys float64
+	for b.Loop() {
+		began := time.Now()
+		before, envoyBefore := processor(b, p.sidecar.PID()), processor(b, envoy)
+		<-tick.C
+		<-tick.C
+		percent := func(used time.Duration) float64 { return 100 * float64(used) / float64(time.Since(began)) }
+		ours, envoys = percent(processor(b, p.sidecar.PID())-before), percent(processor(b, envoy)-envoyBefore)
+	}
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(ours, "mantlet-%")
+	b.ReportMetric(envoys, "envoy-%")
+	if ours > most {
+		b.Errorf("an idle mantlet takes %.2f %% of a core; %v %% at most", ours, most)
+	}
+}
+
+// processor returns how long a process ran on any core up to now, in the steps of 10 ms that the kernel tells.
+func processor(t testing.TB, pid int) time.Duration {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
+	check(t, err)
+	_, rest, _ := strings.Cut(string(text), ") ")
+	fields := strings.Fields(rest) // of proc(5), from the third on; utime and stime are the 14th and 15th
+	sum := 0
+	for _, field := range fields[14-3 : 16-3] {
+		ticks, err := strconv.Atoi(field)
+		check(t, err)
+		sum += ticks
+	}
+	return time.Duration(sum) * 10 * time.Millisecond
+}
+
+// percentiles reports how the measurements are distributed.
+func percentiles(b *testing.B, what string, all []time.Duration) {
+	all = slices.Sorted(slices.Values(all))
+	b.ReportMetric(0, "ns/op")
+	for _, p := range []int{50, 90, 99} {
+		b.ReportMetric(float64(all[min(len(all)*p/100, len(all)-1)].Microseconds())/1000, fmt.Sprintf("%s-p%d-ms", what, p))
 	}
 }
 
