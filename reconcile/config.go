@@ -131,6 +131,8 @@ func (d *Daemon) keep(content []byte) {
 		}
 	}
 	if err != nil {
+		// One before it may be looser: a mantlet that starts beside a bad file then waits for a good one.
+		_ = os.Remove(d.keptPath())
 		d.Log.Warn("the override file could not be kept for a restart of mantlet", "error", err)
 	}
 }

@@ -162,6 +162,10 @@ type desired struct {
 // tickets. An hour costs each client one full handshake an hour.
 const ticketLife = time.Hour
 
+// retryCertificates is how soon certificates that could not be taken are looked at again: a full disk gives no event when it
+// has room.
+const retryCertificates = time.Second
+
 // Run brings the desired state about and keeps it until ctx ends; then it lets connections end, for at most the drain
 // time or until abort is closed, and stops Envoy. The rules stay whatever happens. A note on reload makes it read its inputs.
 func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
@@ -181,9 +185,12 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 	first.Wait()
 	for {
 		d.locked(func() { d.turned = time.Now() })
-		var again <-chan time.Time
+		var again, retry <-chan time.Time
 		if wait := d.converge(ctx); wait > 0 {
 			again = time.After(wait)
+		}
+		if d.badCertificates != nil {
+			retry = time.After(retryCertificates)
 		}
 		select {
 		case <-ctx.Done():
@@ -192,6 +199,8 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 		case <-config:
 			d.readConfig()
 		case <-certificates:
+			d.readCertificates(ctx)
+		case <-retry:
 			d.readCertificates(ctx)
 		case <-reload:
 			d.readConfig()
@@ -519,13 +528,14 @@ type backoff struct {
 const (
 	firstPause = 100 * time.Millisecond
 	maxPause   = 10 * time.Second
-	// healthy is how long it must go well for the next failure to count as the first.
-	healthy = time.Minute
+	// healthy is how many times the last pause it must go well for the next failure to count as the first: so the pauses
+	// take a tenth of the time at most, and an Envoy that is killed each minute is back at once each time.
+	healthy = 10
 )
 
 // next returns how long to wait, with jitter, after a failure at now.
 func (b *backoff) next(now time.Time) time.Duration {
-	if now.Sub(b.last) > healthy {
+	if now.Sub(b.last) > healthy*b.pause {
 		b.pause = 0
 	}
 	b.last = now

@@ -345,7 +345,7 @@ func TestEnvoyEnds(t *testing.T) {
 		expect(t, w)
 		time.Sleep(firstPause)
 		expect(t, w, "start Envoy")
-		time.Sleep(healthy + time.Second)
+		time.Sleep(healthy*maxPause + time.Second)
 		expect(t, w)
 		close(w.latest.exited)
 		expect(t, w, "start Envoy")
@@ -705,7 +705,7 @@ func TestBackoff(t *testing.T) {
 		}
 		now = now.Add(got)
 	}
-	if got := b.next(now.Add(healthy + 1)); got != 0 {
+	if got := b.next(now.Add(healthy*maxPause + 1)); got != 0 {
 		t.Errorf("after it went well the pause is %v", got)
 	}
 }

@@ -48,6 +48,8 @@ type Secrets struct {
 
 	mu        sync.Mutex
 	published *Certificates // never changed again; another one takes its place
+
+	torn bool // a generation was published in part; Update alone looks at it
 }
 
 // has returns what Envoy has; nil for nothing.
@@ -65,15 +67,16 @@ func (s *Secrets) has() *Certificates {
 func (s *Secrets) Update(ctx context.Context) (revoked bool, err error) {
 	read, err := readCertificates(s.TLSDirectory)
 	published := s.has()
-	if err != nil || read.Equal(published) { // as a rule: a look at the bytes spares the signatures
+	if err != nil || read.Equal(published) && !s.torn { // as a rule: a look at the bytes spares the signatures
 		return false, err
 	}
 	if err := read.check(s.TLSDirectory, time.Now()); err != nil {
 		return false, err
 	}
-	revoked = !read.trustsAllOf(cmp.Or(published, s.former()))
+	revoked = !read.trustsAllOf(cmp.Or(published, s.former())) || s.torn && !read.trustsAllOf(s.former())
 	seen := s.Runner.caReads(ctx)
-	if err := Publish(read, s.RuntimeDirectory, time.Now()); err != nil {
+	err = Publish(read, s.RuntimeDirectory, time.Now())
+	if s.torn = err != nil; s.torn {
 		return false, err
 	}
 	s.mu.Lock()

@@ -288,6 +288,7 @@ func TestSecrets(t *testing.T) {
 	if _, err := s.Update(t.Context()); err != nil || read() == before {
 		t.Errorf("the next one was not published: %v", err)
 	}
+	s.tear(t)
 	if err := os.RemoveAll(s.RuntimeDirectory); err != nil {
 		t.Fatal(err)
 	}
@@ -296,5 +297,37 @@ func TestSecrets(t *testing.T) {
 	}
 	if _, err := s.Update(t.Context()); err == nil || !s.Expires().Equal(second.Leaf.NotAfter) {
 		t.Errorf("it can't be published, and passes for it: %v", err)
+	}
+}
+
+// tear publishes another mesh CA without the identity that goes with it, then wants back what was before.
+func (s *Secrets) tear(t *testing.T) {
+	t.Helper()
+	other := must[*lab.Authority](t)(lab.NewAuthority("mesh"))
+	identity := filepath.Join(s.RuntimeDirectory, render.SecretFile(render.IdentitySecret))
+	move := func(from, to string) {
+		if err := os.Rename(from, to); err != nil {
+			t.Fatal(err)
+		}
+	}
+	aside, before := filepath.Join(t.TempDir(), "aside"), s.TLSDirectory
+	move(identity, aside)
+	if err := os.MkdirAll(filepath.Join(identity, "in the way"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s.TLSDirectory = t.TempDir()
+	if err := must[*lab.Identity](t)(other.Issue(lab.Leaf{})).Write(s.TLSDirectory); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Update(t.Context()); err == nil {
+		t.Error("half a generation passes for a whole one")
+	}
+	if err := os.RemoveAll(identity); err != nil {
+		t.Fatal(err)
+	}
+	move(aside, identity)
+	s.TLSDirectory = before
+	if revoked, err := s.Update(t.Context()); err != nil || !revoked || !s.former().trustsAllOf(s.published) {
+		t.Errorf("half a generation stays: revoked %t, %v", revoked, err)
 	}
 }
