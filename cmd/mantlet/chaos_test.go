@@ -29,7 +29,7 @@ import (
 var (
 	chaosSeed   = flag.Uint64("chaos.seed", 0, "do what the run with this seed did; 0: something new")
 	chaosFor    = flag.Duration("chaos.for", 10*time.Second, "how long to go on")
-	chaosSettle = flag.Duration("chaos.settle", limit, "how soon after the last action all must be as it is wanted")
+	chaosSettle = flag.Duration("chaos.settle", 2*limit, "how soon after the last action all must be as it is wanted")
 )
 
 // TestChaos does random things to a pod, many at a time, while callers and probers of every kind come. Now and then it does
@@ -384,7 +384,7 @@ func (c *chaos) enter(v visitor, to netip.AddrPort) (net.Conn, error) {
 	c.mu.Lock()
 	before := c.asked
 	c.mu.Unlock()
-	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Second) // enough for two retransmissions of a SYN
+	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Second) // enough for three retransmissions of a SYN
 	defer cancel()
 	conn, err := c.attempt(ctx, v, to)
 	c.mu.Lock()
@@ -679,7 +679,7 @@ func (c *chaos) behaves() (why string) {
 	again := trials
 	for range 3 {
 		var wait sync.WaitGroup
-		slots := make(chan struct{}, 8)
+		slots := make(chan struct{}, 4)
 		for _, t := range again {
 			wait.Go(func() {
 				slots <- struct{}{}
