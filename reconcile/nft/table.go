@@ -184,17 +184,22 @@ func (t *Table) put(r render.Ruleset) error {
 	var found []string
 	for range attempts {
 		_ = t.refused.look(t) // what it can't see is lost to the count, and to nothing else
-		err := t.transaction(func(b *batch) error { return t.replace(b, r) })
-		if err == nil {
-			t.refused.fold()
+		failed := t.transaction(func(b *batch) error { return t.replace(b, r) })
+		// Where acknowledgements did not fit into the socket's buffer, the commit may have gone well all the same.
+		if failed != nil && !errors.Is(failed, unix.ENOBUFS) {
+			return fmt.Errorf("replacing the table inet %s: %w", render.Table, t.explain(failed))
 		}
-		if err != nil {
-			return fmt.Errorf("replacing the table inet %s: %w", render.Table, t.explain(err))
-		}
+		before := t.want
 		t.want, t.intact = r, 0
+		var err error
 		if found, err = t.differences(); err != nil {
-			return fmt.Errorf("reading the table inet %s back: %w", render.Table, t.explain(err))
+			return fmt.Errorf("reading the table inet %s back: %w", render.Table, t.explain(errors.Join(failed, err)))
 		}
+		if failed != nil && len(found) > 0 {
+			t.want = before
+			return fmt.Errorf("replacing the table inet %s: %w", render.Table, failed)
+		}
+		t.refused.fold()
 		if len(found) == 0 {
 			return nil
 		}

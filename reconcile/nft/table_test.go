@@ -303,6 +303,24 @@ func TestReplaceWithManyEntries(t *testing.T) {
 	p.check()
 }
 
+// Where the kernel's acknowledgements are lost, what the kernel has decides.
+func TestReplaceWithoutAcknowledgements(t *testing.T) {
+	t.Parallel()
+	modes(t, func(t *testing.T, p *place) {
+		p.replace(render.DenyAll(true))
+		if err := p.table.raw.SetReadBuffer(1); err != nil { // the kernel's least: a few messages
+			t.Fatal(err)
+		}
+		for _, want := range []render.Ruleset{rules(port1(8080, schema.ModeTLS)), many(300), rules()} {
+			p.replace(want)
+			if diff := cmp.Diff(want.Text(), listing(t, p.pod)); diff != "" {
+				t.Fatalf("(-want +got):\n%s", diff)
+			}
+			p.check()
+		}
+	})
+}
+
 // What Check compares with must never be somebody else's work.
 func TestReplaceWhileOthersFlush(t *testing.T) {
 	t.Parallel()
