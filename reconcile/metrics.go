@@ -33,9 +33,9 @@ func WriteMetrics(to io.Writer, s Status) error {
 
 func metricsFormat() expfmt.Format { return expfmt.NewFormat(expfmt.TypeTextPlain) }
 
-func (d *Daemon) serveMetrics(w http.ResponseWriter, _ *http.Request) {
+func (d *Daemon) serveMetrics(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", string(metricsFormat()))
-	if err := WriteMetrics(w, once(d, "status", d.Status)); err != nil {
+	if err := WriteMetrics(w, seldom(d, r, "status", d.Status)); err != nil {
 		d.Log.Debug("the metrics were not written", "error", err) // to a client that is gone
 	}
 }
@@ -82,7 +82,16 @@ func (c collector) counter(name, help string, value float64, labels ...string) {
 
 func (c collector) send(kind prometheus.ValueType, name, help string, value float64, labels []string) {
 	desc, values := describe(name, help, labels)
-	c.to <- prometheus.MustNewConstMetric(desc, kind, value, values...)
+	metric, err := prometheus.NewConstMetric(desc, kind, value, values...)
+	c.pass(desc, metric, err)
+}
+
+// pass makes an error the scrape's. The library's own way, a panic in a goroutine of its own, would be mantlet's end.
+func (c collector) pass(desc *prometheus.Desc, metric prometheus.Metric, err error) {
+	if err != nil {
+		metric = prometheus.NewInvalidMetric(desc, err)
+	}
+	c.to <- metric
 }
 
 func describe(name, help string, labels []string) (desc *prometheus.Desc, values []string) {
@@ -107,7 +116,8 @@ func (c collector) applies(all []Applies) {
 			buckets[bound] = a.Within[i]
 		}
 		desc, values := describe("apply_duration_seconds", "How long applying took.", []string{"kind", a.Kind})
-		c.to <- prometheus.MustNewConstHistogram(desc, a.Succeeded+a.Failed, a.Seconds, buckets, values...)
+		metric, err := prometheus.NewConstHistogram(desc, a.Succeeded+a.Failed, a.Seconds, buckets, values...)
+		c.pass(desc, metric, err)
 	}
 }
 

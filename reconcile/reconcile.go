@@ -146,6 +146,7 @@ type Daemon struct {
 	applies   applies
 	envoys    Envoys
 	flight    singleflight.Group // of requests that ask the same
+	told      sync.Map           // what they were told last
 }
 
 // desired is a desired state and what it was rendered from.

@@ -6,11 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -617,10 +621,11 @@ func TestDead(t *testing.T) {
 		"guard of the rules": func(w *world, until chan struct{}) { w.mend = until },
 	} {
 		t.Run(what, func(t *testing.T) {
+			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				w.run(t)
-				time.Sleep(time.Hour)
+				time.Sleep(stuck + poll)
 				if err := w.Dead(); err != nil {
 					t.Errorf("while all is well: %v", err)
 				}
@@ -643,7 +648,7 @@ func TestDead(t *testing.T) {
 				w.open = func(context.Context) (int, error) { return 1, nil }
 				w.want.mesh.Envoy.DrainTime = time.Hour
 				w.end()
-				time.Sleep(2 * stuck)
+				time.Sleep(stuck + poll)
 				if err := w.Dead(); err != nil {
 					t.Errorf("while it stops: %v", err)
 				}
@@ -689,6 +694,45 @@ func TestStatusCounts(t *testing.T) {
 			case a.Kind == applyHotRestart && a.Succeeded+a.Failed > 0:
 				t.Errorf("hot restarts: %+v", a)
 			}
+		}
+	})
+}
+
+// TestFlood: however often strangers ask, mantlet and Envoy are asked a few times a second. Over the unix socket it is tried
+// each time.
+func TestFlood(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.run(t)
+		var tried atomic.Int64
+		w.latest.check = func(context.Context) error {
+			tried.Add(1)
+			time.Sleep(time.Millisecond)
+			return nil
+		}
+		ask := func(local net.Addr, times int) int {
+			before := tried.Load()
+			var all sync.WaitGroup
+			for i := range times {
+				all.Go(func() {
+					time.Sleep(time.Duration(i) * 10 * time.Millisecond)
+					request := httptest.NewRequest(http.MethodGet, "/readyz", nil)
+					request = request.WithContext(context.WithValue(t.Context(), http.LocalAddrContextKey, local))
+					recorder := httptest.NewRecorder()
+					w.handler().ServeHTTP(recorder, request)
+					if recorder.Code != http.StatusOK {
+						t.Errorf("%d: %s", recorder.Code, recorder.Body)
+					}
+				})
+			}
+			all.Wait()
+			return int(tried.Load() - before)
+		}
+		if n := ask(&net.TCPAddr{}, 100); n != 5 { // in a second
+			t.Errorf("strangers made it try %d times", n)
+		}
+		if n := ask(&net.UnixAddr{}, 100); n != 100 {
+			t.Errorf("over the socket it tried %d times", n)
 		}
 	})
 }

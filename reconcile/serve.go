@@ -130,14 +130,14 @@ func (d *Daemon) handler() http.Handler {
 		answer(w, r, []string{checkMantlet}, reasons, nil)
 	})
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
-		answer(w, r, Checks(), once(d, "unready", d.Unready), d.Notes())
+		answer(w, r, Checks(), seldom(d, r, "unready", d.Unready), d.Notes())
 	})
 	mux.HandleFunc("GET /probe/{name}", d.probe)
-	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
 		encoder := json.NewEncoder(w)
 		encoder.SetEscapeHTML(false)
-		_ = encoder.Encode(once(d, "status", d.Status)) // to a client that is gone
+		_ = encoder.Encode(seldom(d, r, "status", d.Status)) // to a client that is gone
 	})
 	mux.HandleFunc("GET /metrics", d.serveMetrics)
 	return mux
@@ -147,6 +147,33 @@ func (d *Daemon) handler() http.Handler {
 func once[T any](d *Daemon, key string, ask func(context.Context) T) T {
 	answer, _, _ := d.flight.Do(key, func() (any, error) { return ask(context.Background()), nil })
 	return answer.(T)
+}
+
+// shared is how long an answer is given to others who ask the same over TCP: it takes some milliseconds of mantlet and Envoy,
+// and strangers must not be able to keep them busy.
+const shared = 200 * time.Millisecond
+
+// told is an answer, and when it was begun.
+type told[T any] struct {
+	began  time.Time
+	answer T
+}
+
+// seldom is once for those who ask over the unix socket. All others may get an answer that was finished before, but is
+// recent.
+func seldom[T any](d *Daemon, r *http.Request, key string, ask func(context.Context) T) T {
+	if _, stranger := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr); !stranger {
+		return once(d, key, ask)
+	}
+	return once(d, key+" over TCP", func(ctx context.Context) T {
+		if last, ok := d.told.Load(key); ok && time.Since(last.(told[T]).began) < shared {
+			return last.(told[T]).answer
+		}
+		now := told[T]{began: time.Now()}
+		now.answer = ask(ctx)
+		d.told.Store(key, now)
+		return now.answer
+	})
 }
 
 // answer writes what Kubernetes' own components answer at these paths: ok, or the reasons, one a line; with ?verbose every
