@@ -33,6 +33,7 @@ func limit(add []sandbox.Capability) error {
 type container struct {
 	Writable     string // the one directory, beside /dev/shm
 	Capabilities []sandbox.Capability
+	Forbidden    []uint32 // system calls
 	Path         string
 	Args         []string
 	Env          []string
@@ -68,7 +69,7 @@ func execute() error {
 	if err := limit(c.Capabilities); err != nil {
 		return err
 	}
-	if err := forbid(); err != nil {
+	if err := forbid(c.Forbidden); err != nil {
 		return err
 	}
 	return os.NewSyscallError("execve", unix.Exec(c.Path, c.Args, c.Env))
@@ -95,30 +96,31 @@ func (c container) mount() error {
 	return nil
 }
 
-// forbid refuses, to the calling thread and what it executes, the system calls that no container runtime's default profile
-// (`seccompProfile: RuntimeDefault`) lets through without further capabilities. The thread must have no way to new privileges.
-func forbid() error {
-	calls := []uint32{
+// forbid refuses, to the calling thread and what it executes, these system calls and those that no container runtime's default
+// profile (`seccompProfile: RuntimeDefault`) lets through without further capabilities. The thread must have no way to new
+// privileges.
+func forbid(calls []uint32) error {
+	calls = append(calls,
 		unix.SYS_ACCT, unix.SYS_ADD_KEY, unix.SYS_BPF, unix.SYS_CHROOT, unix.SYS_CLOCK_ADJTIME, unix.SYS_CLOCK_SETTIME, unix.SYS_DELETE_MODULE,
 		unix.SYS_FANOTIFY_INIT, unix.SYS_FINIT_MODULE, unix.SYS_FSMOUNT, unix.SYS_FSOPEN, unix.SYS_INIT_MODULE, unix.SYS_IO_URING_SETUP,
 		unix.SYS_IOPERM, unix.SYS_IOPL, unix.SYS_KEXEC_LOAD, unix.SYS_KEYCTL, unix.SYS_MOUNT, unix.SYS_MOUNT_SETATTR, unix.SYS_MOVE_MOUNT,
 		unix.SYS_OPEN_BY_HANDLE_AT, unix.SYS_OPEN_TREE, unix.SYS_PERF_EVENT_OPEN, unix.SYS_PIVOT_ROOT, unix.SYS_QUOTACTL, unix.SYS_REBOOT,
 		unix.SYS_REQUEST_KEY, unix.SYS_SETDOMAINNAME, unix.SYS_SETHOSTNAME, unix.SYS_SETNS, unix.SYS_SETTIMEOFDAY, unix.SYS_SWAPON,
 		unix.SYS_SYSLOG, unix.SYS_UMOUNT2, unix.SYS_UNSHARE, unix.SYS_USERFAULTFD, unix.SYS_VHANGUP,
-	}
-	statement := func(code uint16, k uint32, yes, no uint8) unix.SockFilter {
-		return unix.SockFilter{Code: code, Jt: yes, Jf: no, K: k}
+	)
+	statement := func(code uint16, k uint32, skipUnless uint8) unix.SockFilter {
+		return unix.SockFilter{Code: code, K: k, Jf: skipUnless}
 	}
 	const load, equal, result = unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, unix.BPF_RET | unix.BPF_K
-	program := []unix.SockFilter{statement(load, 0, 0, 0)} // seccomp_data.nr
+	program := []unix.SockFilter{statement(load, 0, 0)} // seccomp_data.nr
 	for _, call := range append(calls, unix.SYS_CLONE3) {
 		errno := unix.EPERM
 		if call == unix.SYS_CLONE3 {
 			errno = unix.ENOSYS // callers fall back to clone, whose flags a filter can see
 		}
-		program = append(program, statement(equal, call, 0, 1), statement(result, unix.SECCOMP_RET_ERRNO|uint32(errno), 0, 0))
+		program = append(program, statement(equal, call, 1), statement(result, unix.SECCOMP_RET_ERRNO|uint32(errno), 0))
 	}
-	program = append(program, statement(result, unix.SECCOMP_RET_ALLOW, 0, 0))
+	program = append(program, statement(result, unix.SECCOMP_RET_ALLOW, 0))
 	filter := unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]}
 	if _, _, errno := unix.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, uintptr(unsafe.Pointer(&filter))); errno != 0 {
 		return fmt.Errorf("forbidding system calls: %w", errno)

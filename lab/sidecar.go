@@ -25,6 +25,7 @@ type Sidecar struct {
 	Env              []string             // beside the directories' and Envoy's variables
 	Capabilities     []sandbox.Capability // what its container adds to `drop: [ALL]`
 	Contained        bool                 // PID 1, with a read-only root and the system calls that RuntimeDefault lets through
+	Forbidden        []uint32             // further system calls that a contained one can't make
 	Binary           string               // mantlet
 	Log              io.Writer
 
@@ -70,7 +71,7 @@ func (s *Sidecar) Start() error {
 		switch {
 		case err != nil:
 		case s.Contained:
-			err = container{Writable: s.RuntimeDirectory, Capabilities: s.Capabilities}.around(s.cmd)
+			err = container{Writable: s.RuntimeDirectory, Capabilities: s.Capabilities, Forbidden: s.Forbidden}.around(s.cmd)
 		default:
 			err = limit(s.Capabilities)
 		}

@@ -48,6 +48,29 @@ func (p *pod) copyPieces(from string, names ...string) {
 	}
 }
 
+// TestClockIsBehind: certificates that are not valid yet by this clock are waited for, as one that is set right makes them.
+func TestClockIsBehind(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	valid := time.Now().Add(8 * time.Second).Truncate(time.Second)
+	soon, err := p.mesh.Issue(lab.Leaf{DNSNames: []string{"pod"}, NotBefore: valid})
+	p.must(err)
+	p.must(soon.Write(p.sidecar.TLSDirectory))
+	p.besiege()
+	p.run()
+	p.protect(mtlsPort)
+	p.unready("is the clock right?")
+	p.besieged()
+	if total := p.prober.Stats().Total(); total.Accepted > 0 {
+		t.Errorf("%+v, want nothing accepted", total)
+	}
+	p.ready()
+	if now := time.Now(); now.Before(valid) {
+		t.Errorf("ready at %v, before %v", now, valid)
+	}
+	p.shows(soon)
+}
+
 func TestCertificatesAppear(t *testing.T) {
 	t.Parallel()
 	for name, appear := range map[string]func(p *pod, directory string){

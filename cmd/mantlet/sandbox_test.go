@@ -408,6 +408,21 @@ func TestContainer(t *testing.T) {
 	p.leavesNothing()
 }
 
+// TestWithoutLandlock: where there is none, or seccomp hides it, mantlet goes on and says so, once.
+func TestWithoutLandlock(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	p.sidecar.Contained, p.sidecar.Forbidden = true, []uint32{unix.SYS_LANDLOCK_CREATE_RULESET}
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.protect(mtlsPort)
+	p.ready()
+	if got := p.log.count("files are guarded by their owners and modes alone"); got != 1 {
+		t.Errorf("mantlet said so %d times", got)
+	}
+	p.must(p.exchange(netip.AddrPortFrom(p.IPv4, mtlsPort), p.client.ClientConfig("pod")))
+}
+
 // install puts a program in place, of the same content.
 func (p *pod) install(from, to string) {
 	p.t.Helper()
