@@ -195,6 +195,10 @@ func TestRefusals(t *testing.T) {
 			})
 		}
 	})
+	// Who was silent is refused last, after ten seconds.
+	if _, text, _ := p.mantlet("status"); !strings.Contains(text, "the TLS handshake was not finished in time (handshake_timeout)") {
+		t.Errorf("mantlet status shows no refusal:\n%s", text)
+	}
 	status := p.status()
 	for _, r := range status.Refused {
 		if r.By == "envoy" && r.Count != counts[r.Reason] {
