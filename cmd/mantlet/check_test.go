@@ -71,7 +71,8 @@ func TestCheck(t *testing.T) {
 		return path
 	}
 	tls := p.sidecar.TLSDirectory
-	empty, other, file := t.TempDir(), t.TempDir(), script("file", "")
+	empty, other, others, file := t.TempDir(), t.TempDir(), t.TempDir(), script("file", "")
+	p.must(os.Chown(others, 1337, 1337))
 	bad := script("bad.yaml", "ingress:\n  - {port: 0, mode: tls}\n  - {port: 80, mode: none}\n")
 	for name, c := range map[string]struct {
 		prepare string
@@ -102,6 +103,7 @@ func TestCheck(t *testing.T) {
 		"no shared memory":            {"mount -t tmpfs -o ro none /dev/shm", []string{"MANTLET_RUNTIME_DIRECTORY=" + empty}, "shared memory", failing, "read-only"},
 		"no runtime directory":        {"mount -t tmpfs -o ro none " + empty, []string{"MANTLET_RUNTIME_DIRECTORY=" + empty + "/run"}, "runtime directory", failing, "read-only"},
 		"runtime directory on disk":   {"", []string{"MANTLET_RUNTIME_DIRECTORY=" + filepath.Join(empty, "run")}, "runtime directory", warning, "not in memory"},
+		"another's runtime directory": {"", []string{"MANTLET_RUNTIME_DIRECTORY=" + others}, "runtime directory", failing, "belongs to user 1337"},
 		"runtime directory, a file":   {"", []string{"MANTLET_RUNTIME_DIRECTORY=" + file}, "runtime directory", failing, "not a directory"},
 		"runtime directory, too long": {"", []string{"MANTLET_RUNTIME_DIRECTORY=/run/" + strings.Repeat("x", 100)}, "runtime directory", failing, "too long"},
 		"no certificates":             {"", []string{"MANTLET_TLS_DIRECTORY=" + empty}, "certificates", failing, "key.pem: no such file"},
@@ -152,27 +154,29 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// TestCheckWithoutPrivilege: what can't be tried is not said to be missing.
+// TestCheckWithoutPrivilege: each capability that is missing is named, and what can't be tried is not said to be missing.
 func TestCheckWithoutPrivilege(t *testing.T) {
 	t.Parallel()
 	p := newPod(t)
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
-	cmd := p.within("setpriv", "--bounding-set=-net_admin", "--")
-	cmd.Args = append(cmd.Args, "check")
-	var text bytes.Buffer
-	cmd.Stdout = &text
-	p.must(p.Start(cmd))
-	_ = cmd.Wait()
-	if code := cmd.ProcessState.ExitCode(); code != 1 {
-		t.Errorf("exit %d", code)
-	}
-	for _, line := range []string{"error    capabilities", "error    nftables"} {
-		if !strings.Contains(text.String(), line) {
-			t.Errorf("want %q in:\n%s", line, &text)
+	for _, name := range []string{"NET_ADMIN", "NET_RAW", "SETUID", "SETGID"} {
+		cmd := p.within("setpriv", "--bounding-set=-"+strings.ToLower(name), "--")
+		cmd.Args = append(cmd.Args, "check")
+		var text bytes.Buffer
+		cmd.Stdout = &text
+		p.must(p.Start(cmd))
+		_ = cmd.Wait()
+		if code := cmd.ProcessState.ExitCode(); code != 1 {
+			t.Errorf("without %s: exit %d", name, code)
 		}
-	}
-	if strings.Contains(text.String(), "CONFIG_NFT_TPROXY") {
-		t.Errorf("what could not be tried is among:\n%s", &text)
+		bad := slices.DeleteFunc(strings.Split(strings.TrimSpace(text.String()), "\n"), func(line string) bool { return !strings.HasPrefix(line, "error") })
+		want := 1
+		if name == "NET_ADMIN" {
+			want = 2 // and nftables, of which nothing can be tried
+		}
+		if len(bad) != want || !strings.Contains(bad[0], "CAP_"+name+" is missing") || strings.Contains(text.String(), "CONFIG_NFT_TPROXY") == (name == "NET_ADMIN") {
+			t.Errorf("without %s:\n%s", name, &text)
+		}
 	}
 }
 
