@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"crypto/ecdh"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -124,9 +126,10 @@ func collectLater() {
 	})
 }
 
-// warm makes the protobuf packages build what they build at first use, while the rules are put in place: it takes 5 ms, and
-// depends on no configuration.
+// warm makes packages build what they build at first use, while the rules are put in place: multiples of P-384's generator
+// take 2 ms, protobuf's tables 5 ms. None of it depends on the configuration.
 func warm() {
+	_, _ = ecdh.P384().NewPrivateKey(bytes.Repeat([]byte{1}, 48))
 	env, err := schema.ParseEnvironment([]string{"EDG_EGRESS_PROXY_CONFIG=warm#127.0.0.1:1#127.0.0.1:2"})
 	if err != nil {
 		return
