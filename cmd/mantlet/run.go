@@ -65,7 +65,7 @@ func newLogger(to *os.File, level slog.Leveler) *slog.Logger {
 // run closes the pod before it reads a single setting, if it is a pod. From then on nothing but the desired state opens it, however run
 // ends.
 func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
-	collectLater()
+	collect := collectLater()
 	go warm()
 	signal.Ignore(syscall.SIGPIPE) // the end of whoever reads the log must not be mantlet's
 	if err := schema.HostNetwork(os.Environ()); err != nil {
@@ -110,20 +110,22 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 		Kernel:      table,
 		Found:       found,
 		Secrets:     &envoy.Secrets{TLSDirectory: env.Process.TLSDirectory, RuntimeDirectory: directory, Runner: runner, Log: log},
-		Proxy:       proxy{runner},
+		Proxy:       proxy{runner, collect},
 		Log:         log,
 	})
 	return errors.Join(err, runner.Close())
 }
 
-// collectLater lets the heap grow to 16 MiB before garbage is collected, for a second: starting takes some 6 MiB, and the
-// collections in it would take a part of the time in which Envoy is not running yet.
-func collectLater() {
+// collectLater lets the heap grow to 16 MiB before garbage is collected, for a second or until it is told to collect: starting
+// takes some 6 MiB, and the collections in it would take a part of the time in which Envoy is not running yet.
+func collectLater() (collect func()) {
 	usual := debug.SetGCPercent(400)
-	time.AfterFunc(time.Second, func() {
+	collect = func() {
 		debug.SetGCPercent(usual)
 		debug.FreeOSMemory()
-	})
+	}
+	time.AfterFunc(time.Second, collect)
+	return collect
 }
 
 // warm makes packages build what they build at first use, while the rules are put in place: multiples of P-384's generator
@@ -140,10 +142,17 @@ func warm() {
 }
 
 // proxy is a Runner as the daemon knows it.
-type proxy struct{ *envoy.Runner }
+type proxy struct {
+	*envoy.Runner
+	collect func() // garbage
+}
 
-// Start implements reconcile.Proxy.
+// execLimit is more than it takes from a state to the execution of Envoy, and much less than Envoy itself takes then.
+const execLimit = 20 * time.Millisecond
+
+// Start implements reconcile.Proxy. What was left on the way to it goes while Envoy starts.
 func (p proxy) Start(ctx context.Context, state render.State, settings schema.Envoy) (reconcile.Process, error) {
+	time.AfterFunc(execLimit, p.collect)
 	process, err := p.Runner.Start(ctx, state, settings)
 	if err != nil {
 		return nil, err
