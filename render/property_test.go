@@ -306,8 +306,16 @@ func TestGenerations(t *testing.T) {
 			if mark := fmt.Sprintf("| 0x%08x accept", kind); !strings.Contains(chains[in], mark) {
 				t.Errorf("%d is %s in generation %d, and comes to %s, which does not mark %s:\n%s", port, mode, number, in, mark, chains[in])
 			}
-			if mark := fmt.Sprintf("ct mark & 0x0ff00000 == 0x%08x accept", kind); !strings.Contains(chains[out], mark) {
-				t.Errorf("%d is %s in generation %d, and answers by %s, which does not want %s:\n%s", port, mode, number, out, mark, chains[out])
+			const marked = "ct mark & 0x0ff00000 "
+			want := fmt.Sprintf(marked+"== 0x%08x accept\n", kind)
+			switch mode {
+			case schema.ModeTLS: // and what was let in by a certificate before
+				want += fmt.Sprintf(marked+"== 0x%08x accept\n", render.MarkMTLS|render.Mark(number)<<23)
+			case schema.ModePassthrough: // and what was let in at all
+				want = fmt.Sprintf(marked+"!= 0x%08x "+marked+"!= 0x%08x accept\n", render.MarkNone, render.MarkOutbound)
+			}
+			if want += "meta l4proto tcp counter reject with tcp reset\n"; chains[out] != want {
+				t.Errorf("%d is %s in generation %d, and answers by %s, which is\n%s\nwant\n%s", port, mode, number, out, chains[out], want)
 			}
 		}
 	})

@@ -167,6 +167,15 @@ func (w wrapped) mark() Mark {
 	return mark | Mark(w.generation)<<generationShift
 }
 
+// admits returns the modes under which connections were let in that pass: beside its own the stricter one, or a port that is
+// loosened would lose what is open.
+func (w wrapped) admits() []wrapped {
+	if w.mode == schema.ModeTLS {
+		return []wrapped{w, {schema.ModeMTLS, w.generation}}
+	}
+	return []wrapped{w}
+}
+
 func (w wrapped) compare(other wrapped) int {
 	return cmp.Or(strings.Compare(string(w.mode), string(other.mode)), cmp.Compare(w.generation, other.generation))
 }
@@ -286,15 +295,22 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 	}
 	r.Chains = append(r.Chains, passthrough()...)
 	for _, w := range slices.SortedFunc(maps.Keys(used), wrapped.compare) {
-		r.Chains = append(r.Chains, w.ingress(), Chain{Name: w.out(), Rules: answered(w.mark())})
+		r.Chains = append(r.Chains, w.ingress(), w.egress())
 	}
 	return r
 }
 
 func passthrough() []Chain {
 	return []Chain{
-		{Name: passthroughIn, Rules: []Rule{over(MarkPassthrough), {SetMark{MarkPassthrough}, accept}}},
-		{Name: passthroughOut, Rules: answered(MarkPassthrough)},
+		// Whatever was let in from outside before passes.
+		{Name: passthroughIn, Rules: []Rule{
+			{onlyTCP, Marked{Mark: MarkOutbound}, Count{}, Reset{}},
+			{SetMark{MarkPassthrough}, accept},
+		}},
+		{Name: passthroughOut, Rules: []Rule{
+			{Marked{NotEqual, MarkNone}, Marked{NotEqual, MarkOutbound}, accept},
+			{onlyTCP, Count{}, Reset{}},
+		}},
 	}
 }
 
@@ -381,31 +397,47 @@ func ingress(other schema.OtherProtocols) Chain {
 	return Chain{Name: ingressChain, Hook: filter("prerouting", Drop), Rules: append(rules, Rule{goTo(portsChain)})}
 }
 
-// over ends connections that were let in under another mode.
-func over(mark Mark) Rule {
-	return Rule{onlyTCP, Marked{NotEqual, MarkNone}, Marked{NotEqual, mark}, Count{}, Reset{}}
-}
-
 // ingress hands TCP connections to Envoy's listener of the mode. They are marked once it took their SYN, and without the
 // mark no other packet passes: it would be of a connection that is older than the rules.
 func (w wrapped) ingress() Chain {
-	to4 := TProxy{netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), listenerPort(w.mode))}
-	to6 := TProxy{netip.AddrPortFrom(netip.IPv6Loopback(), listenerPort(w.mode))}
-	return Chain{Name: w.in(), Rules: []Rule{
-		// Before any reset: one segment out of the window must not end a healthy connection.
-		{Invalid{}, Count{}, drop},
-		over(w.mark()),
-		// TIME_WAIT is no BoundSocket. While Envoy does not listen, TProxy gives a SYN to what its former connection left
-		// there, and that would hand it on to the workload's listener.
-		{firstSYN, to4, BoundSocket{}, SetMark{w.mark()}, accept},
-		{firstSYN, to6, BoundSocket{}, SetMark{w.mark()}, accept},
-		// Dropped and not refused: the client's own retransmission bridges the time in which Envoy does not listen.
-		{firstSYN, Count{}, drop},
+	over := Rule{onlyTCP, Marked{NotEqual, MarkNone}} // under another mode
+	var admitted []Rule
+	for _, admits := range w.admits() {
+		over = append(over, Marked{NotEqual, admits.mark()})
+		to4, to6 := admits.listeners()
+		admitted = append(admitted, Rule{Marked{Mark: admits.mark()}, to4, accept}, Rule{Marked{Mark: admits.mark()}, to6, accept})
+	}
+	to4, to6 := w.listeners()
+	return Chain{Name: w.in(), Rules: slices.Concat(
+		[]Rule{
+			// Before any reset: one segment out of the window must not end a healthy connection.
+			{Invalid{}, Count{}, drop},
+			append(over, Count{}, Reset{}),
+			// TIME_WAIT is no BoundSocket. While Envoy does not listen, TProxy gives a SYN to what its former connection left
+			// there, and that would hand it on to the workload's listener.
+			{firstSYN, to4, BoundSocket{}, SetMark{w.mark()}, accept},
+			{firstSYN, to6, BoundSocket{}, SetMark{w.mark()}, accept},
+			// Dropped and not refused: the client's own retransmission bridges the time in which Envoy does not listen.
+			{firstSYN, Count{}, drop},
+		},
 		// TProxy again, for what has no socket yet: with SYN cookies the handshake's last packet would go to the workload.
-		{Marked{Mark: w.mark()}, to4, accept},
-		{Marked{Mark: w.mark()}, to6, accept},
-		{onlyTCP, Count{}, Reset{}},
-	}}
+		admitted,
+		[]Rule{{onlyTCP, Count{}, Reset{}}},
+	)}
+}
+
+func (w wrapped) listeners() (to4, to6 TProxy) {
+	return TProxy{netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), listenerPort(w.mode))},
+		TProxy{netip.AddrPortFrom(netip.IPv6Loopback(), listenerPort(w.mode))}
+}
+
+// egress lets answers out that belong to connections which the mode admits.
+func (w wrapped) egress() Chain {
+	var rules []Rule
+	for _, admits := range w.admits() {
+		rules = append(rules, Rule{Marked{Mark: admits.mark()}, accept})
+	}
+	return Chain{Name: w.out(), Rules: append(rules, Rule{onlyTCP, Count{}, Reset{}})}
 }
 
 // egress is the second line: it ends connections that are older than the rules, and whatever answers on a protected port
@@ -418,14 +450,6 @@ func egress(standard wrapped) Chain {
 		Rule{LookUp{Source: true, Map: answersMap}},
 		Rule{goTo(standard.out())},
 	)}
-}
-
-// answered lets answers out that belong to a connection of the mode which the mark stands for.
-func answered(mark Mark) []Rule {
-	return []Rule{
-		{Marked{Mark: mark}, accept},
-		{onlyTCP, Count{}, Reset{}},
-	}
 }
 
 // Text returns the table as `nft --stateless list table inet mantlet` prints it once applied.
@@ -510,7 +534,7 @@ func Refusal(chain string, rule Rule) string {
 		return refusedForged
 	case has(firstSYN):
 		return refusedNoListener
-	case has(Marked{NotEqual, MarkNone}):
+	case has(Marked{NotEqual, MarkNone}), has(Marked{Mark: MarkOutbound}):
 		return refusedOver
 	case chain == portsChain:
 		return refusedProtocol

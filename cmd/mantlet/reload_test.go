@@ -271,6 +271,32 @@ func TestHotRestart(t *testing.T) {
 	p.besieged()
 }
 
+// TestLoosenings: what only opens ports, or changes nothing for them, cuts nothing, and what it opens is open.
+func TestLoosenings(t *testing.T) {
+	t.Parallel()
+	p, m, others, concerned := reloadable(t)
+	all := append(others, concerned...)
+	for _, step := range []string{
+		fmt.Sprintf("ingress: [{port: %d, mode: tls}]", mtlsPort),
+		fmt.Sprintf("ingress: [{port: %d, mode: tls}, {port: %d, mode: passthrough}]", mtlsPort, 9999),
+		fmt.Sprintf("ingress: [{port: %d, mode: tls}]\naccessLog: none", mtlsPort),
+	} {
+		before := p.log.count("configuration changed")
+		m.write(step)
+		p.await("it is in force", func() bool {
+			s := p.status()
+			return p.log.count("configuration changed") > before && s.Applied != nil && s.Desired.Generation == s.Applied.Generation
+		})
+		for _, conn := range all {
+			p.must(echo(conn))
+		}
+		for _, addr := range p.Addrs() {
+			p.must(p.exchange(netip.AddrPortFrom(addr, mtlsPort), p.anonymous()))
+		}
+	}
+	p.besieged()
+}
+
 // TestTightenings: each kind ends the connections that it is for, on its ports, at their next packet, and no others.
 func TestTightenings(t *testing.T) {
 	t.Parallel()

@@ -102,6 +102,20 @@ func (x *trial) listen() net.Listener {
 	return listener
 }
 
+// wrapped returns both ends of a connection to port 9000 that was let in, as far as one of Envoy's ports.
+func (x *trial) wrapped(port uint16) (client, envoy net.Conn) {
+	x.t.Helper()
+	loopback := []string{"127.0.0.1", "::1"}[x.family]
+	listener, err := transparent(x.pod, net.JoinHostPort(loopback, fmt.Sprint(port)))
+	if err != nil {
+		x.t.Fatal(err)
+	}
+	x.t.Cleanup(func() { _ = listener.Close() })
+	client, envoy = x.pair(listener, x.target(9000))
+	x.exchange(client, envoy)
+	return client, envoy
+}
+
 func (x *trial) sysctl(value string, names ...string) {
 	x.t.Helper()
 	for _, name := range names {
@@ -301,17 +315,46 @@ func TestTighteningCutsWhatWasLetIn(t *testing.T) {
 	}
 }
 
-// From one wrapped mode to another: Envoy would go on with the connection as it began.
+// From one wrapped mode to a stricter one: Envoy would go on with the connection as it began.
 func TestChangeOfModeCutsWhatWasLetIn(t *testing.T) {
 	t.Parallel()
-	whole := rules(port1(9000, schema.ModeTLS))
-	stops(t, whole, exposed(t, without(t, whole, "tls_in", "reset")), func(x *trial) bool {
-		x.replace(rules())
-		x.standIn(schema.IngressMTLSPort)
-		conn := x.greeted(x.target(9000))
+	stops(t, rules(), exposed(t, without(t, rules(), "mtls_in", "reset")), func(x *trial) bool {
+		x.replace(rules(port1(9000, schema.ModeTLS)))
+		in, out := x.wrapped(schema.IngressTLSPort)
 		x.apply()
-		return x.passes(conn, conn)
+		return x.passes(in, out)
 	})
+}
+
+// A port that is loosened cuts nothing that was let in before, whoever speaks.
+func TestLooseningCutsNothing(t *testing.T) {
+	t.Parallel()
+	secured, plain := rules(port1(9000, schema.ModeTLS)), rules(port1(9000, schema.ModePassthrough))
+	mutual := fmt.Sprintf("== 0x%08x", uint32(render.MarkMTLS))
+	for name, c := range map[string]struct {
+		before, whole, broken render.Ruleset
+		listener              uint16
+		workloadSpeaks        bool
+	}{
+		"mtls to tls, the client speaks":         {rules(), secured, exposed(t, without(t, secured, "tls_in", mutual)), schema.IngressMTLSPort, false},
+		"mtls to tls, the workload speaks":       {rules(), secured, without(t, secured, "tls_out", mutual), schema.IngressMTLSPort, true},
+		"mtls to plaintext, the client speaks":   {rules(), plain, without(t, plain, "passthrough_in", "accept"), schema.IngressMTLSPort, false},
+		"mtls to plaintext, the workload speaks": {rules(), plain, without(t, plain, "passthrough_out", "accept"), schema.IngressMTLSPort, true},
+		"tls to plaintext, the client speaks":    {secured, plain, without(t, plain, "passthrough_in", "accept"), schema.IngressTLSPort, false},
+		"tls to plaintext, the workload speaks":  {secured, plain, without(t, plain, "passthrough_out", "accept"), schema.IngressTLSPort, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			works(t, c.whole, c.broken, func(x *trial) bool {
+				x.replace(c.before)
+				in, out := x.wrapped(c.listener)
+				x.apply()
+				if c.workloadSpeaks {
+					in, out = out, in
+				}
+				return x.passes(in, out)
+			})
+		})
+	}
 }
 
 // A tightening that the mode does not show: a new generation of the port's policy.
