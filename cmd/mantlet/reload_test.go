@@ -13,7 +13,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
+	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
 	"mantlet/lab"
@@ -101,6 +103,112 @@ func TestReload(t *testing.T) {
 	p.must(p.sidecar.Signal(syscall.SIGHUP))
 	p.ready()
 	p.must(p.exchange(netip.AddrPortFrom(p.IPv4, mtlsPort), mesh))
+	p.besieged()
+}
+
+// TestWaysToReplace: in whichever way a file comes to be another, it is read, and put in force once: also where no event tells,
+// as in some sandboxes, and at once when SIGHUP asks for it. In between, what was in force goes on.
+func TestWaysToReplace(t *testing.T) {
+	t.Parallel()
+	base := t.TempDir()
+	directory, elsewhere := filepath.Join(base, "config"), filepath.Join(base, "elsewhere")
+	file, target := filepath.Join(directory, "override.yaml"), filepath.Join(elsewhere, "real.yaml")
+	p := newPod(t, web, "MANTLET_CONFIG="+file)
+	rename := func(text string) { p.must(renameio.WriteFile(file, []byte(text), 0o600)) }
+	inPlace := func(text string) { p.must(os.WriteFile(file, []byte(text), 0o600)) }
+	version, pauses := 0, 0
+	applied := func(text string) {
+		t.Helper()
+		p.await("the last content is in force", func() bool {
+			s := p.status()
+			return s.Applied != nil && s.Applied.SourceDigest == fmt.Sprintf("%x", sha256.Sum256([]byte(text)))
+		})
+	}
+	p.must(errors.Join(os.Mkdir(directory, 0o755), os.Mkdir(elsewhere, 0o755)))
+	inPlace("{}")
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.besiege()
+	p.run()
+	p.protect(tlsPort)
+	p.protect(mtlsPort)
+	p.ready()
+	envoy := p.envoy()
+	for _, way := range []struct {
+		name  string
+		write func(text string)
+	}{
+		{"rename", rename},
+		{"in place", inPlace},
+		{"removed and made again", func(text string) {
+			p.must(os.Remove(file))
+			p.await("it is missed", func() bool { return strings.Contains(strings.Join(p.status().Problems, "\n"), "no such file") })
+			inPlace(text)
+		}},
+		{"removed and made again with its directory", func(text string) {
+			p.must(os.RemoveAll(directory))
+			p.await("it is missed", func() bool { return strings.Contains(strings.Join(p.status().Problems, "\n"), "no such file") })
+			p.must(os.Mkdir(directory, 0o755))
+			inPlace(text)
+		}},
+		{"another directory in the place of its own", func(text string) {
+			p.must(os.Rename(directory, filepath.Join(base, "former")))
+			p.must(os.Mkdir(directory, 0o755))
+			rename(text)
+		}},
+		{"kubelet", func(text string) {
+			for name, text := range map[string]string{"..1": "{}", "..2": text} {
+				p.must(os.Mkdir(filepath.Join(directory, name), 0o755))
+				p.must(os.WriteFile(filepath.Join(directory, name, "override.yaml"), []byte(text), 0o600))
+			}
+			p.must(renameio.Symlink("..2", filepath.Join(directory, "..data")))
+			p.must(renameio.Symlink(filepath.Join("..data", "override.yaml"), file))
+		}},
+		{"a hundred changes in a row", func(text string) {
+			for i := range 100 {
+				began := time.Now()
+				p.must(os.WriteFile(file+".new", []byte(fmt.Sprintf("ingress: [{port: %d, mode: tls}]", 6000+i)), 0o600))
+				p.must(os.Rename(file+".new", file))
+				if time.Since(began) > 20*time.Millisecond {
+					pauses++ // such as a busy machine makes, and an end as far as mantlet can tell
+				}
+			}
+			inPlace(text)
+		}},
+		{"elsewhere, where nobody watches", func(text string) {
+			p.must(os.WriteFile(target, []byte(text), 0o600))
+			p.must(renameio.Symlink(target, file))
+		}},
+		{"elsewhere in place", func(text string) { p.must(os.WriteFile(target, []byte(text), 0o600)) }},
+	} {
+		version++
+		want := fmt.Sprintf("ingress: [{port: %d, mode: tls}]", 5000+version)
+		before := p.log.count(inForce)
+		pauses = 0
+		way.write(want)
+		applied(want)
+		if got := p.log.count(inForce) - before; got < 1 || got > 1+pauses {
+			t.Errorf("%s: something was put in force %d times", way.name, got)
+		}
+		p.ready()
+	}
+	// By polling alone these would take five seconds each.
+	began := time.Now()
+	const signals = 5
+	for range signals {
+		version++
+		want := fmt.Sprintf("ingress: [{port: %d, mode: tls}]", 5000+version)
+		p.must(os.WriteFile(target, []byte(want), 0o600))
+		p.must(p.sidecar.Signal(syscall.SIGHUP))
+		p.await("SIGHUP makes mantlet read it", func() bool {
+			return strings.Contains(p.rules(), fmt.Sprintf("%d : goto tls_in", 5000+version))
+		})
+	}
+	if took := time.Since(began); took > (signals-2)*5*time.Second {
+		t.Errorf("%d files took %v", signals, took)
+	}
+	if got := p.envoy(); got != envoy {
+		t.Errorf("Envoy was %d and is %d", envoy, got)
+	}
 	p.besieged()
 }
 

@@ -995,7 +995,7 @@ func TestDenyAll(t *testing.T) {
 	})
 	// It drops and does not reset: what an earlier mantlet let in waits, and goes on where the desired state allows it still.
 	t.Run("connections of the mesh wait", func(t *testing.T) {
-		works(t, rules(), rules(port1(9000, schema.ModeTLS)), func(x *trial) bool {
+		works(t, rules(), render.Rules(schema.Mesh{}, render.Generations{Default: 1}), func(x *trial) bool {
 			x.replace(rules())
 			x.standIn(schema.IngressMTLSPort)
 			conn := x.greeted(x.target(9000))

@@ -547,7 +547,7 @@ func TestCheckNamesWhatDiffers(t *testing.T) {
 		},
 		{
 			func() string { return "flush chain inet mantlet passthrough_in" },
-			"chain passthrough_in rule 1: `meta l4proto tcp " + marked(0, "!=") + " " + marked(render.MarkPassthrough, "!=") + " counter reject with tcp reset` missing; " +
+			"chain passthrough_in rule 1: `meta l4proto tcp " + marked(render.MarkOutbound, "==") + " counter reject with tcp reset` missing; " +
 				"chain passthrough_in rule 2: `" + render.SetMark{Mark: render.MarkPassthrough}.Text() + " accept` missing",
 		},
 		{
