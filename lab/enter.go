@@ -59,7 +59,7 @@ func Enter() {
 	case stageContainer:
 		err = execute()
 	case stageInit:
-		err = prepare()
+		err = errors.Join(prepare(), showEnvoy())
 		if err == nil {
 			err = continueAs(here, &syscall.SysProcAttr{})
 		}
@@ -69,7 +69,7 @@ func Enter() {
 			UidMappings: mapped(os.Geteuid()),
 			GidMappings: mapped(os.Getegid()),
 			// Root leaves the groups that it came with; who is not root may not.
-			GidMappingsEnableSetgroups: os.Geteuid() == 0,
+			GidMappingsEnableSetgroups: os.Geteuid() == 0 && exists(proxy),
 			Pdeathsig:                  syscall.SIGKILL,
 		})
 	}
@@ -82,29 +82,70 @@ const (
 	Stranger = 2000 // nobody in particular
 )
 
-// mapped returns the lab's users: an ordinary user can map no id but its own.
+// mapped returns the lab's users. An ordinary user can map no id but its own.
 func mapped(own int) []syscall.SysProcIDMap {
 	all := []syscall.SysProcIDMap{{ContainerID: 0, HostID: own, Size: 1}}
-	if own == 0 {
-		for _, id := range []int{proxy, Stranger} {
+	for _, id := range []int{proxy, Stranger} {
+		if own == 0 && exists(id) {
 			all = append(all, syscall.SysProcIDMap{ContainerID: id, HostID: id, Size: 1})
 		}
 	}
 	return all
 }
 
-// EnvoyUser returns the user that Envoy can have in the lab: one of its own where root made the lab, and else root.
-func EnvoyUser() int {
+// exists reports whether the user namespace has an id.
+func exists(id int) bool {
 	text, err := os.ReadFile("/proc/self/uid_map")
-	if err != nil || strings.Count(string(text), "\n") == 1 {
-		return 0
+	if err != nil {
+		return false
 	}
-	return proxy
+	for line := range strings.Lines(string(text)) {
+		var inside, outside, size int
+		if _, err := fmt.Sscan(line, &inside, &outside, &size); err == nil && inside <= id && id-inside < size {
+			return true
+		}
+	}
+	return false
 }
 
-// Open lets all users pass through a directory and those above it, as far as this user can let them.
+// EnvoyUser returns the user that Envoy can have in the lab: one of its own where root made the lab, and else root.
+func EnvoyUser() int {
+	if exists(proxy) {
+		return proxy
+	}
+	return 0
+}
+
+// envoyVariable names the Envoy of tests.
+const envoyVariable = "MANTLET_ENVOY_PATH"
+
+// showEnvoy gives Envoy another place in the lab if its user can't get to where it is: in a home directory, say.
+func showEnvoy() error {
+	path := os.Getenv(envoyVariable)
+	if path == "" || EnvoyUser() == 0 {
+		return nil
+	}
+	for directory := filepath.Dir(path); directory != "/"; directory = filepath.Dir(directory) {
+		if info, err := os.Stat(directory); err != nil || info.Mode()&0o001 != 0 {
+			continue
+		}
+		const place = "/dev/shm/.lab-envoy"
+		err := errors.Join(os.Mkdir(place, 0o755), os.WriteFile(place+"/envoy", nil, 0o755))
+		if err == nil {
+			err = unix.Mount(path, place+"/envoy", "", unix.MS_BIND, "")
+		}
+		if err != nil {
+			return fmt.Errorf("giving %s another place: %w", path, err)
+		}
+		return os.Setenv(envoyVariable, place+"/envoy")
+	}
+	return nil
+}
+
+// Open lets all users pass through a directory and those above it, up to the one for temporary files: what is above that is
+// not the lab's.
 func Open(directory string) {
-	for ; directory != "/"; directory = filepath.Dir(directory) {
+	for end := filepath.Clean(os.TempDir()); directory != "/" && directory != end; directory = filepath.Dir(directory) {
 		if info, err := os.Stat(directory); err == nil && info.Mode()&0o011 != 0o011 {
 			_ = os.Chmod(directory, info.Mode()|0o011)
 		}

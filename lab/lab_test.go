@@ -46,6 +46,12 @@ func TestMain(m *testing.M) {
 		os.Exit(5)
 	case "orphans":
 		orphans()
+	case "execute Envoy as its user":
+		cmd := exec.Command(os.Getenv("MANTLET_ENVOY_PATH"))
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(lab.EnvoyUser()), Gid: uint32(lab.EnvoyUser()), NoSetGroups: true}}
+		if err := cmd.Run(); err != nil {
+			panic(err)
+		}
 	case "where":
 		where, _ := os.Readlink("/proc/self/ns/pid")
 		fmt.Print(where)
@@ -98,6 +104,20 @@ func TestEnterPassesStatus(t *testing.T) {
 	until(t, "the orphan is gone", func() bool { return processes("cmdline", "86399") == 0 })
 	if got, want := exitCode(t, program("die of SIGKILL")), 128+9; got != want {
 		t.Errorf("status %d of a killed program, want %d", got, want)
+	}
+}
+
+// TestEnvoyIsInAHome: its user gets to it all the same.
+func TestEnvoyIsInAHome(t *testing.T) {
+	home := t.TempDir()
+	path := filepath.Join(home, "envoy")
+	if err := errors.Join(os.WriteFile(path, []byte("#!/bin/sh\n"), 0o755), os.Chmod(home, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	cmd := program("execute Envoy as its user")
+	cmd.Env = append(cmd.Env, "MANTLET_ENVOY_PATH="+path)
+	if got := exitCode(t, cmd); got != 0 {
+		t.Errorf("status %d", got)
 	}
 }
 

@@ -310,6 +310,7 @@ func (r *Runner) preflight(ctx context.Context, state render.State, serving *Pro
 	var said bytes.Buffer
 	cmd := exec.CommandContext(ctx, r.Path, "--mode", "validate", "--config-path", config, "--log-level", "error")
 	cmd.Stdout, cmd.Stderr = &said, &said
+	cmd.WaitDelay = time.Second // for a script whose child holds the pipe
 	cmd.Cancel = func() error { return r.spawner.do(cmd.Process.Kill) }
 	if err = r.spawner.do(cmd.Start); err == nil {
 		err = cmd.Wait()
