@@ -309,6 +309,7 @@ func TestGenerations(t *testing.T) {
 			const marked = "ct mark & 0x0ff00000 "
 			want := fmt.Sprintf(marked+"== 0x%08x accept\n", kind)
 			switch mode {
+			case schema.ModeMTLS:
 			case schema.ModeTLS: // and what was let in by a certificate before
 				want += fmt.Sprintf(marked+"== 0x%08x accept\n", render.MarkMTLS|render.Mark(number)<<23)
 			case schema.ModePassthrough: // and what was let in at all
