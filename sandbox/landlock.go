@@ -78,10 +78,19 @@ func (r Rules) Restrict() error {
 	})
 }
 
-func (r Rules) restrict(scoped bool, enforce func(ruleset uintptr) error) error {
-	abi, _, errno := unix.RawSyscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, unix.LANDLOCK_CREATE_RULESET_VERSION)
+// Landlock returns the version of the kernel's, and ErrNoLandlock where it has none.
+func Landlock() (version uintptr, err error) {
+	version, _, errno := unix.RawSyscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, unix.LANDLOCK_CREATE_RULESET_VERSION)
 	if errno != 0 {
-		return fmt.Errorf("%w: %w", ErrNoLandlock, errno)
+		return 0, fmt.Errorf("%w: %w", ErrNoLandlock, errno)
+	}
+	return version, nil
+}
+
+func (r Rules) restrict(scoped bool, enforce func(ruleset uintptr) error) error {
+	abi, err := Landlock()
+	if err != nil {
+		return err
 	}
 	attr := handled(abi)
 	if scoped && abi >= 6 {

@@ -109,7 +109,7 @@ func findings(ctx context.Context, environ []string) []finding {
 		[]finding{tryNamespace(environ), tryCapabilities(process.EnvoyUID)},
 		tryKernel(),
 		[]finding{
-			tryIPv6(), tryConntrack("/proc/sys/net/netfilter"),
+			tryLandlock(), tryIPv6(), tryConntrack("/proc/sys/net/netfilter"),
 			tryEnvoy(ctx, process.EnvoyPath), trySharedMemory("/dev/shm"), tryRuntimeDirectory(process.RuntimeDirectory),
 			tryCertificates(process.TLSDirectory),
 		},
@@ -174,6 +174,12 @@ func tryKernel() []finding {
 		err = errors.New("the kernel keeps no owner for a table: other privileged processes can change the rules, and mantlet puts them back")
 	}
 	return append(all, wanted("owned table", "", err, "take Linux 6.9 or later"))
+}
+
+func tryLandlock() finding {
+	version, err := sandbox.Landlock()
+	return wanted("Landlock", fmt.Sprintf("version %d", version), err,
+		"take a kernel with CONFIG_SECURITY_LANDLOCK that has it among its lsm=; without, files are guarded by their owners and modes alone")
 }
 
 func tryIPv6() finding {

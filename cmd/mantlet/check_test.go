@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"mantlet/sandbox"
 )
 
 // within returns a command that ends in executing mantlet, without arguments yet.
@@ -53,6 +55,10 @@ func (p *pod) needs(prepare string, env ...string) map[string]finding {
 		}
 		found[f.Need] = f
 	}
+	if _, err := sandbox.Landlock(); (err != nil) != (found["Landlock"].Severity == warning) {
+		p.t.Errorf("Landlock: %v, and %+v", err, found["Landlock"])
+	}
+	delete(found, "Landlock")
 	return found
 }
 
