@@ -139,7 +139,9 @@ func TestMantletIsKilled(t *testing.T) {
 	p.must(echo(outbound))
 
 	// It may have been killed while it wrote.
-	p.must(os.WriteFile(filepath.Join(p.sidecar.RuntimeDirectory, ".sds-identity.json4711"), nil, 0o600))
+	for _, name := range []string{".last-good.json4711", "envoy/.sds-identity.json4711", "envoy/preflight.json"} {
+		p.must(os.WriteFile(filepath.Join(p.sidecar.RuntimeDirectory, name), nil, 0o600))
+	}
 	p.run()
 	p.ready()
 	p.besieged()

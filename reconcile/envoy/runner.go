@@ -534,7 +534,7 @@ func (r *Runner) Close() error {
 
 // sweep removes what Envoys, and a mantlet that was killed while it wrote, leave in the runtime directory. None may be running.
 func (r *Runner) sweep() error {
-	return r.remove("epoch_*", "admin-*.sock", "bootstrap-*.json", ".*.json*", "../.*.json*")
+	return r.remove("epoch_*", "admin-*.sock", "bootstrap-*.json", "preflight.json", ".*.json*", "../.*.json*")
 }
 
 func (r *Runner) remove(patterns ...string) error {
