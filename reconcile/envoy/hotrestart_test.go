@@ -27,6 +27,7 @@ import (
 
 	"mantlet/lab"
 	"mantlet/render"
+	"mantlet/sandbox"
 	"mantlet/schema"
 )
 
@@ -890,7 +891,12 @@ func BenchmarkHotRestart(b *testing.B) {
 			}
 			envoy := exec.Command(s.Path, "--config-path", config, "--disable-hot-restart",
 				"--concurrency", strconv.Itoa(s.settings.Concurrency), "--log-level", "warning")
-			if err := envoy.Start(); err != nil {
+			// As the same user: another one can't listen beside the Envoys that serve.
+			if err := s.spawner.do(func() error {
+				capabilities, err := sandbox.AmbientCapabilities(ports(bootstrap))
+				envoy.SysProcAttr = &syscall.SysProcAttr{AmbientCaps: capabilities}
+				return errors.Join(err, envoy.Start())
+			}); err != nil {
 				b.Fatal(err)
 			}
 			until(b, "Envoy is live", func() bool {
@@ -898,7 +904,7 @@ func BenchmarkHotRestart(b *testing.B) {
 				return err == nil && info.State == "LIVE"
 			})
 			bare = append(bare, time.Since(began))
-			_ = envoy.Process.Kill()
+			_ = s.spawner.do(envoy.Process.Kill)
 			_ = envoy.Wait()
 			if err := os.Remove(admin); err != nil {
 				b.Fatal(err)
