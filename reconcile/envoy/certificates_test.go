@@ -11,6 +11,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/big"
@@ -247,7 +248,8 @@ func TestSecrets(t *testing.T) {
 	if _, err := os.Stat(path); err == nil {
 		t.Error("nothing was published")
 	}
-	if err := first.Write(s.TLSDirectory); err != nil {
+	// What is there already has no say in the mode, by which Envoy's user reads.
+	if err := errors.Join(first.Write(s.TLSDirectory), os.WriteFile(path, nil, 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := s.Update(t.Context()); err != nil || !s.Expires().Equal(first.Leaf.NotAfter) {

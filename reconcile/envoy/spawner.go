@@ -34,9 +34,18 @@ func (r *Runner) Confine(rules sandbox.Rules, drop func() error) error {
 	return nil
 }
 
-// writeFile replaces a file that Envoy may read, and no other user. Its group is the directory's, which Envoy's is.
+// writeFile replaces a file by one that Envoy may read, and no other user, whatever the mode of the one that was there. Its
+// group is the directory's, which Envoy's is.
 func writeFile(path string, content []byte) error {
-	return renameio.WriteFile(path, content, 0, renameio.WithStaticPermissions(0o640), renameio.WithTempDir(filepath.Dir(path)))
+	file, err := renameio.NewPendingFile(path, renameio.WithStaticPermissions(0o640), renameio.WithTempDir(filepath.Dir(path)))
+	if err != nil {
+		return err
+	}
+	defer func() { _ = file.Cleanup() }()
+	if _, err := file.Write(content); err != nil {
+		return err
+	}
+	return file.CloseAtomicallyReplace()
 }
 
 // spawner is the OS thread that starts Envoys, lives as long as they do, and does whatever else only their user may.
