@@ -68,7 +68,7 @@ func BenchmarkStart(b *testing.B) {
 			}
 			p.must(p.sidecar.Stop())
 			for name, file := range files {
-				p.must(os.WriteFile(file, texts[name], 0o600))
+				p.must(os.WriteFile(file, texts[name], 0o640)) // as mantlet does: the next one keeps the mode of what is there
 			}
 
 			envoy := p.Command(os.Getenv("MANTLET_ENVOY_PATH"), "--config-path", saved, "--concurrency", "2", "--log-level", "warning")
