@@ -193,6 +193,7 @@ func BenchmarkReloadWithHotRestart(b *testing.B) {
 			text, err := os.ReadFile(file(fmt.Sprintf("bootstrap-%d.json", epoch)))
 			p.must(err)
 			text = bytes.ReplaceAll(text, fmt.Appendf(nil, "admin-%d.sock", epoch), []byte("bare.sock"))
+			text = bytes.ReplaceAll(text, []byte("1500"), []byte("2500")) // listeners are shared by processes of one user only
 			p.must(os.WriteFile(file("bare.json"), text, 0o600))
 			bare = append(bare, p.bare(file("bare.json"), file("bare.sock")))
 		}
