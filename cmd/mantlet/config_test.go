@@ -53,10 +53,11 @@ func TestScripts(t *testing.T) {
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
 			"exits": func(ts *testscript.TestScript, _ bool, args []string) {
-				code := 0
-				if exit, ok := errors.AsType[*exec.ExitError](ts.Exec(args[1], args[2:]...)); ok {
-					code = exit.ExitCode()
+				code, err := 0, ts.Exec(args[1], args[2:]...)
+				if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+					code, err = exit.ExitCode(), nil
 				}
+				ts.Check(err)
 				if want := args[0]; strconv.Itoa(code) != want {
 					ts.Fatalf("exit code %d, want %s", code, want)
 				}

@@ -378,7 +378,7 @@ func TestChangeOfGenerationCutsWhatWasLetIn(t *testing.T) {
 // drains.
 func TestOtherConnectionsLiveOn(t *testing.T) {
 	t.Parallel()
-	works(t, rules(port1(80, schema.ModePassthrough)), rules(port1(9000, schema.ModePassthrough)), func(x *trial) bool {
+	works(t, rules(port1(80, schema.ModePassthrough)), render.Rules(schema.Mesh{}, render.Generations{Default: 1}), func(x *trial) bool {
 		x.replace(rules())
 		envoy := x.standIn(schema.IngressMTLSPort)
 		conn := x.greeted(x.target(9000))
