@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"mantlet/reconcile"
+	"mantlet/render"
 )
 
 func read(t *testing.T, file string) string {
@@ -141,21 +142,37 @@ func TestContainerfile(t *testing.T) {
 	}
 }
 
-// TestReasonsAreExplained holds the README's table of why the sidecar is not ready against the code.
-func TestReasonsAreExplained(t *testing.T) {
-	_, table, ok := strings.Cut(read(t, "README.md"), "| not ready, it says | what to do |\n|---|---|\n")
+// explained returns what the README's table with a header explains: its first column.
+func explained(t *testing.T, header string) []string {
+	t.Helper()
+	_, table, ok := strings.Cut(read(t, "README.md"), header+"\n")
 	if !ok {
-		t.Fatal("the README has no such table")
+		t.Fatalf("the README has no table %s", header)
 	}
-	var explained []string
+	var first []string
 	for line := range strings.Lines(table) {
 		cells := strings.Split(line, "|")
 		if len(cells) < 4 {
 			break
 		}
-		explained = append(explained, strings.Trim(cells[1], " `"))
+		first = append(first, strings.Trim(cells[1], " `"))
 	}
-	if want := reconcile.Reasons(); !slices.Equal(explained, want) {
-		t.Errorf("the README explains %q, want %q", explained, want)
+	return first[1:]
+}
+
+// TestReasonsAreExplained holds the README's table of why the sidecar is not ready against the code.
+func TestReasonsAreExplained(t *testing.T) {
+	if got, want := explained(t, "| not ready, it says | what to do |"), reconcile.Reasons(); !slices.Equal(got, want) {
+		t.Errorf("the README explains %q, want %q", got, want)
+	}
+}
+
+// TestKernelsCodesAreExplained holds the README's table of what the kernel ends against the code.
+func TestKernelsCodesAreExplained(t *testing.T) {
+	got, want := explained(t, "| the kernel's code | what it ended | what to do |"), render.Refusals()
+	slices.Sort(got)
+	slices.Sort(want)
+	if !slices.Equal(got, want) {
+		t.Errorf("the README explains %q, want %q", got, want)
 	}
 }
