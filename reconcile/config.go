@@ -30,7 +30,7 @@ func (d *Daemon) watchConfig(ctx context.Context) <-chan struct{} {
 func (d *Daemon) readConfig() {
 	content, next, err := d.load()
 	if err == nil {
-		d.locked(func() { d.badConfig = nil })
+		d.settle(&d.badConfig, "override file")
 		d.accept(next)
 		d.keep(content)
 		return

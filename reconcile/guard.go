@@ -49,6 +49,7 @@ func (d *Daemon) guard(ctx context.Context) {
 		case <-look.C:
 			d.mend("")
 			d.survey(warned) // not at each event: other software may make many, and have many rules
+			d.heed(time.Now())
 		}
 	}
 }
@@ -66,6 +67,21 @@ func (d *Daemon) survey(warned map[string]bool) {
 		}
 	}
 	d.locked(func() { d.foreign = found })
+}
+
+// heed says, once each, that peers do not accept the certificates any more, and that they do again: no input changes when a
+// certificate expires.
+func (d *Daemon) heed(now time.Time) {
+	err := d.Secrets.Valid(now)
+	switch {
+	case err != nil && d.invalid == nil:
+		err = about(notValid, err)
+		d.Log.Error("mantlet is not ready", "reason", err)
+		d.failed(checkCertificates, err)
+	case err == nil && d.invalid != nil:
+		d.Log.Info("peers accept the certificates again")
+	}
+	d.invalid = err
 }
 
 // mend puts the rules back where somebody changed them.

@@ -130,6 +130,7 @@ type Daemon struct {
 	repaired int      // how many there were
 	foreign  []string // what undermines the rules from other tables
 	unmended error    // why the rules could not be looked at or put back; guard alone has it
+	invalid  error    // why peers do not accept what Envoy has, when guard last looked; guard alone has it
 
 	ill map[string]bool // probes of the workload that failed when they were last asked
 
@@ -381,12 +382,10 @@ func (d *Daemon) readCertificates(ctx context.Context) {
 			d.applied(applyCertificates, time.Since(began), err)
 		}
 	}
-	d.locked(func() {
-		d.expires, d.revoked = expires, d.revoked || revoked
-		if err == nil {
-			d.badCertificates = nil
-		}
-	})
+	d.locked(func() { d.expires, d.revoked = expires, d.revoked || revoked })
+	if err == nil {
+		d.settle(&d.badCertificates, "certificates")
+	}
 	d.foresee(time.Now())
 }
 
@@ -414,6 +413,14 @@ func (d *Daemon) complain(reason *error, what string, err error) bool {
 	}
 	d.locked(func() { *reason = err })
 	return isNew
+}
+
+// settle drops a complaint about an input, and says so where there was one: else the log's last word would be the complaint.
+func (d *Daemon) settle(reason *error, input string) {
+	if *reason != nil {
+		d.Log.Info("an input is good again", "input", input)
+	}
+	d.locked(func() { *reason = nil })
 }
 
 func same(err, other error) bool { return err != nil && other != nil && err.Error() == other.Error() }

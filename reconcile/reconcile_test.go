@@ -399,7 +399,7 @@ func TestEnvoyDoesNotAnswer(t *testing.T) {
 	})
 }
 
-// TestBadCertificates: they are reported once, and don't make what works unready.
+// TestBadCertificates: they are reported once, as is their end, and don't make what works unready.
 func TestBadCertificates(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -413,9 +413,21 @@ func TestBadCertificates(t *testing.T) {
 		}
 		w.set(func() { w.secretErr = nil })
 		time.Sleep(time.Minute)
+		if n := strings.Count(w.logged(), `"an input is good again" input=certificates`); n != 1 {
+			t.Errorf("their end is reported %d times", n)
+		}
 		w.set(func() { w.secretErr = errors.New("another's key") })
 		time.Sleep(10 * time.Minute)
 		ready(t, w, "certificate 1 expired at ")
+		if n := strings.Count(w.logged(), "certificate 1 expired at "); n != 1 || !strings.Contains(w.logged(), `level=ERROR msg="mantlet is not ready"`) {
+			t.Errorf("that they expired is reported %d times", n)
+		}
+		w.set(func() { w.expiry = time.Now().Add(24 * time.Hour) })
+		time.Sleep(time.Minute)
+		ready(t, w, "")
+		if n := strings.Count(w.logged(), "peers accept the certificates again"); n != 1 {
+			t.Errorf("that peers accept them again is reported %d times", n)
+		}
 		if n := strings.Count(w.logged(), "another's key"); n != 2 {
 			t.Errorf("reported %d times", n)
 		}

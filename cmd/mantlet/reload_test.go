@@ -99,6 +99,10 @@ func TestReload(t *testing.T) {
 		p.ready()
 		p.must(p.exchange(netip.AddrPortFrom(p.IPv4, mtlsPort), mesh))
 	}
+	m.write("{}")
+	p.await("the log says that it is good again", func() bool {
+		return p.log.count(`"msg":"an input is good again","input":"override file"`) == 1
+	})
 	p.must(os.Remove(filepath.Join(m.directory, "..data")))
 	p.must(p.sidecar.Signal(syscall.SIGHUP))
 	p.ready()
