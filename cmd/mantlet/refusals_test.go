@@ -111,6 +111,10 @@ var refusals = []struct {
 		p.must(err)
 		config.RootCAs = other.Pool()
 	}), nil},
+	{
+		"a client of another mesh that says so as OpenSSL does", "broken_off",
+		"the client broke off the TLS handshake, likely since it does not accept this workload's certificate", mtlsPort, alertInClear, nil,
+	},
 	{"what is no handshake", "handshake_failed", "the TLS handshake failed", mtlsPort, speakPlain("\x16\x03\x01\x00\x05\x09\x09\x09\x09\x09"), nil},
 	{"silence", "handshake_timeout", "the TLS handshake was not finished in time", mtlsPort, speakPlain(""), nil},
 	{
@@ -155,6 +159,33 @@ func speakTLS(change func(*pod, *tls.Config)) func(*pod, net.Conn) {
 			p.t.Error("the client is let in")
 		}
 	}
+}
+
+// alertInClear speaks TLS 1.3 up to the server's certificate, which it refuses by an alert that is not encrypted.
+func alertInClear(p *pod, conn net.Conn) {
+	other, err := lab.NewAuthority("other")
+	p.must(err)
+	config := p.anonymous()
+	config.RootCAs = other.Pool()
+	if err := tls.Client(&alerter{Conn: conn}, config).Handshake(); err == nil {
+		p.t.Error("the server is accepted")
+	}
+	_, _ = io.Copy(io.Discard, conn)
+}
+
+// alerter is a connection that sends TLS's first message and, for all that comes after it, the alert unknown_ca in clear.
+type alerter struct {
+	net.Conn
+	greeted bool
+}
+
+func (c *alerter) Write(text []byte) (int, error) {
+	if c.greeted {
+		_, err := io.WriteString(c.Conn, "\x15\x03\x03\x00\x02\x02\x30")
+		return len(text), err
+	}
+	c.greeted = true
+	return c.Conn.Write(text)
 }
 
 func speakPlain(text string) func(*pod, net.Conn) {

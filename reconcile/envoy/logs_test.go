@@ -216,6 +216,7 @@ func TestReasons(t *testing.T) {
 		verify + "X509_verify_cert:_certificate_verification_error_at_depth_0:_unsupported_certificate_purpose:TLS_error_end":        BadCertificate,
 		verify + "something new:TLS_error_end": BadCertificate,
 		"TLS_error:|436207716:ECDSA_routines:OPENSSL_internal:BAD_SIGNATURE|268435570:SSL_routines:OPENSSL_internal:BAD_SIGNATURE:TLS_error_end": WrongKey,
+		"TLS_error:|268435703:SSL_routines:OPENSSL_internal:WRONG_CURVE:TLS_error_end":                                                           NoSharedAlgorithm,
 		"TLS_error:|1:SSL_routines:OPENSSL_internal:SOMETHING_NEW:TLS_error_end":                                                                 HandshakeFailed,
 		"something new": HandshakeFailed,
 	} {

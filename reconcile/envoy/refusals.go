@@ -30,6 +30,7 @@ const (
 	TLSVersion             Reason = "tls_version"
 	NoSharedAlgorithm      Reason = "no_shared_algorithm"
 	CertificateNotAccepted Reason = "certificate_not_accepted"
+	BrokenOff              Reason = "broken_off"
 	HandshakeTimeout       Reason = "handshake_timeout"
 	HandshakeFailed        Reason = "handshake_failed"
 	WorkloadUnreachable    Reason = "workload_unreachable"
@@ -50,6 +51,7 @@ var words = map[Reason]string{
 	TLSVersion:             "the PEER's TLS version is too old",
 	NoSharedAlgorithm:      "no TLS cipher, curve or signature in common",
 	CertificateNotAccepted: "the PEER does not accept this workload's certificate",
+	BrokenOff:              "the PEER broke off the TLS handshake, likely since it does not accept this workload's certificate",
 	HandshakeTimeout:       "the TLS handshake was not finished in time",
 	HandshakeFailed:        "the TLS handshake failed",
 	WorkloadUnreachable:    "the client was let in, but the workload takes no connection at this port",
@@ -118,11 +120,13 @@ func tlsReason(detail string) Reason {
 		return Plaintext
 	case "UNSUPPORTED_PROTOCOL", "TLSV1_ALERT_PROTOCOL_VERSION":
 		return TLSVersion
-	case "NO_SHARED_CIPHER", "NO_SHARED_GROUP", "NO_COMMON_SIGNATURE_ALGORITHMS":
+	case "NO_SHARED_CIPHER", "NO_SHARED_GROUP", "NO_COMMON_SIGNATURE_ALGORITHMS", "WRONG_CURVE", "WRONG_SIGNATURE_TYPE":
 		return NoSharedAlgorithm
 	case "SSLV3_ALERT_BAD_CERTIFICATE", "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE", "SSLV3_ALERT_CERTIFICATE_REVOKED",
 		"SSLV3_ALERT_CERTIFICATE_EXPIRED", "SSLV3_ALERT_CERTIFICATE_UNKNOWN", "TLSV1_ALERT_UNKNOWN_CA", "TLSV1_ALERT_ACCESS_DENIED":
 		return CertificateNotAccepted
+	case "BAD_PACKET_LENGTH": // a record too short to be encrypted where all are: OpenSSL's clients send alerts so in TLS 1.3, which can't be read
+		return BrokenOff
 	default:
 		return HandshakeFailed
 	}
