@@ -110,6 +110,7 @@ func TestCheck(t *testing.T) {
 		"no runtime directory":        {"mount -t tmpfs -o ro none " + empty, []string{"MANTLET_RUNTIME_DIRECTORY=" + empty + "/run"}, "runtime directory", failing, "read-only"},
 		"runtime directory on disk":   {"", []string{"MANTLET_RUNTIME_DIRECTORY=" + filepath.Join(empty, "run")}, "runtime directory", warning, "not in memory"},
 		"another's runtime directory": {"", []string{"MANTLET_RUNTIME_DIRECTORY=" + others}, "runtime directory", failing, "belongs to user 1337"},
+		"shared runtime directory":    {"", []string{"MANTLET_RUNTIME_DIRECTORY=" + filepath.Dir(file)}, "runtime directory", failing, "is open to others"},
 		"runtime directory, a file":   {"", []string{"MANTLET_RUNTIME_DIRECTORY=" + file}, "runtime directory", failing, "not a directory"},
 		"runtime directory, too long": {"", []string{"MANTLET_RUNTIME_DIRECTORY=/run/" + strings.Repeat("x", 100)}, "runtime directory", failing, "too long"},
 		"no certificates":             {"", []string{"MANTLET_TLS_DIRECTORY=" + empty}, "certificates", failing, "key.pem: no such file"},

@@ -565,3 +565,51 @@ func TestHostNetwork(t *testing.T) {
 		})
 	}
 }
+
+// TestRuntimeDirectory: mantlet takes one that is there for it, a fresh volume in memory as kubelet mounts it for one, or makes
+// it as Envoy's user can reach it. What others use it leaves as it is, and ends.
+func TestRuntimeDirectory(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		mode os.FileMode // 0: none is there
+		uid  int
+		file string // that is in it
+		says string // "" if mantlet takes it
+	}{
+		"none":          {},
+		"emptyDir":      {mode: 0o777},
+		"in memory":     {mode: 0o777 | os.ModeSticky},
+		"disk":          {mode: 0o755, file: "lost+found"},
+		"one before it": {mode: 0o777, file: ".last-good.json1234"},
+		"closed":        {mode: 0o710, file: "filler"},
+		"like /tmp":     {mode: 0o777 | os.ModeSticky, file: "other", says: `(dtrwxrwxrwx) and holds \"other\"`},
+		"like /run":     {mode: 0o755, file: "other", says: `(drwxr-xr-x) and holds \"other\"`},
+		"another's":     {mode: 0o700, uid: 1337, says: "belongs to user 1337"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newPod(t, web)
+			p.must(p.identity.Write(p.sidecar.TLSDirectory))
+			directory := filepath.Join(p.sidecar.RuntimeDirectory, "a", "b")
+			p.sidecar.RuntimeDirectory = directory
+			if c.mode != 0 {
+				p.must(os.MkdirAll(directory, 0o755))
+				p.must(errors.Join(os.Chmod(directory, c.mode), os.Chown(directory, c.uid, c.uid)))
+			}
+			if c.file != "" {
+				p.must(os.WriteFile(filepath.Join(directory, c.file), nil, 0o644))
+			}
+			p.run()
+			if c.says == "" {
+				p.ready()
+				return
+			}
+			if err := p.sidecar.Wait(); err == nil || p.log.count(c.says) != 1 || p.log.count("MANTLET_RUNTIME_DIRECTORY") != 1 {
+				t.Errorf("mantlet ended with %v, without a word of %s", err, c.says)
+			}
+			if info, err := os.Stat(directory); err != nil || info.Mode() != c.mode|os.ModeDir {
+				t.Errorf("%v, %v", info.Mode(), err)
+			}
+		})
+	}
+}

@@ -13,11 +13,14 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"mantlet/reconcile"
@@ -241,16 +244,52 @@ func fits(directory string) error {
 	return nil
 }
 
-// private makes the runtime directory and closes it to others: it comes to hold the key.
+// private makes the runtime directory and closes it to others: it comes to hold the key. Envoy's user must get through the
+// directories above it.
 func private(directory string) error {
-	if err := fits(directory); err != nil {
+	if err := errors.Join(fits(directory), closable(directory)); err != nil {
 		return err
+	}
+	defer unix.Umask(unix.Umask(0o022))
+	if err := os.MkdirAll(filepath.Dir(directory), 0o755); err != nil {
+		return fmt.Errorf("making the directories above the runtime directory: %w", err)
 	}
 	if err := os.MkdirAll(directory, 0o700); err != nil {
 		return fmt.Errorf("making the runtime directory: %w", err)
 	}
 	if err := os.Chmod(directory, 0o700); err != nil {
 		return fmt.Errorf("closing the runtime directory to others: %w", err)
+	}
+	return nil
+}
+
+// closable returns why a directory can't become mantlet's own; nil where there is none. What is open to others and not empty
+// they use. A volume is open to others at first too, a memory-backed one like /tmp, but empty; and what mantlet has closed
+// once may hold anything.
+func closable(directory string) error {
+	info, err := os.Stat(directory)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("looking at MANTLET_RUNTIME_DIRECTORY: %w", err)
+	}
+	const right = "name a directory of mantlet's own, or one that does not exist"
+	if owner, ok := info.Sys().(*syscall.Stat_t); ok && int(owner.Uid) != os.Geteuid() {
+		return fmt.Errorf("MANTLET_RUNTIME_DIRECTORY %q belongs to user %d: mantlet can't close it to others; %s", directory, owner.Uid, right)
+	}
+	if !info.IsDir() || info.Mode()&0o007 == 0 {
+		return nil
+	}
+	entries, err := os.ReadDir(directory)
+	if err != nil {
+		return fmt.Errorf("looking into MANTLET_RUNTIME_DIRECTORY: %w", err)
+	}
+	for _, e := range entries {
+		if !slices.Contains([]string{"envoy", "mantlet.sock", "lost+found"}, e.Name()) && !strings.HasPrefix(strings.TrimPrefix(e.Name(), "."), "last-good.json") {
+			return fmt.Errorf("MANTLET_RUNTIME_DIRECTORY %q is open to others (%v) and holds %q: mantlet would close to them what they use; %s",
+				directory, info.Mode(), e.Name(), right)
+		}
 	}
 	return nil
 }

@@ -17,6 +17,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -83,6 +84,10 @@ func (s *Secrets) Update(ctx context.Context) (revoked bool, err error) {
 	s.published = read
 	s.mu.Unlock()
 	s.Log.Info("certificates published", "subject", read.certs[0].Subject.String(), "sans", read.certs[0].DNSNames, "expires", read.expires)
+	if client, server := ends(read.certs[0]); !client || !server {
+		s.Log.Warn("peers accept the certificate at one end only", "client", client, "server", server,
+			"extended_key_usage", usages(read.certs[0]), "remedy", "issue it with serverAuth and clientAuth, unless connections go one way only")
+	}
 	if revoked {
 		s.Log.Info("a mesh CA was taken away: connections that were let in before end")
 	}
@@ -248,6 +253,10 @@ func (c *Certificates) check(directory string, now time.Time) error {
 	if err := usable(pair.PrivateKey); err != nil {
 		return in(keyFile, err)
 	}
+	if client, server := ends(chain[0]); !client && !server {
+		return in(chainFile, fmt.Errorf("the leaf (%s) is good for neither end of a connection: its extended key usage is %s; "+
+			"it should have serverAuth and clientAuth, or no such extension", chain[0].Subject, usages(chain[0])))
+	}
 	c.certs, c.anchors, c.expires = chain, anchors, chain[0].NotAfter
 	for _, cert := range chain {
 		if cert.NotAfter.Before(c.expires) {
@@ -277,6 +286,26 @@ func usable(key any) error {
 		return fmt.Errorf("has a key of type %T; %s", key, right)
 	}
 	return nil
+}
+
+// ends tells at which ends of a connection peers accept a leaf. BoringSSL does not take anyExtendedKeyUsage for either.
+func ends(leaf *x509.Certificate) (client, server bool) {
+	if len(leaf.ExtKeyUsage)+len(leaf.UnknownExtKeyUsage) == 0 {
+		return true, true
+	}
+	return slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageClientAuth), slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageServerAuth)
+}
+
+// usages are a leaf's extended key usages in words.
+func usages(leaf *x509.Certificate) string {
+	var names []string
+	for _, u := range leaf.ExtKeyUsage {
+		names = append(names, u.String())
+	}
+	for _, u := range leaf.UnknownExtKeyUsage {
+		names = append(names, u.String())
+	}
+	return strings.Join(names, ", ")
 }
 
 // verify does what a peer does with the chain at a time, and returns its ways to a mesh CA. Signatures stay good: of a way
