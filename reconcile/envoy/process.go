@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"syscall"
 	"time"
@@ -25,6 +26,7 @@ type Process struct {
 	spawner *spawner
 	cmd     *exec.Cmd
 	admin   admin
+	socket  string // of the admin interface
 	logs    *logs
 	exited  chan struct{}
 	err     error // valid once exited is closed
@@ -52,7 +54,10 @@ func (p *Process) waitLive(ctx context.Context, parent *Process) error {
 	defer tick.Stop()
 	var last error
 	for {
-		err := p.live(ctx)
+		_, err := os.Lstat(p.socket) // spares an Envoy that starts the company of a busy client
+		if err == nil {
+			err = p.live(ctx)
+		}
 		if err == nil {
 			return nil
 		}
