@@ -105,9 +105,9 @@ type Leaf struct {
 	DNSNames   []string
 	IPs        []netip.Addr
 	URIs       []string
-	NotBefore  time.Time // an hour ago if zero
-	NotAfter   time.Time // in a day if zero
-	ServerOnly bool      // of no use to a client
+	NotBefore  time.Time          // an hour ago if zero
+	NotAfter   time.Time          // in a day if zero
+	Usages     []x509.ExtKeyUsage // both ends' if nil; no extension if empty
 }
 
 // Issue makes a key and a mesh certificate for it, good for both ends of a connection.
@@ -121,8 +121,8 @@ func (a *Authority) Issue(leaf Leaf) (*Identity, error) {
 		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 		BasicConstraintsValid: true,
 	}
-	if leaf.ServerOnly {
-		template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
+	if leaf.Usages != nil {
+		template.ExtKeyUsage = leaf.Usages
 	}
 	if leaf.CommonName == "" && len(leaf.DNSNames) > 0 {
 		template.Subject.CommonName = leaf.DNSNames[0]

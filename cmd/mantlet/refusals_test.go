@@ -2,6 +2,7 @@ package main
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -89,7 +90,7 @@ var refusals = []struct {
 		show(config, certificate)
 	}), []string{"client"}},
 	{"a certificate for servers", "bad_certificate", "the client's certificate does not verify", mtlsPort, speakTLS(func(p *pod, config *tls.Config) {
-		identity, err := p.mesh.Issue(lab.Leaf{DNSNames: []string{"server"}, ServerOnly: true})
+		identity, err := p.mesh.Issue(lab.Leaf{DNSNames: []string{"server"}, Usages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
 		p.must(err)
 		show(config, identity.Certificate())
 	}), []string{"server"}},

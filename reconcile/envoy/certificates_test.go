@@ -53,6 +53,9 @@ func TestLoadCertificates(t *testing.T) {
 	other := issue(mesh, lab.Leaf{DNSNames: []string{"pod"}})
 	expired := issue(mesh, lab.Leaf{NotBefore: now.Add(-2 * time.Hour), NotAfter: now.Add(-time.Hour)})
 	early := issue(mesh, lab.Leaf{NotBefore: now.Add(time.Hour), NotAfter: now.Add(2 * time.Hour)})
+	signer := issue(mesh, lab.Leaf{Usages: []x509.ExtKeyUsage{x509.ExtKeyUsageCodeSigning}})
+	anyUsage := issue(mesh, lab.Leaf{Usages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
+	clients := issue(mesh, lab.Leaf{Usages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}, NotAfter: good.Leaf.NotAfter})
 	chain, ca := good.ChainPEM(), mesh.CAPEM()
 	leaf, rest := pem.Decode(chain)
 	key := must[[]byte](t)(x509.MarshalPKCS8PrivateKey(good.Key))
@@ -68,6 +71,10 @@ func TestLoadCertificates(t *testing.T) {
 			pem.EncodeToMemory(&pem.Block{Type: "EC PARAMETERS", Bytes: []byte{6, 5, 0x2b, 0x81, 4, 0, 0x22}}),
 			pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: sec1}))}, nil},
 		"several CAs": {map[string][]byte{meshCAFile: slices.Concat(foreign.CAPEM(), ca)}, nil},
+
+		"a client's usage": {files(t, clients), nil},
+		"no usage":         {files(t, signer), []string{chainFile, "its extended key usage is codeSigning", "should have serverAuth and clientAuth"}},
+		"any usage":        {files(t, anyUsage), []string{chainFile, "its extended key usage is anyExtendedKeyUsage"}},
 
 		"nothing":      {map[string][]byte{chainFile: nil, keyFile: nil, meshCAFile: nil}, []string{chainFile, keyFile, meshCAFile, "no such file"}},
 		"no chain":     {map[string][]byte{chainFile: nil}, []string{chainFile, "no such file"}},
@@ -194,6 +201,51 @@ func TestKeys(t *testing.T) {
 			}
 			if works != c.usable {
 				t.Errorf("works: %t, %v", works, err)
+			}
+		})
+	}
+}
+
+// TestUsages tries on the real Envoy that it accepts from its clients the usages that a leaf must have for it.
+// What is good for one end alone is published, with one warning.
+func TestUsages(t *testing.T) {
+	r, _ := runner(t)
+	mesh := identity(t, r).Authority
+	started(t, r)
+	usage := func(all ...x509.ExtKeyUsage) []x509.ExtKeyUsage { return append([]x509.ExtKeyUsage{}, all...) }
+	for name, c := range map[string]struct {
+		usages         []x509.ExtKeyUsage
+		client, server bool
+	}{
+		"no extension": {usage(), true, true},
+		"both":         {usage(x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth), true, true},
+		"more":         {usage(x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageAny, x509.ExtKeyUsageServerAuth), true, true},
+		"client":       {usage(x509.ExtKeyUsageClientAuth), true, false},
+		"server":       {usage(x509.ExtKeyUsageServerAuth), false, true},
+		"other":        {usage(x509.ExtKeyUsageCodeSigning), false, false},
+		"any":          {usage(x509.ExtKeyUsageAny), false, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			leaf := must[*lab.Identity](t)(mesh.Issue(lab.Leaf{DNSNames: []string{"pod"}, Usages: c.usages}))
+			if client, server := ends(leaf.Leaf); client != c.client || server != c.server {
+				t.Errorf("client %t, server %t; want %t, %t", client, server, c.client, c.server)
+			}
+			certificate := leaf.Certificate()
+			if err := mutual(&certificate); (err == nil) != c.client {
+				t.Errorf("as a client's: %v, want it accepted: %t", err, c.client)
+			}
+			log, directory := &journal{}, t.TempDir()
+			if err := leaf.Write(directory); err != nil {
+				t.Fatal(err)
+			}
+			s := &Secrets{TLSDirectory: directory, RuntimeDirectory: t.TempDir(), Runner: &Runner{}, Log: log.logger()}
+			for range 2 {
+				if _, err := s.Update(t.Context()); (err == nil) != (c.client || c.server) {
+					t.Errorf("published: %v", err)
+				}
+			}
+			if got := strings.Count(log.String(), "at one end only"); (got == 1) != (c.client != c.server) || got > 1 {
+				t.Errorf("%d warnings: %s", got, log)
 			}
 		})
 	}
