@@ -43,8 +43,12 @@ func runCommand() *cobra.Command {
 			if err == nil {
 				return nil
 			}
+			message := "mantlet can't run; the rules stay"
+			if open, ok := errors.AsType[unclosed](err); ok {
+				message = "mantlet can't run; " + open.means
+			}
 			for _, p := range schema.Problems(err) {
-				log.Error("mantlet can't run; the rules stay", "error", p.Error())
+				log.Error(message, "error", p.Error())
 			}
 			return logged{err}
 		},
@@ -55,6 +59,14 @@ func runCommand() *cobra.Command {
 type logged struct{ error }
 
 func (l logged) Unwrap() error { return l.error }
+
+// unclosed is an error with which no deny-all was put in place, and what that means.
+type unclosed struct {
+	error
+	means string
+}
+
+func (u unclosed) Unwrap() error { return u.error }
 
 // newLogger writes text to a terminal and JSON elsewhere.
 func newLogger(to *os.File, level slog.Leveler) *slog.Logger {
@@ -72,15 +84,18 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	go warm()
 	signal.Ignore(syscall.SIGPIPE) // the end of whoever reads the log must not be mantlet's
 	if err := schema.HostNetwork(os.Environ()); err != nil {
-		return err
+		return unclosed{err, "no rule was touched"}
 	}
 	table, found, err := closePod(log)
 	if errors.Is(err, syscall.EPERM) {
 		needs := sandbox.Needs(os.Geteuid())
 		err = errors.Join(sandbox.Missing(needs), fmt.Errorf("%w; %s", err, sandbox.Remedy(needs)))
 	}
-	if err != nil {
+	if errors.Is(err, nft.ErrOwned) {
 		return err
+	}
+	if err != nil {
+		return unclosed{err, "no deny-all could be put in place: the pod is open, unless an earlier mantlet left its rules there"}
 	}
 	defer func() { _ = table.Close() }()
 	env, err := schema.ParseEnvironment(os.Environ())
