@@ -5,6 +5,7 @@ import (
 	"io"
 	"net/http"
 	"runtime"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -53,7 +54,7 @@ func (m metrics) Collect(to chan<- prometheus.Metric) {
 	c.gauge("start_time_seconds", "When mantlet started.", stamp(s.Started))
 	c.gauge("ready", "Whether the sidecar is ready.", number(s.Ready))
 	for _, check := range Checks() {
-		failed := false
+		failed := s.Applied == nil && slices.Contains(untried(), check)
 		for _, r := range s.Unready {
 			failed = failed || r.Check == check
 		}

@@ -127,10 +127,16 @@ func (d *Daemon) handler() http.Handler {
 		if err := d.Dead(); err != nil {
 			reasons = append(reasons, Reason{checkMantlet, err.Error()})
 		}
-		answer(w, r, []string{checkMantlet}, reasons, nil)
+		answer(w, r, []string{checkMantlet}, nil, reasons, nil)
 	})
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
-		answer(w, r, Checks(), seldom(d, r, "unready", d.Unready), d.Notes())
+		var waiting []string
+		d.locked(func() {
+			if d.have == nil {
+				waiting = untried()
+			}
+		})
+		answer(w, r, Checks(), waiting, seldom(d, r, "unready", d.Unready), d.Notes())
 	})
 	mux.HandleFunc("GET /probe/{name}", d.probe)
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, r *http.Request) {
@@ -177,8 +183,8 @@ func seldom[T any](d *Daemon, r *http.Request, key string, ask func(context.Cont
 }
 
 // answer writes what Kubernetes' own components answer at these paths: ok, or the reasons, one a line; with ?verbose every
-// check. Those that ?exclude= names do not count. What is worth a look although it is ok follows it.
-func answer(w http.ResponseWriter, r *http.Request, checks []string, reasons []Reason, notes []error) {
+// check, of which some may have to wait. Those that ?exclude= names do not count. What is worth a look although it is ok follows it.
+func answer(w http.ResponseWriter, r *http.Request, checks, waiting []string, reasons []Reason, notes []error) {
 	query := r.URL.Query()
 	excluded := query["exclude"]
 	counts := slices.DeleteFunc(slices.Clone(reasons), func(reason Reason) bool { return slices.Contains(excluded, reason.Check) })
@@ -192,7 +198,7 @@ func answer(w http.ResponseWriter, r *http.Request, checks []string, reasons []R
 	switch {
 	case query.Has("verbose"):
 		for _, check := range checks {
-			_, _ = fmt.Fprintln(w, verbose(check, reasons, slices.Contains(excluded, check)))
+			_, _ = fmt.Fprintln(w, verbose(check, reasons, slices.Contains(waiting, check), slices.Contains(excluded, check)))
 		}
 		_, _ = fmt.Fprintf(w, "%s check %s\n", r.URL.Path[1:], verdict)
 	case len(counts) == 0:
@@ -209,11 +215,14 @@ func answer(w http.ResponseWriter, r *http.Request, checks []string, reasons []R
 }
 
 // verbose is the line of one check.
-func verbose(check string, reasons []Reason, excluded bool) string {
+func verbose(check string, reasons []Reason, waiting, excluded bool) string {
 	if excluded {
 		return "[+]" + check + " excluded: ok"
 	}
 	line := "[+]" + check + " ok"
+	if waiting {
+		line = "[-]" + check + " waiting: nothing is in force yet"
+	}
 	for i, reason := range slices.DeleteFunc(slices.Clone(reasons), func(r Reason) bool { return r.Check != check }) {
 		if i == 0 {
 			line = "[-]" + check + " failed: " + reason.Text

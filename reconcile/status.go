@@ -142,6 +142,9 @@ const (
 	checkRules        = "rules"        // in the kernel
 )
 
+// untried are the checks that there is nothing to try of while nothing is in force.
+func untried() []string { return []string{checkEnvoy, checkRules} }
+
 // Checks are the names of all checks.
 func Checks() []string {
 	return []string{checkMantlet, checkConfig, checkCertificates, checkEnvoy, checkRules}

@@ -95,7 +95,8 @@ func TestStatusAddress(t *testing.T) {
 		asks(addr, "/livez", 200, "ok\n")
 		asks(addr, "/livez?verbose", 200, "[+]mantlet ok\nlivez check passed\n")
 		asks(addr, "/readyz", 503, "waiting for certificates")
-		asks(addr, "/readyz?verbose", 503, "[-]certificates failed: waiting for certificates", "[+]config ok\n", "readyz check failed\n")
+		asks(addr, "/readyz?verbose", 503, "[-]certificates failed: waiting for certificates", "[+]config ok\n",
+			"[-]envoy waiting: nothing is in force yet\n[-]rules waiting: nothing is in force yet\nreadyz check failed\n")
 		asks(addr, "/readyz?exclude=certificates", 200, "ok\n")
 		asks(addr, "/status", 200, `"ready":false`, `"problems":["certificates: waiting`)
 	}
