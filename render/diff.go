@@ -26,7 +26,7 @@ func Diff(want, have Ruleset) []string {
 	var lines []string
 	for _, other := range have.Others {
 		if !slices.Contains(want.Others, other) {
-			lines = append(lines, other+": not mantlet's")
+			lines = append(lines, other+": not wanted")
 		}
 	}
 	mapName := func(m Map) string { return m.Name }
@@ -62,7 +62,7 @@ func diffNamed[T any](kind string, want, have []T, name, describe func(T) string
 	}
 	for _, h := range have {
 		if _, extra := named[name(h)]; extra {
-			lines = append(lines, kind+" "+describe(h)+": not mantlet's")
+			lines = append(lines, kind+" "+describe(h)+": not wanted")
 		}
 	}
 	return lines
@@ -86,7 +86,7 @@ func diffMap(title string, want, have Map) []string {
 		case !hok:
 			lines = append(lines, fmt.Sprintf("%s: `%s` missing", title, wanted))
 		case !wok:
-			lines = append(lines, fmt.Sprintf("%s: `%s` not mantlet's", title, found))
+			lines = append(lines, fmt.Sprintf("%s: `%s` not wanted", title, found))
 		case w != h:
 			lines = append(lines, fmt.Sprintf("%s: have `%s`, want `%s`", title, found, wanted))
 		}
@@ -139,7 +139,7 @@ func diffRules(title string, want, have []Rule) []string {
 			lines = append(lines, fmt.Sprintf("%s rule %d: `%s` missing", title, i+1, want[i].Text()))
 			i++
 		default:
-			lines = append(lines, fmt.Sprintf("%s rule %d: `%s` not mantlet's", title, j+1, have[j].Text()))
+			lines = append(lines, fmt.Sprintf("%s rule %d: `%s` not wanted", title, j+1, have[j].Text()))
 			j++
 		}
 	}

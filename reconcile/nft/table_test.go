@@ -533,17 +533,17 @@ func TestCheckNamesWhatDiffers(t *testing.T) {
 		{func() string { return "delete element inet mantlet modes { 7890 }" }, "map modes: `7890 : goto passthrough_in` missing"},
 		{
 			func() string { return "add element inet mantlet answers { 1 : goto passthrough_out }" },
-			"map answers: `1 : goto passthrough_out` not mantlet's",
+			"map answers: `1 : goto passthrough_out` not wanted",
 		},
-		{func() string { return "add element inet mantlet modes { 9000-9099 : accept }" }, "map modes: `9000-9099 : accept` not mantlet's"},
+		{func() string { return "add element inet mantlet modes { 9000-9099 : accept }" }, "map modes: `9000-9099 : accept` not wanted"},
 		{
 			func() string { return tproxy("mtls_in") },
 			"chain mtls_in rule 3: have `" + syn + " tproxy ip to 127.0.0.1:15007 " + taken + "`, want `" + syn + " tproxy ip to 127.0.0.1:15006 " + taken + "`",
 		},
-		{func() string { return "insert rule inet mantlet ingress accept" }, "chain ingress rule 1: `accept` not mantlet's"},
+		{func() string { return "insert rule inet mantlet ingress accept" }, "chain ingress rule 1: `accept` not wanted"},
 		{
 			func() string { return "insert rule inet mantlet ingress tcp dport 22 jump mtls_in" },
-			"chain ingress rule 1: `meta l4proto tcp @th,16,16 == 0x0016 jump mtls_in` not mantlet's",
+			"chain ingress rule 1: `meta l4proto tcp @th,16,16 == 0x0016 jump mtls_in` not wanted",
 		},
 		{
 			func() string { return "flush chain inet mantlet passthrough_in" },
@@ -556,12 +556,12 @@ func TestCheckNamesWhatDiffers(t *testing.T) {
 		},
 		{
 			func() string { return "add chain inet mantlet own { type filter hook prerouting priority -300; }" },
-			"chain own (type filter hook prerouting priority -300; policy accept;): not mantlet's",
+			"chain own (type filter hook prerouting priority -300; policy accept;): not wanted",
 		},
-		{func() string { return "add chain inet mantlet own" }, "chain own: not mantlet's"},
-		{func() string { return "add set inet mantlet own { type inet_service; }" }, "set own: not mantlet's"},
-		{func() string { return "add counter inet mantlet own" }, "object own: not mantlet's"},
-		{func() string { return "add table inet mantlet { flags dormant; }" }, "table flag dormant, which switches every rule off: not mantlet's"},
+		{func() string { return "add chain inet mantlet own" }, "chain own: not wanted"},
+		{func() string { return "add set inet mantlet own { type inet_service; }" }, "set own: not wanted"},
+		{func() string { return "add counter inet mantlet own" }, "object own: not wanted"},
+		{func() string { return "add table inet mantlet { flags dormant; }" }, "table flag dormant, which switches every rule off: not wanted"},
 		{func() string { return "delete table inet mantlet" }, "the table inet mantlet is not there, or empty"},
 		{func() string { return "flush ruleset" }, "the table inet mantlet is not there, or empty"},
 	} {
