@@ -248,6 +248,11 @@ func (c *Certificates) check(directory string, now time.Time) error {
 	// X509KeyPair's errors speak of the key; a certificate that it can't read was found above.
 	pair, err := tls.X509KeyPair(c.chain, c.key)
 	if err != nil {
+		for i, cert := range chain[1:] {
+			if _, err := tls.X509KeyPair(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw}), c.key); err == nil {
+				return in(chainFile, fmt.Errorf("the key is that of certificate %d; the leaf must come first, and then what signed it", i+2))
+			}
+		}
 		return in(keyFile, err)
 	}
 	if err := usable(pair.PrivateKey); err != nil {

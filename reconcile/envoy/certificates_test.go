@@ -94,7 +94,7 @@ func TestLoadCertificates(t *testing.T) {
 		"half a CA":           {map[string][]byte{meshCAFile: slices.Concat(foreign.CAPEM(), ca[:100])}, []string{meshCAFile, "within a PEM block"}},
 		"half a key":          {map[string][]byte{keyFile: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})[:100]}, []string{keyFile}},
 		"another's key":       {map[string][]byte{chainFile: other.ChainPEM()}, []string{keyFile, "does not match"}},
-		"intermediate first":  {map[string][]byte{chainFile: slices.Concat(rest, pem.EncodeToMemory(leaf))}, []string{keyFile, "does not match"}},
+		"intermediate first":  {map[string][]byte{chainFile: slices.Concat(rest, pem.EncodeToMemory(leaf))}, []string{chainFile, "that of certificate 2; the leaf must come first"}},
 		"a foreign CA":        {map[string][]byte{meshCAFile: foreign.CAPEM()}, []string{chainFile, "does not verify up to " + meshCAFile}},
 		"expired":             {files(t, expired), []string{chainFile, "expired at"}},
 		"not valid yet":       {files(t, early), []string{chainFile, "is the clock right?"}},

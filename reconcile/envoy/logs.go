@@ -25,8 +25,11 @@ type logs struct {
 	last string
 }
 
-// levels maps Envoy's names (spdlog's) to slog's levels.
-func level(name string) slog.Level {
+// level returns slog's level for what Envoy says at one of its own (spdlog's). Some warnings belong to each orderly restart.
+func level(name, text string) slog.Level {
+	if name == "warning" && (text == "caught ENVOY_SIGTERM" || text == "shutting down admin due to child startup") {
+		name = "info"
+	}
 	switch name {
 	case "trace", "debug":
 		return slog.LevelDebug
@@ -47,10 +50,11 @@ func (l *logs) messages(from io.Reader) {
 			fields = []string{"info", "", line}
 		}
 		text := unescape(fields[2])
-		if level(fields[0]) >= slog.LevelError {
+		severity := level(fields[0], text)
+		if severity >= slog.LevelError {
 			l.note(fields[1], text)
 		}
-		l.to.LogAttrs(context.Background(), level(fields[0]), "Envoy says", slog.String("text", text), slog.String("component", fields[1]))
+		l.to.LogAttrs(context.Background(), severity, "Envoy says", slog.String("text", text), slog.String("component", fields[1]))
 	}
 }
 

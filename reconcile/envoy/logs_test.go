@@ -34,7 +34,7 @@ func relayed(t *testing.T, relay func(*logs)) (lines []map[string]any, l *logs) 
 func TestMessages(t *testing.T) {
 	long := strings.Repeat("x", 200<<10)
 	said := strings.Join([]string{
-		`trace|main|a`, `debug|main|b`, `info|main|c`, `warning|config|d`, `error|upstream|e`, `critical|main|f|g`,
+		`trace|main|a`, `debug|main|b`, `info|main|c`, `warning|config|d`, `warning|main|caught ENVOY_SIGTERM`, `warning|main|shutting down admin due to child startup`, `error|upstream|e`, `critical|main|f|g`,
 		`critical|main|can\'t bind \"x\":\n  \\\'y\\\' \303\244`, `no format at all`, ``, `info|main|` + long, `info|main|last, without an end`,
 	}, "\n")
 	got, l := relayed(t, func(l *logs) { l.messages(strings.NewReader(said)) })
@@ -44,6 +44,7 @@ func TestMessages(t *testing.T) {
 	const buffer = 64 << 10
 	want := []map[string]any{
 		message("DEBUG", "main", "a"), message("DEBUG", "main", "b"), message("INFO", "main", "c"), message("WARN", "config", "d"),
+		message("INFO", "main", "caught ENVOY_SIGTERM"), message("INFO", "main", "shutting down admin due to child startup"),
 		message("ERROR", "upstream", "e"), message("ERROR", "main", "f|g"), message("ERROR", "main", `can't bind "x": \'y\' ä`),
 		message("INFO", "", "no format at all"),
 		message("INFO", "main", long[:buffer-len("info|main|")]), // in parts: a line has no end that must be waited for
