@@ -74,9 +74,20 @@ func printFindings(to io.Writer, findings []finding) error {
 		if f.Remedy != "" {
 			text += "; " + f.Remedy
 		}
-		_, _ = fmt.Fprintf(page, "%s\t%s\t%s\n", f.Severity, f.Need, strings.Join(strings.Fields(text), " "))
+		_, _ = fmt.Fprintf(page, "%s\t%s\t%s\n", f.Severity, f.Need, oneLine(text))
 	}
 	return page.Flush()
+}
+
+// oneLine puts the lines of a text into one: each is an error, or one that those below it belong to.
+func oneLine(text string) string {
+	var all []string
+	for line := range strings.Lines(text) {
+		if words := strings.Fields(line); len(words) > 0 {
+			all = append(all, strings.Join(words, " "))
+		}
+	}
+	return strings.ReplaceAll(strings.Join(all, "; "), ":; ", ": ")
 }
 
 // tried is a need that has to be met. The detail is for one that is.

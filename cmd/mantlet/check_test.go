@@ -225,3 +225,21 @@ func TestCheckBesideMantlet(t *testing.T) {
 		t.Errorf("%+v", status)
 	}
 }
+
+// TestLines: what is put into one line shows where each error ends, and what is cut is quoted on both sides or on none.
+func TestLines(t *testing.T) {
+	long := strings.Repeat("x", 61)
+	for _, c := range []struct{ got, want string }{
+		{oneLine("one\ntwo; do this"), "one; two; do this"},
+		{oneLine("the file:\n  one\n\n  two  words"), "the file: one; two words"},
+		{onLine("plain words"), "plain words"},
+		{onLine(""), `""`},
+		{onLine("a\tb"), `"a\tb"`},
+		{onLine(long), long[:60] + "…"},
+		{onLine(`"` + long), `"\"` + long[:58] + `…"`},
+	} {
+		if c.got != c.want {
+			t.Errorf("%s, want %s", c.got, c.want)
+		}
+	}
+}

@@ -165,13 +165,15 @@ func printExplained(to io.Writer, all []schema.Explained, output string) error {
 func onLine(text string) string {
 	const most = 60
 	quoted := fmt.Sprintf("%q", text)
-	if runes := []rune(quoted); len(runes) > most {
-		return string(runes[:most]) + "…"
+	plain := quoted == `"`+text+`"` && text != ""
+	inner := []rune(quoted[1 : len(quoted)-1])
+	if len(inner) > most {
+		inner = append(inner[:most], '…')
 	}
-	if quoted == `"`+text+`"` && text != "" {
-		return text
+	if plain {
+		return string(inner)
 	}
-	return quoted
+	return `"` + string(inner) + `"`
 }
 
 func schemaCommand() *cobra.Command {

@@ -197,7 +197,7 @@ func (p *page) epochs(epochs []reconcile.Epoch) {
 func (p *page) certificates(all []reconcile.Certificate) {
 	p.head("CERTIFICATE", "SUBJECT", "SANS", "EXPIRES", "LEFT")
 	for _, c := range all {
-		p.row(c.Role, onLine(c.Subject), onLine(strings.Join(c.SANs, ", ")), c.NotAfter.Format(time.RFC3339), lasts(c.LeftSeconds))
+		p.row(c.Role, onLine(c.Subject), onLine(cmp.Or(strings.Join(c.SANs, ", "), "-")), c.NotAfter.Format(time.RFC3339), lasts(c.LeftSeconds))
 	}
 }
 
