@@ -450,7 +450,7 @@ func TestSecondMantlet(t *testing.T) {
 		second.TLSDirectory, second.RuntimeDirectory, second.Log = p.sidecar.TLSDirectory, runtime, log
 		p.must(second.Start())
 		if err := second.Wait(); err == nil || !strings.Contains(log.String(), "another mantlet owns this network namespace") ||
-			!strings.Contains(log.String(), "the rules stay") {
+			!strings.Contains(log.String(), `"rules":"they stay"`) {
 			t.Errorf("the second mantlet ended with %v and said %s", err, log)
 		}
 	}
@@ -557,7 +557,7 @@ func TestHostNetwork(t *testing.T) {
 				p.await("mantlet closes the pod", func() bool { return p.log.count(closed) > 0 })
 				return
 			}
-			if err := p.sidecar.Wait(); err == nil || p.log.count("the pod has hostNetwork") != 1 || p.log.count("mantlet can't run; no rule was touched") != 1 {
+			if err := p.sidecar.Wait(); err == nil || p.log.count("the pod has hostNetwork") != 1 || p.log.count(`"rules":"none was touched"`) != 1 {
 				t.Errorf("mantlet ended with %v", err)
 			}
 			if tables, err := p.Run("nft", "list", "tables"); err != nil || tables != "" {

@@ -43,12 +43,12 @@ func runCommand() *cobra.Command {
 			if err == nil {
 				return nil
 			}
-			message := "mantlet can't run; the rules stay"
+			rules := "they stay"
 			if open, ok := errors.AsType[unclosed](err); ok {
-				message = "mantlet can't run; " + open.means
+				rules = open.rules
 			}
 			for _, p := range schema.Problems(err) {
-				log.Error(message, "error", p.Error())
+				log.Error("mantlet can't run", "error", p.Error(), "rules", rules)
 			}
 			return logged{err}
 		},
@@ -60,10 +60,10 @@ type logged struct{ error }
 
 func (l logged) Unwrap() error { return l.error }
 
-// unclosed is an error with which no deny-all was put in place, and what that means.
+// unclosed is an error with which no deny-all was put in place, and what that means for the rules.
 type unclosed struct {
 	error
-	means string
+	rules string
 }
 
 func (u unclosed) Unwrap() error { return u.error }
@@ -84,7 +84,7 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	go warm()
 	signal.Ignore(syscall.SIGPIPE) // the end of whoever reads the log must not be mantlet's
 	if err := schema.HostNetwork(os.Environ()); err != nil {
-		return unclosed{err, "no rule was touched"}
+		return unclosed{err, "none was touched"}
 	}
 	table, found, err := closePod(log)
 	if errors.Is(err, syscall.EPERM) {

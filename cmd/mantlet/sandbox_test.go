@@ -123,7 +123,7 @@ func TestMissingCapability(t *testing.T) {
 				p.must(p.sidecar.Start())
 				err := p.sidecar.Wait()
 				for _, text := range []string{says, line, "no deny-all could be put in place: the pod is open"} {
-					if err == nil || !strings.Contains(p.log.String(), text) || strings.Contains(p.log.String(), "the rules stay") {
+					if err == nil || !strings.Contains(p.log.String(), text) || strings.Contains(p.log.String(), "they stay") {
 						t.Errorf("mantlet ended: %v, without %q alone: %s", err, text, p.log)
 					}
 				}
