@@ -11,7 +11,12 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"mantlet/render"
 )
 
 // StatusSocket returns the path of the socket that a running mantlet answers at.
@@ -58,7 +63,7 @@ const rebind = time.Second
 // serveAddress serves the status address. Where it can't, the mesh goes on without, and it is tried again.
 func (d *Daemon) serveAddress(ctx context.Context) {
 	for address := d.Environment.Process.StatusAddress; address != "" && ctx.Err() == nil; sleep(ctx, rebind) {
-		listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
+		listener, err := listenMarked(ctx, address)
 		if err == nil {
 			d.locked(func() { d.unserved = nil })
 			err = serve(ctx, listener, d.handler())
@@ -72,6 +77,22 @@ func (d *Daemon) serveAddress(ctx context.Context) {
 		}
 		d.locked(func() { d.unserved = err })
 	}
+}
+
+// listenMarked listens as the rules let peers in by: at a socket with mantlet's mark.
+func listenMarked(ctx context.Context, address string) (net.Listener, error) {
+	config := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
+		var refused error
+		err := raw.Control(func(fd uintptr) {
+			refused = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, int(render.StatusSocket))
+		})
+		if err = errors.Join(err, refused); err != nil {
+			return fmt.Errorf("marking the socket (NET_ADMIN lets): %w", err)
+		}
+		return nil
+	}}
+	config.SetMultipathTCP(false) // the mark is to be on the very socket that packets are for
+	return config.Listen(ctx, "tcp", address)
 }
 
 // Limits of the server: whoever may connect must not be able to use up memory, nor to keep a probe from its answer.

@@ -42,6 +42,10 @@ const (
 	generationShift = 23
 )
 
+// StatusSocket is the mark (SO_MARK) of the socket that mantlet serves its status at. Sockets of others have it not, so that a
+// workload at the same port is not taken for mantlet.
+const StatusSocket uint32 = 0x6d6e746c
+
 // Generation numbers the policies of a mode that the mode alone does not tell apart: who is let in, by which CA, with
 // which TLS. A connection lives on only while its port keeps the generation that it was let in under.
 type Generation uint8
@@ -191,6 +195,7 @@ func listenerPort(mode schema.Mode) uint16 {
 const (
 	passthroughIn  = "passthrough_in"
 	passthroughOut = "passthrough_out"
+	statusIn       = "status_in"
 )
 
 // DenyAll returns the rules that stand before anything is known: nothing comes in but what answers the pod. Without
@@ -215,14 +220,14 @@ func OnlyStatus(port uint16) Ruleset {
 	ports := schema.Ports{First: port, Last: port}
 	r := DenyAll(true)
 	r.Maps = []Map{
-		{Name: modesMap, Elements: []Element{{ports, goTo(passthroughIn)}}},
+		{Name: modesMap, Elements: []Element{{ports, goTo(statusIn)}}},
 		{Name: answersMap, Elements: []Element{{ports, goTo(passthroughOut)}}},
 	}
 	for i, rules := range [][]Rule{append(notForThePod(), Rule{Forwarded{}, drop}, Rule{LookUp{Map: modesMap}}), {{LookUp{Source: true, Map: answersMap}}}} {
 		chain := &r.Chains[i]
 		chain.Rules = slices.Insert(chain.Rules, len(chain.Rules)-1, rules...)
 	}
-	r.Chains = append(r.Chains, passthrough()...)
+	r.Chains = append(r.Chains, passthroughEgress(), statusIngress())
 	return r
 }
 
@@ -269,7 +274,10 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 	modes, answers := Map{Name: modesMap}, Map{Name: answersMap}
 	for _, part := range parts(mesh, generations) {
 		in, out := passthroughIn, passthroughOut
-		if part.mode != schema.ModePassthrough {
+		switch {
+		case part.ports.First == mesh.StatusPort: // it is the only one of the part
+			in = statusIn
+		case part.mode != schema.ModePassthrough:
 			used[part.wrapped] = true
 			in, out = part.in(), part.out()
 		}
@@ -293,25 +301,44 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 			egress(standard),
 		},
 	}
-	r.Chains = append(r.Chains, passthrough()...)
+	r.Chains = append(r.Chains, passthroughIngress(), passthroughEgress())
+	if mesh.StatusPort != 0 {
+		r.Chains = append(r.Chains, statusIngress())
+	}
 	for _, w := range slices.SortedFunc(maps.Keys(used), wrapped.compare) {
 		r.Chains = append(r.Chains, w.ingress(), w.egress())
 	}
 	return r
 }
 
-func passthrough() []Chain {
-	return []Chain{
+func passthroughIngress() Chain {
+	return Chain{Name: passthroughIn, Rules: []Rule{
 		// Whatever was let in from outside before passes.
-		{Name: passthroughIn, Rules: []Rule{
-			{onlyTCP, Marked{Mark: MarkOutbound}, Count{}, Reset{}},
-			{SetMark{MarkPassthrough}, accept},
-		}},
-		{Name: passthroughOut, Rules: []Rule{
-			{Marked{NotEqual, MarkNone}, Marked{NotEqual, MarkOutbound}, accept},
-			{onlyTCP, Count{}, Reset{}},
-		}},
-	}
+		{onlyTCP, Marked{Mark: MarkOutbound}, Count{}, Reset{}},
+		{SetMark{MarkPassthrough}, accept},
+	}}
+}
+
+func passthroughEgress() Chain {
+	return Chain{Name: passthroughOut, Rules: []Rule{
+		{Marked{NotEqual, MarkNone}, Marked{NotEqual, MarkOutbound}, accept},
+		{onlyTCP, Count{}, Reset{}},
+	}}
+}
+
+// statusIngress lets in who connects to mantlet, and nobody who would reach another listener at the same port: there may be one
+// at another address, or where mantlet is gone.
+func statusIngress() Chain {
+	mantlets := MarkedSocket{Mark: StatusSocket}
+	return Chain{Name: statusIn, Rules: []Rule{
+		{firstSYN, mantlets, SetMark{MarkPassthrough}, accept},
+		{firstSYN, Count{}, drop}, // the client's own retransmission bridges the time in which mantlet does not listen
+		// With SYN cookies the handshake's last packet goes to whoever listens by then.
+		{onlyTCP, MarkedSocket{NotEqual, StatusSocket}, Count{}, Reset{}},
+		// Here the packet has no socket, one of mantlet's, or one whose mark can't be seen: TIME_WAIT, or still to be accepted.
+		{onlyTCP, Marked{Mark: MarkPassthrough}, accept},
+		{onlyTCP, Count{}, Reset{}},
+	}}
 }
 
 // ReadBack returns what the names of a live ruleset's chains tell: the modes of ports, and the generations, but for those of
@@ -509,6 +536,7 @@ const (
 	refusedInvalid    = "invalid_segment"     // of no connection that conntrack knows, or out of its window
 	refusedOver       = "policy_changed"      // the connection was let in under what holds no more
 	refusedNoListener = "envoy_not_listening" // a SYN, which the client will repeat
+	refusedNoStatus   = "status_not_mantlets" // at the status port, where mantlet does not listen or somebody else does
 	refusedUnknown    = "unknown_connection"  // the rules did not see it begin
 	refusedAround     = "not_through_envoy"   // the workload answers somebody who did not come through Envoy
 )
@@ -516,7 +544,8 @@ const (
 // Refusals returns the names of all that Refusal returns.
 func Refusals() []string {
 	return []string{
-		refusedClosed, refusedProtocol, refusedForged, refusedInvalid, refusedOver, refusedNoListener, refusedUnknown, refusedAround,
+		refusedClosed, refusedProtocol, refusedForged, refusedInvalid, refusedOver, refusedNoListener, refusedNoStatus, refusedUnknown,
+		refusedAround,
 	}
 }
 
@@ -532,6 +561,8 @@ func Refusal(chain string, rule Rule) string {
 		return refusedInvalid
 	case has(OwnSource{}):
 		return refusedForged
+	case chain == statusIn && has(firstSYN), has(MarkedSocket{NotEqual, StatusSocket}):
+		return refusedNoStatus
 	case has(firstSYN):
 		return refusedNoListener
 	case has(Marked{NotEqual, MarkNone}), has(Marked{Mark: MarkOutbound}):

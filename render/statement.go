@@ -182,6 +182,16 @@ type BoundSocket struct{}
 // Text implements Statement.
 func (BoundSocket) Text() string { return "socket wildcard 0" }
 
+// MarkedSocket matches packets that are for a listener or a connection by the socket's own mark. It never matches those that
+// no socket takes, nor those for one in TIME_WAIT, or for one that is still to be accepted.
+type MarkedSocket struct {
+	Op   Op
+	Mark uint32
+}
+
+// Text implements Statement.
+func (m MarkedSocket) Text() string { return fmt.Sprintf("socket mark %s0x%08x", m.Op.infix(), m.Mark) }
+
 // TProxy gives TCP packets of To's family, without a change to them, to the socket of their connection or else to the one
 // that listens at To. It must be a transparent socket; where there is none, the rule ends, and the next one sees the packet.
 type TProxy struct{ To netip.AddrPort }

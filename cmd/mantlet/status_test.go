@@ -21,6 +21,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"mantlet/lab"
 	"mantlet/reconcile"
 )
 
@@ -157,6 +158,80 @@ func TestStatusAddressIsTaken(t *testing.T) {
 	})
 	p.must(taken.Close())
 	p.await("all is well", func() bool { return len(p.status().Problems) == 0 })
+}
+
+// TestStatusPortIsNoWayIn: no plaintext reaches a workload at the status port, which no entry declares, whoever had it first and
+// whichever address mantlet's is.
+func TestStatusPortIsNoWayIn(t *testing.T) {
+	t.Parallel()
+	port := fmt.Sprintf(":%d", statusPort)
+	nothing := func(*pod) {}
+	for name, test := range map[string]struct {
+		address               func(*pod) string // mantlet's
+		before, closed, ready func(*pod)        // mantlet runs, lets nothing in yet, and is ready
+	}{
+		"taken by the workload": {
+			func(*pod) string { return port },
+			func(p *pod) { p.protect(statusPort) },
+			func(p *pod) { p.probeStatus(p.Addrs()...) },
+			func(p *pod) {
+				p.await("it says that the address is taken", func() bool {
+					return slices.ContainsFunc(p.status().Problems, func(text string) bool { return strings.Contains(text, "address already in use") })
+				})
+			},
+		},
+		"at another address": {
+			func(p *pod) string { return netip.AddrPortFrom(p.IPv4, statusPort).String() },
+			func(p *pod) {
+				p.protected = append(p.protected, p.serve(p.Host, lab.Service{Address: netip.AddrPortFrom(p.IPv6, statusPort).String()}))
+			},
+			func(p *pod) { p.probeStatus(p.IPv6) },
+			func(p *pod) { p.livez(p.IPv4) },
+		},
+		"mantlet is killed": {
+			func(*pod) string { return port }, nothing, nothing,
+			func(p *pod) {
+				for _, addr := range p.Addrs() {
+					p.livez(addr)
+				}
+				p.must(p.sidecar.Signal(syscall.SIGKILL))
+				_ = p.sidecar.Wait()
+				p.protect(statusPort)
+				p.probeStatus(p.Addrs()...)
+			},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newPod(t, web)
+			p.sidecar.Env = append(p.sidecar.Env, "MANTLET_STATUS_ADDRESS="+test.address(p))
+			p.must(p.identity.Write(p.sidecar.TLSDirectory))
+			test.before(p)
+			p.run()
+			test.closed(p)
+			p.ready()
+			test.ready(p)
+			p.besieged()
+		})
+	}
+}
+
+// probeStatus starts the prober, at the status port.
+func (p *pod) probeStatus(addrs ...netip.Addr) {
+	var targets []netip.AddrPort
+	for _, addr := range addrs {
+		targets = append(targets, netip.AddrPortFrom(addr, statusPort))
+	}
+	p.prober = p.outside.Probe(targets...)
+}
+
+// livez wants mantlet to answer at its status address.
+func (p *pod) livez(addr netip.Addr) {
+	p.t.Helper()
+	p.await("/livez at "+addr.String(), func() bool {
+		code, _, err := p.get(addr, http.MethodGet, "/livez")
+		return err == nil && code == http.StatusOK
+	})
 }
 
 // TestStatus: what is said agrees with what is done.

@@ -96,6 +96,8 @@ func (b *batch) statement(s render.Statement) ([]expr.Any, error) {
 		), nil
 	case render.BoundSocket:
 		return []expr.Any{&expr.Socket{Key: expr.SocketKeyWildcard, Register: reg1}, compare(render.Equal, []byte{0})}, nil
+	case render.MarkedSocket:
+		return []expr.Any{&expr.Socket{Key: expr.SocketKeyMark, Register: reg1}, compare(s.Op, native(s.Mark))}, nil
 	case render.TProxy:
 		return tproxy(s.To), nil
 	case render.LookUp:

@@ -69,6 +69,9 @@ func (r *reader) guesses(all []expression) (s []render.Statement) {
 	if is("meta", "lookup") {
 		s = append(s, render.Protocol{Op: all[1].data.u32("5") != 0, Numbers: r.numbers[all[1].data.text("1")]})
 	}
+	if is("socket", "cmp") {
+		s = append(s, render.MarkedSocket{Op: op(all[1]), Mark: all[1].data.native("3.1")})
+	}
 	if is("ct", "bitwise", "cmp") {
 		s = append(s, render.Marked{Op: op(all[2]), Mark: render.Mark(all[2].data.native("3.1"))})
 	}

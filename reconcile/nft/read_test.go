@@ -249,6 +249,8 @@ var substitutes = [][2]string{
 	{"rst == rst", "fin == fin"},
 	{"syn,rst,ack", "syn,ack"},
 	{"wildcard 0", "wildcard 1"},
+	{"0x6d6e746c", "0x6d6e746d"},
+	{"!= 0x6d", "0x6d"},
 	{":15006", ":15999"},
 	{":15007", ":15006"},
 	{"127.0.0.1", "127.0.0.2"},
@@ -263,7 +265,9 @@ var substitutes = [][2]string{
 func TestEachStatementCounts(t *testing.T) {
 	t.Parallel()
 	p := newPlace(t)
-	want := rules(port1(7890, schema.ModePassthrough), port1(8080, schema.ModeTLS))
+	want := render.Rules(schema.Mesh{
+		StatusPort: statusPort, Ingress: []schema.Ingress{port1(7890, schema.ModePassthrough), port1(8080, schema.ModeTLS)},
+	}, render.Generations{})
 	p.replace(want)
 	told := func(command, start string) {
 		t.Helper()

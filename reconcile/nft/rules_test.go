@@ -981,13 +981,9 @@ func TestDenyAll(t *testing.T) {
 	})
 	// The one port that may be open while nothing else is.
 	t.Run("status", func(t *testing.T) {
-		whole := render.OnlyStatus(9901)
-		works(t, whole, without(t, without(t, whole, "ingress", "vmap"), "egress", "vmap"), func(x *trial) bool {
-			x.serve(lab.Service{Address: ":9901"})
-			x.apply()
-			return x.happens(func() bool { return x.answers(x.target(9901)) })
-		})
-		stops(t, whole, render.OnlyStatus(9000), func(x *trial) bool {
+		whole := render.OnlyStatus(statusPort)
+		works(t, whole, without(t, without(t, whole, "ingress", "vmap"), "egress", "vmap"), reachesStatus)
+		stops(t, whole, rules(port1(9000, schema.ModePassthrough)), func(x *trial) bool {
 			x.serve(lab.Service{Address: ":9000"})
 			x.apply()
 			return x.happens(func() bool { return x.answers(x.target(9000)) })
@@ -1010,6 +1006,63 @@ func TestDenyAll(t *testing.T) {
 			return x.heard(conn, "waits")
 		})
 	})
+}
+
+// reachesStatus asks mantlet's status from outside.
+func reachesStatus(x *trial) bool {
+	x.status(fmt.Sprintf(":%d", statusPort))
+	x.apply()
+	conn, err := x.dial(x.target(statusPort), x.wait)
+	return err == nil && x.heard(conn, greeting(statusPort)) && x.passes(conn, conn)
+}
+
+// The status port leads to mantlet, and never to a workload that listens there.
+func TestStatusPort(t *testing.T) {
+	t.Parallel()
+	for name, whole := range map[string]render.Ruleset{
+		"before anything is known": render.OnlyStatus(statusPort),
+		"in force":                 render.Rules(schema.Mesh{StatusPort: statusPort}, render.Generations{}),
+	} {
+		unmarked := less[render.MarkedSocket](t, without(t, whole, "status_in", "socket mark !="), "status_in", "socket mark")
+		t.Run(name, func(t *testing.T) {
+			t.Run("mantlet", func(t *testing.T) {
+				works(t, whole, without(t, whole, "status_in", "=="), reachesStatus)
+			})
+			t.Run("workload alone", func(t *testing.T) {
+				stops(t, whole, unmarked, func(x *trial) bool {
+					workload := x.serve(lab.Service{Address: fmt.Sprintf(":%d", statusPort)})
+					x.apply()
+					x.speak(x.target(statusPort))
+					return x.happens(leaks(workload))
+				})
+			})
+			t.Run("workload at another address", func(t *testing.T) {
+				stops(t, whole, unmarked, func(x *trial) bool {
+					x.status(x.addr(1-x.family, statusPort).String())
+					workload := x.serve(lab.Service{Address: x.target(statusPort).String()})
+					x.apply()
+					x.speak(x.target(statusPort))
+					return x.happens(leaks(workload))
+				})
+			})
+			t.Run("handshake that outlives mantlet", func(t *testing.T) {
+				stops(t, whole, without(t, whole, "status_in", "socket mark !="), func(x *trial) bool {
+					mantlet := x.status(fmt.Sprintf(":%d", statusPort))
+					x.apply()
+					x.cookies(x.target(statusPort))
+					s := x.stranger()
+					s.send(s.syn(x.target(statusPort)))
+					answer := s.await("a SYN's answer", has(syn|ack))
+					mantlet.close()
+					workload := x.serve(lab.Service{Address: fmt.Sprintf(":%d", statusPort)})
+					x.cookies(x.target(statusPort))
+					s.send(answer.answer(ack, ""))
+					s.send(answer.answer(ack|psh, lab.Marker))
+					return x.happens(leaks(workload))
+				})
+			})
+		})
+	}
 }
 
 // A SYN is one in whatever it comes wrapped.

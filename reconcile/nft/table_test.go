@@ -41,8 +41,8 @@ func states() map[string]render.Ruleset {
 	return map[string]render.Ruleset{
 		"deny all":       render.DenyAll(true),
 		"deny all, bare": render.DenyAll(false),
-		"only status":    render.OnlyStatus(9901),
-		"status":         render.Rules(schema.Mesh{StatusPort: 9901, Ingress: []schema.Ingress{port1(8080, tls)}}, render.Generations{}),
+		"only status":    render.OnlyStatus(statusPort),
+		"status":         render.Rules(schema.Mesh{StatusPort: statusPort, Ingress: []schema.Ingress{port1(8080, tls)}}, render.Generations{}),
 		"none":           rules(),
 		"web":            rules(port1(7890, pass), port1(8080, tls)),
 		"ranges": rules(port1(1, tls), ports(2, 100, pass), ports(101, 200, tls), ports(201, 300, tls), port1(1000, mtls),

@@ -119,6 +119,8 @@ func ports(first, last uint16, mode schema.Mode) schema.Ingress {
 
 func port1(number uint16, mode schema.Mode) schema.Ingress { return ports(number, number, mode) }
 
+const statusPort = 9901
+
 // greeting is what a stand-in says first. No workload of these tests says that.
 func greeting(port uint16) string { return fmt.Sprintf("mesh at %d", port) }
 
@@ -146,15 +148,37 @@ func (p *place) standIn(port uint16) *standIn {
 	return s
 }
 
+// status takes the place of mantlet's status: it listens with mantlet's mark.
+func (p *place) status(addr string) *standIn {
+	p.t.Helper()
+	listener, err := listenWith(p.pod, addr, func(string) (level, option, value int) {
+		return unix.SOL_SOCKET, unix.SO_MARK, int(render.StatusSocket)
+	})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	s := &standIn{listeners: []net.Listener{listener}}
+	s.done.Go(func() { s.accept(listener, greeting(statusPort)) })
+	p.t.Cleanup(s.close)
+	return s
+}
+
 // transparent listens with IP_TRANSPARENT.
 func transparent(host *lab.Host, addr string) (listener net.Listener, err error) {
-	config := net.ListenConfig{Control: func(network, _ string, raw syscall.RawConn) error {
-		level, option := unix.SOL_IP, unix.IP_TRANSPARENT
+	return listenWith(host, addr, func(network string) (level, option, value int) {
 		if network == "tcp6" {
-			level, option = unix.SOL_IPV6, unix.IPV6_TRANSPARENT
+			return unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1
 		}
+		return unix.SOL_IP, unix.IP_TRANSPARENT, 1
+	})
+}
+
+// listenWith listens with a socket option.
+func listenWith(host *lab.Host, addr string, with func(network string) (level, option, value int)) (listener net.Listener, err error) {
+	config := net.ListenConfig{Control: func(network, _ string, raw syscall.RawConn) error {
+		level, option, value := with(network)
 		var refused error
-		err := raw.Control(func(fd uintptr) { refused = unix.SetsockoptInt(int(fd), level, option, 1) })
+		err := raw.Control(func(fd uintptr) { refused = unix.SetsockoptInt(int(fd), level, option, value) })
 		return errors.Join(err, refused)
 	}}
 	config.SetMultipathTCP(false)
