@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -147,16 +149,80 @@ func tryNamespace(environ []string) finding {
 	if err := schema.HostNetwork(environ); err != nil {
 		return tried(need, "", err, remedy)
 	}
-	interfaces, err := net.Interfaces()
+	links, err := readLinks()
 	if err != nil {
 		return wanted(need, "", err, "")
 	}
-	for _, i := range interfaces {
-		if slices.Contains(ofNodes, i.Name) {
-			return wanted(need, "", fmt.Errorf("it has the interface %s, as a node's has; mantlet would close the node", i.Name), remedy)
+	has := func(name string) bool {
+		return slices.ContainsFunc(environ, func(v string) bool {
+			text, ok := strings.CutPrefix(v, name+"=")
+			_, err := netip.ParseAddr(text)
+			return ok && err == nil
+		})
+	}
+	told := has("MANTLET_POD_IP") && has("MANTLET_HOST_IP")
+	if err := nodes(links, told); err != nil {
+		return wanted(need, "", err, remedy)
+	}
+	if told {
+		return tried(need, "the pod's own: MANTLET_POD_IP and MANTLET_HOST_IP differ", nil, "")
+	}
+	return tried(need, "the pod's own, as far as can be seen: hostNetwork can't be told without MANTLET_POD_IP and MANTLET_HOST_IP", nil, "")
+}
+
+// link is an interface, with the machine's device behind it if there is one.
+type link struct{ name, device, bus string }
+
+// readLinks asks the kernel, since /sys may show another namespace.
+func readLinks() ([]link, error) {
+	data, err := syscall.NetlinkRIB(unix.RTM_GETLINK, unix.AF_UNSPEC)
+	if err != nil {
+		return nil, fmt.Errorf("reading the interfaces: %w", err)
+	}
+	messages, err := syscall.ParseNetlinkMessage(data)
+	if err != nil {
+		return nil, fmt.Errorf("parsing the interfaces: %w", err)
+	}
+	var links []link
+	for _, m := range messages {
+		if m.Header.Type != unix.RTM_NEWLINK {
+			continue
+		}
+		attributes, err := syscall.ParseNetlinkRouteAttr(&m)
+		if err != nil {
+			return nil, fmt.Errorf("parsing an interface: %w", err)
+		}
+		var l link
+		for _, a := range attributes {
+			text := unix.ByteSliceToString(a.Value)
+			switch a.Attr.Type {
+			case unix.IFLA_IFNAME:
+				l.name = text
+			case unix.IFLA_PARENT_DEV_NAME:
+				l.device = text
+			case unix.IFLA_PARENT_DEV_BUS_NAME:
+				l.bus = text
+			}
+		}
+		links = append(links, l)
+	}
+	return links, nil
+}
+
+// nodes returns what makes the interfaces look like a node's; nil for nothing. Where it is told that the pod has a network
+// of its own, a device is one that was given to it. A pod that is a virtual machine has one by virtio, and no other.
+func nodes(links []link, told bool) error {
+	links = slices.DeleteFunc(slices.Clone(links), func(l link) bool { return l.name == "lo" })
+	for _, l := range links {
+		switch {
+		case slices.Contains(ofNodes, l.name):
+			return fmt.Errorf("it has the interface %s, as a node's has; mantlet would close the node", l.name)
+		case l.device != "" && !told && (l.bus != "virtio" || len(links) > 1):
+			return fmt.Errorf("its interface %s is the machine's device %s, as a node's is; mantlet would close the node. "+
+				"With MANTLET_POD_IP and MANTLET_HOST_IP it can tell", l.name, l.device)
 		}
 	}
-	return tried(need, "the pod's own, as far as can be seen", nil, "")
+	return nil
 }
 
 func tryCapabilities(envoyUID int) finding {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -158,6 +159,40 @@ func TestCheck(t *testing.T) {
 	p.must(p.Sysctl("net.ipv6.conf.all.disable_ipv6", "1"))
 	if found := p.needs(""); len(found) != 1 || found["IPv6"].Severity != warning {
 		t.Errorf("without IPv6: %+v", found)
+	}
+}
+
+// TestCheckInterfaces: what only a node has is warned of, and neither a pod's interfaces nor a confidential pod's are.
+func TestCheckInterfaces(t *testing.T) {
+	t.Parallel()
+	lo, veth, card, virtio := link{name: "lo"}, link{name: "eth0"}, link{"eth0", "0000:00:03.0", "pci"}, link{"eth0", "virtio2", "virtio"}
+	for name, c := range map[string]struct {
+		links []link
+		told  bool
+		says  string
+	}{
+		"a pod":                       {links: []link{lo, veth}},
+		"a pod with two":              {links: []link{lo, veth, {name: "net1"}}},
+		"a virtual machine":           {links: []link{lo, virtio}},
+		"a pod that was given a card": {links: []link{lo, veth, card}, told: true},
+		"a node":                      {links: []link{lo, card}, says: "device 0000:00:03.0"},
+		"a virtual node":              {links: []link{lo, virtio, {name: "veth1"}}, says: "device virtio2"},
+		"a node by name":              {links: []link{lo, veth, {name: "cni0"}}, told: true, says: "interface cni0"},
+	} {
+		if err := nodes(c.links, c.told); (err != nil) != (c.says != "") || err != nil && !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: %v, want %q", name, err, c.says)
+		}
+	}
+	interfaces, err := net.Interfaces()
+	links, failed := readLinks()
+	if err = errors.Join(err, failed); err != nil || len(links) != len(interfaces) {
+		t.Fatalf("%v: %+v, want %+v", err, links, interfaces)
+	}
+	for i, l := range links {
+		device, err := os.Readlink(filepath.Join("/sys/class/net", l.name, "device"))
+		if l.name != interfaces[i].Name || err == nil && l.device != filepath.Base(device) {
+			t.Errorf("%+v, want %s with %q", l, interfaces[i].Name, device)
+		}
 	}
 }
 
