@@ -167,7 +167,7 @@ func (p *pod) unready(reason string) {
 		ctx, cancel := p.context()
 		defer cancel()
 		said = p.sidecar.Unready(ctx)
-		return strings.Contains(said, reason)
+		return strings.Contains(said, reason) && !strings.HasPrefix(said, "Get ") // it does not answer yet
 	})
 	if !slices.ContainsFunc(reconcile.Reasons(), func(begins string) bool { return strings.HasPrefix(said, begins) }) {
 		p.t.Errorf("the README does not have what it says: %s", said)
