@@ -399,7 +399,7 @@ func TestContainer(t *testing.T) {
 		p.ready()
 	}
 	p.must(os.WriteFile(config, []byte("tls: {minVersion: '1.3'}"), 0o644))
-	p.await("a hot restart", func() bool { return p.log.count(`"epoch":1`) > 0 })
+	p.await("a hot restart, and the rules after it", func() bool { return p.log.count(`"epoch":1`) > 0 && p.log.count(inForce) > 1 })
 	p.ready()
 	for _, addr := range p.Addrs() {
 		p.must(p.exchange(netip.AddrPortFrom(addr, mtlsPort), p.client.ClientConfig("pod")))
