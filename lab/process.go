@@ -65,12 +65,16 @@ func (h *Host) kill() error {
 	var alive []string
 	err := Until(ctx, func() bool {
 		alive = nil
-		links, _ := filepath.Glob("/proc/[0-9]*/ns/net")
+		// Of each thread: where a process's first one is over, another may still write a file.
+		links, _ := filepath.Glob("/proc/[0-9]*/task/[0-9]*/ns/net")
 		for _, link := range links {
 			if is, err := os.Readlink(link); err != nil || is != namespace { // a zombie has none
 				continue
 			}
 			pid, _ := strconv.Atoi(strings.Split(link, "/")[2])
+			if pid == os.Getpid() { // threads of the host's own
+				continue
+			}
 			if err := unix.Kill(pid, unix.SIGKILL); !errors.Is(err, unix.ESRCH) {
 				alive = append(alive, strconv.Itoa(pid))
 			}

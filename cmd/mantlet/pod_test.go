@@ -56,6 +56,7 @@ func newPod(t testing.TB, env ...string) *pod {
 		t.Fatal("MANTLET_ENVOY_PATH names no Envoy to test with; `go tool task test` fetches one")
 	}
 	p := &pod{t: t, log: &journal{}}
+	directory := t.TempDir() // removed after the network, whose end kills what writes here
 	var err error
 	p.network, err = lab.NewNetwork()
 	p.must(err)
@@ -69,7 +70,7 @@ func newPod(t testing.TB, env ...string) *pod {
 	p.identity, p.client = p.issue("pod"), p.issue("client")
 	// The race detector would make each process wait a second at its end.
 	env = append([]string{asMantlet + "=1", "MANTLET_ENVOY_DRAIN_TIME=1s", "GORACE=atexit_sleep_ms=0"}, env...)
-	p.sidecar, err = p.Sidecar(t.TempDir(), "/proc/self/exe", env...)
+	p.sidecar, err = p.Sidecar(directory, "/proc/self/exe", env...)
 	p.must(err)
 	p.sidecar.Log = p.log
 	t.Cleanup(p.examine)
