@@ -196,18 +196,6 @@ func (p proxy) Start(ctx context.Context, state render.State, settings schema.En
 	return process, nil
 }
 
-// Refusals implements reconcile.Proxy.
-func (p proxy) Refusals() (last []reconcile.Refusal, counts []reconcile.RefusalCount) {
-	refusals, numbers := p.Runner.Refusals()
-	for _, r := range refusals {
-		last = append(last, reconcile.Refusal(r))
-	}
-	for _, n := range numbers {
-		counts = append(counts, reconcile.RefusalCount(n))
-	}
-	return last, counts
-}
-
 // closePod puts the deny-all rules in place, and returns what was there before.
 func closePod(log *slog.Logger) (*nft.Table, render.Ruleset, error) {
 	table, err := nft.Open()

@@ -23,11 +23,12 @@ type Info struct {
 
 // admin asks the process behind one admin socket.
 type admin struct {
+	socket string
 	client *http.Client
 }
 
 func newAdmin(socket string) admin {
-	return admin{reconcile.OverSocket(socket)}
+	return admin{socket, reconcile.OverSocket(socket)}
 }
 
 // maxAnswer bounds what is read of an answer: statistics of some thousand listeners take about a MiB.

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"mantlet/reconcile"
 )
 
 // relayed returns what becomes of a stream in mantlet's log, the time left out.
@@ -136,7 +138,10 @@ func TestRefusals(t *testing.T) {
 	}
 	r := &Runner{refused: refusals{last: l.refused.last, counts: l.refused.counts}}
 	last, counts := r.Refusals()
-	if diff := cmp.Diff([]RefusalCount{{egress, "no_client_certificate", 1}, {"ingress", "no_client_certificate", many}}, counts); diff != "" {
+	if diff := cmp.Diff([]reconcile.RefusalCount{
+		{Direction: egress, Code: "no_client_certificate", Count: 1},
+		{Direction: "ingress", Code: "no_client_certificate", Count: many},
+	}, counts); diff != "" {
 		t.Error(diff)
 	}
 	if len(last) != 2 || last[0].Peer != "192.0.2.1" || last[0].Count != many || last[1].Count != 1 {
@@ -148,7 +153,7 @@ func TestRefusals(t *testing.T) {
 func TestFloodOfRefusals(t *testing.T) {
 	var r refusals
 	note := func(code Reason, port int) {
-		r.note(Refusal{Count: 1, Direction: "ingress", Destination: fmt.Sprintf("192.0.2.2:%d", port), Code: string(code)})
+		r.note(reconcile.Refusal{Count: 1, Direction: "ingress", Destination: fmt.Sprintf("192.0.2.2:%d", port), Code: string(code)})
 	}
 	note(SANNotAllowed, 9000)
 	for port := range 1000 {

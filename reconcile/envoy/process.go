@@ -26,13 +26,12 @@ type Process struct {
 	spawner *spawner
 	cmd     *exec.Cmd
 	admin   admin
-	socket  string // of the admin interface
 	logs    *logs
 	exited  chan struct{}
 	err     error // valid once exited is closed
 }
 
-// pollInterval is how often an Envoy that starts is asked whether it is live: a small part of the 45 ms that it takes.
+// pollInterval is how often an Envoy that starts is asked whether it is live: a small part of what it takes.
 const pollInterval = time.Millisecond
 
 // waitLive returns nil once the process is live. It gives up where the parent that it takes over from, if any, ends: an
@@ -54,7 +53,7 @@ func (p *Process) waitLive(ctx context.Context, parent *Process) error {
 	defer tick.Stop()
 	var last error
 	for {
-		_, err := os.Lstat(p.socket) // spares an Envoy that starts the company of a busy client
+		_, err := os.Lstat(p.admin.socket) // spares an Envoy that starts the company of a busy client
 		if err == nil {
 			err = p.live(ctx)
 		}

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/time/rate"
+
+	"mantlet/reconcile"
 )
 
 // Reason is why a connection came to nothing: a name for metrics, that stays.
@@ -202,25 +204,12 @@ func (c accessLine) attrs() []slog.Attr {
 	return append(all, slog.Int64("bytes_in", c.BytesIn), slog.Int64("bytes_out", c.BytesOut), slog.Int64("duration_ms", c.DurationMS))
 }
 
-// Refusal is a connection that came to nothing; Count of them if the same happened to the same peer again.
-type Refusal struct {
-	Time        time.Time // of the last one
-	Count       int
-	Direction   string // ingress or egress
-	Peer        string // the address that dialled
-	Destination string // address and port that it dialled
-	SANs        []string
-	Code        string // a Reason
-	Reason      string // in words
-	Detail      string // as Envoy says it
-}
-
-func (c accessLine) refusal(reason Reason) Refusal {
+func (c accessLine) refusal(reason Reason) reconcile.Refusal {
 	peer, list := "client", "allow"
 	if c.Direction == egress {
 		peer, list = "endpoint", "serverNames"
 	}
-	r := Refusal{
+	r := reconcile.Refusal{
 		Time: time.Now(), Count: 1, Direction: c.Direction, Peer: c.Peer, Destination: c.Destination, SANs: c.sans(), Code: string(reason),
 		Reason: strings.NewReplacer("PEER", peer, "LIST", list).Replace(words[reason]),
 		Detail: short(cmp.Or(c.Refused, c.Failed, c.Ended)),
@@ -232,14 +221,8 @@ func (c accessLine) refusal(reason Reason) Refusal {
 }
 
 // same reports whether both are one to people.
-func (r Refusal) same(other Refusal) bool {
-	return r.Direction == other.Direction && r.Peer == other.Peer && r.Destination == other.Destination && r.Code == other.Code && slices.Equal(r.SANs, other.SANs)
-}
-
-// RefusalCount is how many connections came to nothing for one reason.
-type RefusalCount struct {
-	Direction, Code string
-	Count           int
+func same(a, b reconcile.Refusal) bool {
+	return a.Direction == b.Direction && a.Peer == b.Peer && a.Destination == b.Destination && a.Code == b.Code && slices.Equal(a.SANs, b.SANs)
 }
 
 // A burst of refusals is logged as it comes; a peer that goes on and on gets some lines a second: whoever is refused must
@@ -255,9 +238,9 @@ const lastRefusals = 20
 // refusals counts and keeps refusals of all epochs. The zero value is ready.
 type refusals struct {
 	mu     sync.Mutex
-	last   []Refusal // the newest last
-	counts map[RefusalCount]int
-	limits map[string]*valve // by direction: strangers outside must not hide what fails on the way out
+	last   []reconcile.Refusal            // the newest last
+	counts map[reconcile.RefusalCount]int // each with Count 0
+	limits map[string]*valve              // by direction: strangers outside must not hide what fails on the way out
 }
 
 // valve lets some lines through and counts the others.
@@ -287,14 +270,14 @@ func (r *refusals) admit(direction string, now time.Time) (leftOut int, ok bool)
 }
 
 // note counts and keeps a refusal.
-func (r *refusals) note(refusal Refusal) {
+func (r *refusals) note(refusal reconcile.Refusal) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.counts == nil {
-		r.counts = map[RefusalCount]int{}
+		r.counts = map[reconcile.RefusalCount]int{}
 	}
-	r.counts[RefusalCount{Direction: refusal.Direction, Code: refusal.Code}]++
-	if i := slices.IndexFunc(r.last, refusal.same); i >= 0 {
+	r.counts[reconcile.RefusalCount{Direction: refusal.Direction, Code: refusal.Code}]++
+	if i := slices.IndexFunc(r.last, func(last reconcile.Refusal) bool { return same(last, refusal) }); i >= 0 {
 		refusal.Count += r.last[i].Count
 		r.last = slices.Delete(r.last, i, i+1)
 	}
@@ -312,18 +295,18 @@ func (r *refusals) commonest() int {
 		kept[refusal.Code]++
 	}
 	most := slices.Max(slices.Collect(maps.Values(kept)))
-	return slices.IndexFunc(r.last, func(refusal Refusal) bool { return kept[refusal.Code] == most })
+	return slices.IndexFunc(r.last, func(refusal reconcile.Refusal) bool { return kept[refusal.Code] == most })
 }
 
 // Refusals returns the connections that came to nothing last, the newest last, and how many there were by reason.
-func (r *Runner) Refusals() (last []Refusal, counts []RefusalCount) {
+func (r *Runner) Refusals() (last []reconcile.Refusal, counts []reconcile.RefusalCount) {
 	r.refused.mu.Lock()
 	defer r.refused.mu.Unlock()
 	for c, n := range r.refused.counts {
 		c.Count = n
 		counts = append(counts, c)
 	}
-	slices.SortFunc(counts, func(a, b RefusalCount) int {
+	slices.SortFunc(counts, func(a, b reconcile.RefusalCount) int {
 		return cmp.Or(cmp.Compare(a.Direction, b.Direction), cmp.Compare(a.Code, b.Code))
 	})
 	return slices.Clone(r.refused.last), counts

@@ -397,7 +397,7 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Proc
 	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("removing the admin socket of an Envoy before this one: %w", err)
 	}
-	p.admin, p.socket = newAdmin(socket), socket
+	p.admin = newAdmin(socket)
 	p.logs = &logs{to: r.Log.With("epoch", p.Epoch), refused: &r.refused}
 	p.exited = make(chan struct{})
 	p.cmd = exec.Command(r.Path, arguments(config, r.socket(), p.base.id, p.Epoch, settings)...)
