@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -31,8 +32,15 @@ const statusPort = 9901
 func (p *pod) get(addr netip.Addr, method, path string) (code int, said string, err error) {
 	client := &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, network, to string) (net.Conn, error) {
-			return p.outside.Dial(ctx, network, to)
+		// Some thousand connections later the kernel takes ports again that mantlet's side still has in TIME_WAIT, which the
+		// rules let nobody in by. The next attempt has another one.
+		DialContext: func(ctx context.Context, network, to string) (conn net.Conn, err error) {
+			for err = context.DeadlineExceeded; errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil; {
+				once, cancel := context.WithTimeout(ctx, 500*time.Millisecond)
+				conn, err = p.outside.Dial(once, network, to)
+				cancel()
+			}
+			return conn, err
 		},
 	}}
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
