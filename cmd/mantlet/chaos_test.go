@@ -368,9 +368,16 @@ func (c *chaos) attempt(ctx context.Context, v visitor, to netip.AddrPort) (net.
 	return conn, nil
 }
 
+// How long visitors wait: for three retransmissions of a SYN, or for one. A tightening that takes away a connection at the
+// workload's next answer tells the client nothing until it asks again, and who judges the pod must not wait for that.
+const (
+	patient   = 8 * time.Second
+	impatient = 2 * time.Second
+)
+
 // visit makes an attempt and judges it. The error says why the visitor was not let in.
-func (c *chaos) visit(v visitor, to netip.AddrPort) error {
-	conn, err := c.enter(v, to)
+func (c *chaos) visit(v visitor, to netip.AddrPort, patience time.Duration) error {
+	conn, err := c.enter(v, to, patience)
 	if err == nil {
 		_ = conn.Close()
 	}
@@ -378,13 +385,13 @@ func (c *chaos) visit(v visitor, to netip.AddrPort) error {
 }
 
 // enter is a visit that does not end.
-func (c *chaos) enter(v visitor, to netip.AddrPort) (net.Conn, error) {
+func (c *chaos) enter(v visitor, to netip.AddrPort, patience time.Duration) (net.Conn, error) {
 	c.traffic.RLock()
 	defer c.traffic.RUnlock()
 	c.mu.Lock()
 	before := c.asked
 	c.mu.Unlock()
-	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Second) // enough for three retransmissions of a SYN
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	conn, err := c.attempt(ctx, v, to)
 	c.mu.Lock()
@@ -421,7 +428,7 @@ func (c *chaos) load() {
 			for ctx.Err() == nil {
 				v := c.visitors[rand.IntN(len(c.visitors))]
 				all := c.doorsOf(v)
-				_ = c.visit(v, all[rand.IntN(len(all))])
+				_ = c.visit(v, all[rand.IntN(len(all))], patient)
 				select {
 				case <-tick.C:
 				case <-ctx.Done():
@@ -454,7 +461,7 @@ func (c *chaos) stay(ctx context.Context, r *regular) {
 			r.v = c.visitors[rand.IntN(len(c.visitors)-1)] // the last one is not from outside
 			all := c.doorsOf(r.v)
 			r.to = all[rand.IntN(len(all))]
-			r.conn, _ = c.enter(r.v, r.to)
+			r.conn, _ = c.enter(r.v, r.to, patient)
 		}
 		c.speak(r)
 		r.mu.Unlock()
@@ -479,7 +486,8 @@ func (c *chaos) speak(r *regular) bool {
 	return r.conn != nil
 }
 
-// overstayed returns who is still there although what is in force would not let him in.
+// overstayed returns who is still there although what is in force would not let him in. A passthrough port takes nobody's
+// connection away, also not that of one who speaks TLS since it asked for it.
 func (c *chaos) overstayed() string {
 	for i := range c.regulars {
 		r := &c.regulars[i]
@@ -488,7 +496,8 @@ func (c *chaos) overstayed() string {
 		c.mu.Lock()
 		w, t := c.asked.wishes[c.asked.wished], c.asked.trusts[c.asked.trusted]
 		c.mu.Unlock()
-		if r.conn != nil && !w.admits(t, r.v, r.to.Port()) && c.speak(r) {
+		stays := w.doors[r.to.Port()].mode == "passthrough" || w.admits(t, r.v, r.to.Port())
+		if r.conn != nil && !stays && c.speak(r) {
 			return fmt.Sprintf("%s is still connected to %s", r.v.who, r.to)
 		}
 	}
@@ -699,7 +708,7 @@ func (c *chaos) behaves() (why string) {
 		for _, t := range again {
 			wait.Go(func() {
 				slots <- struct{}{}
-				t.err = c.visit(t.v, t.to)
+				t.err = c.visit(t.v, t.to, impatient)
 				<-slots
 			})
 		}
