@@ -12,7 +12,8 @@ import (
 // is nothing to ports that ask for no certificate.
 //
 // The mode's mark alone would not do: a connection that says nothing while its port goes to another mode and back would
-// outlive what was tightened meanwhile.
+// outlive what was tightened meanwhile. Each port counts by itself, so ports share generations, and the chains of these: a
+// connection has one port, and a mark of another port's past is nothing to it.
 func advance(have render.Generations, from, to schema.Mesh, revoked bool) render.Generations {
 	raised := to.TLS.MinVersion > from.TLS.MinVersion
 	ranges := make([]schema.Ports, 0, len(have.Ports))
@@ -21,13 +22,13 @@ func advance(have render.Generations, from, to schema.Mesh, revoked bool) render
 	}
 	next := render.Generations{Default: have.Default}
 	if revoked || raised {
-		next.Default = after(have, have.Default)
+		next.Default = after(have.Default)
 	}
 	for _, part := range schema.Cut(append(ranges, schema.Parts(from.Ingress, to.Ingress)...)) {
 		was, is := schema.PolicyOf(from.Ingress, part.First), schema.PolicyOf(to.Ingress, part.First)
 		generation := have.At(part.First)
 		if raised || revoked && was.Mode != schema.ModeTLS || !was.Within(is) {
-			generation = after(have, generation)
+			generation = after(generation)
 		}
 		if generation != next.Default {
 			next.Ports = append(next.Ports, render.PortsGeneration{Ports: part, Generation: generation})
@@ -50,20 +51,5 @@ func loosest(found render.Ruleset, want schema.Mesh) (schema.Mesh, render.Genera
 	return schema.Mesh{Ingress: ingress, TLS: schema.TLS{MinVersion: schema.TLS12}}, generations, len(found.Chains) > 0
 }
 
-// after returns a generation to follow that of a port: one that is in force nowhere, the same for every port of a change,
-// or, where all are in use, simply another one.
-func after(have render.Generations, generation render.Generation) render.Generation {
-	const count = render.MaxGeneration + 1
-	used := map[render.Generation]bool{have.Default: true}
-	newest := have.Default
-	for _, p := range have.Ports {
-		used[p.Generation] = true
-		newest = max(newest, p.Generation)
-	}
-	for i := range count {
-		if g := (newest + 1 + i) % count; !used[g] {
-			return g
-		}
-	}
-	return (generation + 1) % count
-}
+// after returns the generation that follows a port's. Once all were in use it is the first again.
+func after(g render.Generation) render.Generation { return (g + 1) % (render.MaxGeneration + 1) }

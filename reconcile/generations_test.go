@@ -49,3 +49,18 @@ func TestAdvance(t *testing.T) {
 		}
 	})
 }
+
+// TestGenerationsAreShared: the chains in the kernel are as many as the generations in use, so ports that are tightened one
+// after the other take the same one.
+func TestGenerationsAreShared(t *testing.T) {
+	var from schema.Mesh
+	var generations render.Generations
+	for port := uint16(1); port < 100; port++ {
+		to := schema.Mesh{Ingress: []schema.Ingress{{Ports: schema.Ports{First: port, Last: port}, Mode: schema.ModeTLS}}}
+		generations = advance(generations, from, to, false)
+		from = to
+	}
+	if chains := len(render.Rules(from, generations).Chains); chains > 10 {
+		t.Errorf("there are %d chains after 100 changes of a port each", chains)
+	}
+}

@@ -27,7 +27,8 @@ func drawGenerations(t *rapid.T) render.Generations {
 	return g
 }
 
-// TestGenerationsAreReadBack: the generations that a live ruleset tells render the same rules, so that diff finds nothing.
+// TestGenerationsAreReadBack: a live ruleset tells the generation of each port, whatever its mode, and renders the same rules
+// with them, so that diff finds nothing.
 func TestGenerationsAreReadBack(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		mesh, want := drawMesh(t), drawGenerations(t)
@@ -35,6 +36,11 @@ func TestGenerationsAreReadBack(t *testing.T) {
 		ingress, got, ok := render.ReadBack(rules)
 		if lines := render.Diff(rules, render.Rules(mesh, got)); !ok || len(lines) > 0 {
 			t.Errorf("%+v is read back as %+v, %v:\n%s", want, got, ok, strings.Join(lines, "\n"))
+		}
+		for port := uint16(1); port < 65535; port++ {
+			if got.At(port) != want.At(port) {
+				t.Fatalf("generation %d of port %d is read back as %d", want.At(port), port, got.At(port))
+			}
 		}
 		for _, part := range schema.Parts(mesh.Ingress, ingress) {
 			if is, want := schema.PolicyOf(ingress, part.First).Mode, schema.PolicyOf(mesh.Ingress, part.First).Mode; is != want {

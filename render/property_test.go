@@ -24,7 +24,7 @@ import (
 
 // drawMesh draws a valid mesh: one that the schema reads.
 func drawMesh(t *rapid.T) schema.Mesh {
-	name := rapid.StringMatching(`[^#\x00-\x1f\x7f-\x9f]*`)
+	name := rapid.StringMatching(`[^#\x00-\x1f\x7f-\x9f\x{feff}\x{fffe}\x{ffff}]*`) // YAML has no others
 	san := rapid.OneOf(
 		rapid.StringMatching(`(\*\.)?[a-z]([a-z0-9-]{0,8}[a-z0-9])?(\.[a-z]{1,8}){0,2}`),
 		rapid.StringMatching(`[a-z]{1,6}://[A-Za-z0-9._~/?@!$&'()*+,;=%-]{1,12}`),

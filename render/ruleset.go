@@ -146,42 +146,47 @@ var (
 
 func goTo(chain string) Verdict { return Verdict{Kind: Goto, Goto: chain} }
 
-// wrapped is a mode in which Envoy stands between the peer and the workload, in one generation.
-type wrapped struct {
+// policy is a mode in one generation: what the ports that have it go through is a pair of chains.
+type policy struct {
 	mode       schema.Mode
 	generation Generation
 }
 
 // in and out name the chains: mtls_in and, in generation 3, mtls_in_3.
-func (w wrapped) in() string  { return w.chain("_in") }
-func (w wrapped) out() string { return w.chain("_out") }
+func (p policy) in() string  { return p.chain("_in") }
+func (p policy) out() string { return p.chain("_out") }
 
-func (w wrapped) chain(direction string) string {
-	if w.generation == 0 {
-		return string(w.mode) + direction
+func (p policy) chain(direction string) string {
+	if p.generation == 0 {
+		return string(p.mode) + direction
 	}
-	return fmt.Sprintf("%s%s_%d", w.mode, direction, w.generation)
+	return fmt.Sprintf("%s%s_%d", p.mode, direction, p.generation)
 }
 
-func (w wrapped) mark() Mark {
-	mark := MarkMTLS
-	if w.mode == schema.ModeTLS {
-		mark = MarkTLS
+// mark is none of a generation in mode passthrough, which admits those of all. Its generation is the port's all the same: the
+// next mode must not admit what had been let in before.
+func (p policy) mark() Mark {
+	switch p.mode {
+	case schema.ModePassthrough:
+		return MarkPassthrough
+	case schema.ModeTLS:
+		return MarkTLS | Mark(p.generation)<<generationShift
+	default:
+		return MarkMTLS | Mark(p.generation)<<generationShift
 	}
-	return mark | Mark(w.generation)<<generationShift
 }
 
-// admits returns the modes under which connections were let in that pass: beside its own the stricter one, or a port that is
-// loosened would lose what is open.
-func (w wrapped) admits() []wrapped {
-	if w.mode == schema.ModeTLS {
-		return []wrapped{w, {schema.ModeMTLS, w.generation}}
+// admits returns the policies under which connections were let in that pass, where Envoy stands between: beside its own the
+// stricter one, or a port that is loosened would lose what is open.
+func (p policy) admits() []policy {
+	if p.mode == schema.ModeTLS {
+		return []policy{p, {schema.ModeMTLS, p.generation}}
 	}
-	return []wrapped{w}
+	return []policy{p}
 }
 
-func (w wrapped) compare(other wrapped) int {
-	return cmp.Or(strings.Compare(string(w.mode), string(other.mode)), cmp.Compare(w.generation, other.generation))
+func (p policy) compare(other policy) int {
+	return cmp.Or(strings.Compare(string(p.mode), string(other.mode)), cmp.Compare(p.generation, other.generation))
 }
 
 // listenerPort is where Envoy listens for the connections of a mode.
@@ -192,11 +197,10 @@ func listenerPort(mode schema.Mode) uint16 {
 	return schema.IngressMTLSPort
 }
 
-const (
-	passthroughIn  = "passthrough_in"
-	passthroughOut = "passthrough_out"
-	statusIn       = "status_in"
-)
+const statusIn = "status_in"
+
+// statusOut is where answers of the status port go: what came in through statusIn is marked as it wants.
+var statusOut = policy{mode: schema.ModePassthrough}
 
 // DenyAll returns the rules that stand before anything is known: nothing comes in but what answers the pod. Without
 // replies it needs no more of the kernel than nf_tables itself, and not even answers come in.
@@ -221,13 +225,13 @@ func OnlyStatus(port uint16) Ruleset {
 	r := DenyAll(true)
 	r.Maps = []Map{
 		{Name: modesMap, Elements: []Element{{ports, goTo(statusIn)}}},
-		{Name: answersMap, Elements: []Element{{ports, goTo(passthroughOut)}}},
+		{Name: answersMap, Elements: []Element{{ports, goTo(statusOut.out())}}},
 	}
 	for i, rules := range [][]Rule{append(notForThePod(), Rule{Forwarded{}, drop}, Rule{LookUp{Map: modesMap}}), {{LookUp{Source: true, Map: answersMap}}}} {
 		chain := &r.Chains[i]
 		chain.Rules = slices.Insert(chain.Rules, len(chain.Rules)-1, rules...)
 	}
-	r.Chains = append(r.Chains, passthroughEgress(), statusIngress())
+	r.Chains = append(r.Chains, statusOut.egress(), statusIngress())
 	return r
 }
 
@@ -269,20 +273,17 @@ func answersToThePod(syn Verdict) []Rule {
 // Rules returns the rules of a valid mesh in the generations that are in force. There is a pair of chains for each mode and
 // generation in use.
 func Rules(mesh schema.Mesh, generations Generations) Ruleset {
-	standard := wrapped{schema.ModeMTLS, generations.Default}
-	used := map[wrapped]bool{standard: true}
+	standard := policy{schema.ModeMTLS, generations.Default}
+	used := map[policy]bool{standard: true}
 	modes, answers := Map{Name: modesMap}, Map{Name: answersMap}
 	for _, part := range parts(mesh, generations) {
-		in, out := passthroughIn, passthroughOut
-		switch {
-		case part.ports.First == mesh.StatusPort: // it is the only one of the part
+		used[part.policy] = true
+		in := part.in()
+		if part.ports.First == mesh.StatusPort { // it is the only one of the part
 			in = statusIn
-		case part.mode != schema.ModePassthrough:
-			used[part.wrapped] = true
-			in, out = part.in(), part.out()
 		}
 		modes.Elements = append(modes.Elements, Element{part.ports, goTo(in)})
-		answers.Elements = append(answers.Elements, Element{part.ports, goTo(out)})
+		answers.Elements = append(answers.Elements, Element{part.ports, goTo(part.out())})
 	}
 	r := Ruleset{
 		Maps: []Map{modes, answers},
@@ -301,29 +302,13 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 			egress(standard),
 		},
 	}
-	r.Chains = append(r.Chains, passthroughIngress(), passthroughEgress())
 	if mesh.StatusPort != 0 {
 		r.Chains = append(r.Chains, statusIngress())
 	}
-	for _, w := range slices.SortedFunc(maps.Keys(used), wrapped.compare) {
-		r.Chains = append(r.Chains, w.ingress(), w.egress())
+	for _, p := range slices.SortedFunc(maps.Keys(used), policy.compare) {
+		r.Chains = append(r.Chains, p.ingress(), p.egress())
 	}
 	return r
-}
-
-func passthroughIngress() Chain {
-	return Chain{Name: passthroughIn, Rules: []Rule{
-		// Whatever was let in from outside before passes.
-		{onlyTCP, Marked{Mark: MarkOutbound}, Count{}, Reset{}},
-		{SetMark{MarkPassthrough}, accept},
-	}}
-}
-
-func passthroughEgress() Chain {
-	return Chain{Name: passthroughOut, Rules: []Rule{
-		{Marked{NotEqual, MarkNone}, Marked{NotEqual, MarkOutbound}, accept},
-		{onlyTCP, Count{}, Reset{}},
-	}}
 }
 
 // statusIngress lets in who connects to mantlet, and nobody who would reach another listener at the same port: there may be one
@@ -341,8 +326,7 @@ func statusIngress() Chain {
 	}}
 }
 
-// ReadBack returns what the names of a live ruleset's chains tell: the modes of ports, and the generations, but for those of
-// passthrough ports. It reports false where these are no rules of a mesh: deny-all, or none.
+// ReadBack returns what the names of a live ruleset's chains tell: the modes of ports, and the generations. It reports false where these are no rules of a mesh: deny-all, or none.
 func ReadBack(r Ruleset) (ingress []schema.Ingress, g Generations, ok bool) {
 	i := slices.IndexFunc(r.Chains, func(c Chain) bool { return c.Name == portsChain })
 	j := slices.IndexFunc(r.Maps, func(m Map) bool { return m.Name == modesMap })
@@ -351,42 +335,40 @@ func ReadBack(r Ruleset) (ingress []schema.Ingress, g Generations, ok bool) {
 	}
 	for _, rule := range r.Chains[i].Rules {
 		if v, isVerdict := rule[len(rule)-1].(Verdict); isVerdict {
-			if w, isWrapped := parseWrapped(v.Goto); isWrapped {
-				g.Default, ok = w.generation, true
+			if p, isPolicy := parsePolicy(v.Goto); isPolicy {
+				g.Default, ok = p.generation, true
 			}
 		}
 	}
 	for _, e := range r.Maps[j].Elements {
-		w, isWrapped := parseWrapped(e.Verdict.Goto)
-		switch {
-		case isWrapped:
-			ingress = append(ingress, schema.Ingress{Ports: e.Ports, Mode: w.mode})
-		case e.Verdict.Goto == passthroughIn:
-			ingress = append(ingress, schema.Ingress{Ports: e.Ports, Mode: schema.ModePassthrough})
+		p, isPolicy := parsePolicy(e.Verdict.Goto)
+		if !isPolicy {
+			continue
 		}
-		if isWrapped && w.generation != g.Default {
-			g.Ports = append(g.Ports, PortsGeneration{e.Ports, w.generation})
+		ingress = append(ingress, schema.Ingress{Ports: e.Ports, Mode: p.mode})
+		if p.generation != g.Default {
+			g.Ports = append(g.Ports, PortsGeneration{e.Ports, p.generation})
 		}
 	}
 	return ingress, g, ok
 }
 
-// parseWrapped is the inverse of wrapped.in.
-func parseWrapped(chain string) (wrapped, bool) {
-	for _, mode := range []schema.Mode{schema.ModeMTLS, schema.ModeTLS} {
+// parsePolicy is the inverse of policy.in.
+func parsePolicy(chain string) (policy, bool) {
+	for _, mode := range []schema.Mode{schema.ModeMTLS, schema.ModeTLS, schema.ModePassthrough} {
 		for generation := range MaxGeneration + 1 {
-			if w := (wrapped{mode, generation}); w.in() == chain {
-				return w, true
+			if p := (policy{mode, generation}); p.in() == chain {
+				return p, true
 			}
 		}
 	}
-	return wrapped{}, false
+	return policy{}, false
 }
 
 // part is a range of ports that are handled alike.
 type part struct {
 	ports schema.Ports
-	wrapped
+	policy
 }
 
 // parts cuts the ports that have an entry or a generation of their own where one of these starts or ends.
@@ -403,11 +385,11 @@ func parts(mesh schema.Mesh, generations Generations) []part {
 	}
 	var all []part
 	for _, ports := range schema.Cut(ranges) {
-		mode := schema.PolicyOf(mesh.Ingress, ports.First).Mode
+		p := policy{schema.PolicyOf(mesh.Ingress, ports.First).Mode, generations.At(ports.First)}
 		if ports.First == mesh.StatusPort {
-			mode = schema.ModePassthrough // by the time that it is the first, it is the only one
+			p = statusOut // by the time that it is the first, it is the only one
 		}
-		all = append(all, part{ports, wrapped{mode, generations.At(ports.First)}})
+		all = append(all, part{ports, p})
 	}
 	return all
 }
@@ -426,24 +408,31 @@ func ingress(other schema.OtherProtocols) Chain {
 
 // ingress hands TCP connections to Envoy's listener of the mode. They are marked once it took their SYN, and without the
 // mark no other packet passes: it would be of a connection that is older than the rules.
-func (w wrapped) ingress() Chain {
+func (p policy) ingress() Chain {
+	if p.mode == schema.ModePassthrough {
+		return Chain{Name: p.in(), Rules: []Rule{
+			// Whatever was let in from outside before passes.
+			{onlyTCP, Marked{Mark: MarkOutbound}, Count{}, Reset{}},
+			{SetMark{p.mark()}, accept},
+		}}
+	}
 	over := Rule{onlyTCP, Marked{NotEqual, MarkNone}} // under another mode
 	var admitted []Rule
-	for _, admits := range w.admits() {
+	for _, admits := range p.admits() {
 		over = append(over, Marked{NotEqual, admits.mark()})
 		to4, to6 := admits.listeners()
 		admitted = append(admitted, Rule{Marked{Mark: admits.mark()}, to4, accept}, Rule{Marked{Mark: admits.mark()}, to6, accept})
 	}
-	to4, to6 := w.listeners()
-	return Chain{Name: w.in(), Rules: slices.Concat(
+	to4, to6 := p.listeners()
+	return Chain{Name: p.in(), Rules: slices.Concat(
 		[]Rule{
 			// Before any reset: one segment out of the window must not end a healthy connection.
 			{Invalid{}, Count{}, drop},
 			append(over, Count{}, Reset{}),
 			// TIME_WAIT is no BoundSocket. While Envoy does not listen, TProxy gives a SYN to what its former connection left
 			// there, and that would hand it on to the workload's listener.
-			{firstSYN, to4, BoundSocket{}, SetMark{w.mark()}, accept},
-			{firstSYN, to6, BoundSocket{}, SetMark{w.mark()}, accept},
+			{firstSYN, to4, BoundSocket{}, SetMark{p.mark()}, accept},
+			{firstSYN, to6, BoundSocket{}, SetMark{p.mark()}, accept},
 			// Dropped and not refused: the client's own retransmission bridges the time in which Envoy does not listen.
 			{firstSYN, Count{}, drop},
 		},
@@ -453,23 +442,26 @@ func (w wrapped) ingress() Chain {
 	)}
 }
 
-func (w wrapped) listeners() (to4, to6 TProxy) {
-	return TProxy{netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), listenerPort(w.mode))},
-		TProxy{netip.AddrPortFrom(netip.IPv6Loopback(), listenerPort(w.mode))}
+func (p policy) listeners() (to4, to6 TProxy) {
+	return TProxy{netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), listenerPort(p.mode))},
+		TProxy{netip.AddrPortFrom(netip.IPv6Loopback(), listenerPort(p.mode))}
 }
 
 // egress lets answers out that belong to connections which the mode admits.
-func (w wrapped) egress() Chain {
+func (p policy) egress() Chain {
 	var rules []Rule
-	for _, admits := range w.admits() {
+	for _, admits := range p.admits() {
 		rules = append(rules, Rule{Marked{Mark: admits.mark()}, accept})
 	}
-	return Chain{Name: w.out(), Rules: append(rules, Rule{onlyTCP, Count{}, Reset{}})}
+	if p.mode == schema.ModePassthrough {
+		rules = []Rule{{Marked{NotEqual, MarkNone}, Marked{NotEqual, MarkOutbound}, accept}}
+	}
+	return Chain{Name: p.out(), Rules: append(rules, Rule{onlyTCP, Count{}, Reset{}})}
 }
 
 // egress is the second line: it ends connections that are older than the rules, and whatever answers on a protected port
 // without having come through Envoy.
-func egress(standard wrapped) Chain {
+func egress(standard policy) Chain {
 	return Chain{Name: egressChain, Hook: filter("output", Accept), Rules: append(
 		append([]Rule{{Loopback{Output: true}, accept}}, madeByThePod()...),
 		Rule{TCPFlags{Value: RST, Mask: RST}, accept},
