@@ -149,6 +149,9 @@ func (r *renderer) upstream(e schema.Egress) *clusterv3.Cluster {
 	}
 	c.ClusterDiscoveryType = &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STRICT_DNS}
 	c.DnsLookupFamily = clusterv3.Cluster_ALL
+	c.DnsFailureRefreshRate = &clusterv3.Cluster_RefreshRate{ // Envoy's own is 5 s, each time: long for a name that is late
+		BaseInterval: durationpb.New(250 * time.Millisecond), MaxInterval: durationpb.New(2 * time.Second),
+	}
 	c.OutlierDetection = outlierDetection()
 	// A name that does not resolve must hold nothing else up. Whoever starts Envoy knows which names do, and may wait for
 	// those, see WaitFor.
