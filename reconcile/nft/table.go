@@ -164,9 +164,9 @@ func (t *Table) OnlyStatus(port uint16) error { return t.Replace(render.OnlyStat
 // attempts bounds how often a change or a dump is begun anew because another process changed nftables in the meantime.
 const attempts = 10
 
-// Replace makes the table hold r and nothing else, in one transaction. Where it fails, the rules are as they were. The
-// table is read back; where it has something else already, another process did that, and the change is made again. Where the
-// kernel refuses the rules, the error names each option that it lacks.
+// Replace makes the table hold r and nothing else, in one transaction. Where it fails, the rules are as they were. A table
+// that is not owned is read back; where it has something else already, another process did that, and the change is made
+// again. Where the kernel refuses the rules, the error names each option that it lacks.
 func (t *Table) Replace(r render.Ruleset) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -191,6 +191,10 @@ func (t *Table) put(r render.Ruleset) error {
 		}
 		before := t.want
 		t.want, t.intact = r, 0
+		if t.owned && failed == nil {
+			t.refused.fold()
+			return nil // nobody else can have changed it; the next Check looks all the same
+		}
 		var err error
 		if found, err = t.differences(); err != nil {
 			return fmt.Errorf("reading the table inet %s back: %w", render.Table, t.explain(errors.Join(failed, err)))
