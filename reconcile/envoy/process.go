@@ -52,13 +52,16 @@ func (p *Process) waitLive(ctx context.Context, parent *Process) error {
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
 	var last error
-	for {
+	for asked := false; ; {
 		_, err := os.Lstat(p.admin.socket) // spares an Envoy that starts the company of a busy client
-		if err == nil {
-			err = p.live(ctx)
+		if err == nil && asked { // as a rule the first answer says that it is live; each takes Envoy's main thread 4 ms
+			err = p.admin.ready(ctx)
 		}
 		if err == nil {
-			return nil
+			if err = p.live(ctx); err == nil {
+				return nil
+			}
+			asked = true
 		}
 		if ctx.Err() == nil || last == nil { // what it said last tells more than that it was asked once too often
 			last = err
@@ -73,12 +76,9 @@ func (p *Process) waitLive(ctx context.Context, parent *Process) error {
 	}
 }
 
-// live returns nil if the process is ready and says that it is the epoch, and has the state, that it was started as. That
-// answer takes Envoy's main thread 4 ms, while it starts, so it is not asked for before there is a small one to /ready.
+// live returns nil if the process says that it is live as the epoch, and with the state, that it was started as: so it has all
+// listeners, for without one of them it would have ended.
 func (p *Process) live(ctx context.Context) error {
-	if err := p.Check(ctx); err != nil {
-		return err
-	}
 	info, err := p.admin.info(ctx)
 	if err != nil {
 		return err
