@@ -36,7 +36,6 @@ func (d *Daemon) Repairs() (last []Repair, count int) {
 func (d *Daemon) guard(ctx context.Context) {
 	changes := d.Kernel.Watch(ctx)
 	warned := map[string]bool{}
-	d.survey(warned)
 	look := time.NewTicker(resync)
 	defer look.Stop()
 	for {

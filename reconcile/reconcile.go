@@ -172,6 +172,9 @@ const retryCertificates = time.Second
 // time or until abort is closed, and stops Envoy. The rules stay whatever happens. A note on reload makes it read its inputs.
 func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 	d.locked(func() { d.started, d.turned = time.Now(), time.Now() })
+	var first sync.WaitGroup // each takes as long as a tenth of Envoy's own start; a watch that begins later tells to read again
+	first.Go(d.readConfig)
+	first.Go(func() { d.readCertificates(ctx) })
 	watching, stopWatching := context.WithCancel(context.Background())
 	var guarding sync.WaitGroup
 	guarding.Go(func() { d.guard(watching) })
@@ -181,9 +184,6 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 	config := d.watchConfig(watching)
 	tickets := time.NewTicker(ticketLife)
 	defer tickets.Stop()
-	var first sync.WaitGroup // each takes as long as a tenth of Envoy's own start
-	first.Go(d.readConfig)
-	first.Go(func() { d.readCertificates(ctx) })
 	first.Wait()
 	for {
 		d.locked(func() { d.turned = time.Now() })
