@@ -15,6 +15,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -121,6 +122,8 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	if err := runner.Evict(); err != nil {
 		return errors.Join(err, runner.Close())
 	}
+	// What the way to the first start took of memory goes while Envoy starts.
+	release := sync.OnceFunc(func() { time.AfterFunc(execLimit, releaseBinary) })
 	err = serve(ctx, &reconcile.Daemon{
 		Version:     versionText(),
 		Environment: env,
@@ -128,7 +131,7 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 		Kernel:      table,
 		Found:       found,
 		Secrets:     &envoy.Secrets{TLSDirectory: env.Process.TLSDirectory, RuntimeDirectory: directory, Runner: runner, Log: log},
-		Proxy:       proxy{runner},
+		Proxy:       proxy{runner, release},
 		Log:         log,
 	})
 	return errors.Join(err, runner.Close())
@@ -181,14 +184,17 @@ func warm() {
 }
 
 // proxy is a Runner as the daemon knows it.
-type proxy struct{ *envoy.Runner }
+type proxy struct {
+	*envoy.Runner
+	starting func() // is called first
+}
 
 // execLimit is more than it takes from a state to the execution of Envoy, and much less than Envoy itself takes then.
 const execLimit = 20 * time.Millisecond
 
-// Start implements reconcile.Proxy. What the way to it took of memory goes while Envoy starts.
+// Start implements reconcile.Proxy.
 func (p proxy) Start(ctx context.Context, state render.State, settings schema.Envoy) (reconcile.Process, error) {
-	time.AfterFunc(execLimit, releaseBinary)
+	p.starting()
 	process, err := p.Runner.Start(ctx, state, settings)
 	if err != nil {
 		return nil, err
