@@ -112,9 +112,7 @@ func (p *pod) inMemory() {
 func reloaded(b *testing.B, env ...string) (*pod, *mounted) {
 	p := newPod(b, append(env, web)...)
 	p.inMemory()
-	m := p.mount()
-	m.write("{}")
-	p.sidecar.Env = append(p.sidecar.Env, "MANTLET_CONFIG="+m.file())
+	m := p.override("{}")
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	p.run()
 	p.ready()

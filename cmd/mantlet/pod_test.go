@@ -81,13 +81,19 @@ func newPod(t testing.TB, env ...string) *pod {
 func start(t testing.TB, env ...string) *pod {
 	t.Helper()
 	p := newPod(t, env...)
+	p.start()
+	return p
+}
+
+// start runs a pod that is set up, until it is ready.
+func (p *pod) start() {
+	p.t.Helper()
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	p.besiege()
 	p.run()
 	p.protect(tlsPort)
 	p.protect(mtlsPort)
 	p.ready()
-	return p
 }
 
 // besiege starts the prober.

@@ -30,6 +30,15 @@ type mounted struct {
 
 func (p *pod) mount() *mounted { return &mounted{p: p, directory: p.t.TempDir()} }
 
+// override gives mantlet an override file, from its next start on.
+func (p *pod) override(text string) *mounted {
+	p.t.Helper()
+	m := p.mount()
+	m.write(text)
+	p.sidecar.Env = append(p.sidecar.Env, "MANTLET_CONFIG="+m.file())
+	return m
+}
+
 func (m *mounted) file() string { return filepath.Join(m.directory, "override.yaml") }
 
 // write makes a new version of the file visible.
@@ -56,9 +65,7 @@ func (m *mounted) publish(files map[string][]byte) {
 func TestReload(t *testing.T) {
 	t.Parallel()
 	p := newPod(t, web)
-	m := p.mount()
-	m.write("{}")
-	p.sidecar.Env = append(p.sidecar.Env, "MANTLET_CONFIG="+m.file())
+	m := p.override("{}")
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	p.besiege()
 	p.run()
@@ -130,12 +137,7 @@ func TestWaysToReplace(t *testing.T) {
 	}
 	p.must(errors.Join(os.Mkdir(directory, 0o755), os.Mkdir(elsewhere, 0o755)))
 	inPlace("{}")
-	p.must(p.identity.Write(p.sidecar.TLSDirectory))
-	p.besiege()
-	p.run()
-	p.protect(tlsPort)
-	p.protect(mtlsPort)
-	p.ready()
+	p.start()
 	envoy := p.envoy()
 	for _, way := range []struct {
 		name  string
@@ -270,18 +272,11 @@ func TestFirstOverrideFile(t *testing.T) {
 func TestRuntimeDirectoryFull(t *testing.T) {
 	t.Parallel()
 	p := newPod(t, web)
-	m := p.mount()
-	m.write("{}")
-	p.sidecar.Env = append(p.sidecar.Env, "MANTLET_CONFIG="+m.file())
+	m := p.override("{}")
 	p.must(os.MkdirAll(p.sidecar.RuntimeDirectory, 0o700))
 	p.must(unix.Mount("tmpfs", p.sidecar.RuntimeDirectory, "tmpfs", 0, "size=1m,mode=700"))
 	t.Cleanup(func() { _ = unix.Unmount(p.sidecar.RuntimeDirectory, unix.MNT_DETACH) })
-	p.must(p.identity.Write(p.sidecar.TLSDirectory))
-	p.besiege()
-	p.run()
-	p.protect(tlsPort)
-	p.protect(mtlsPort)
-	p.ready()
+	p.start()
 	mesh := p.client.ClientConfig("pod")
 	long, err := p.handshake(netip.AddrPortFrom(p.IPv6, mtlsPort), mesh)
 	p.must(err)
@@ -341,12 +336,7 @@ func reloadable(t *testing.T, env ...string) (p *pod, m *mounted, others, concer
 	m = p.mount()
 	m.write("{}")
 	p.sidecar.Env = append(p.sidecar.Env, "MANTLET_CONFIG="+m.file())
-	p.must(p.identity.Write(p.sidecar.TLSDirectory))
-	p.besiege()
-	p.run()
-	p.protect(tlsPort)
-	p.protect(mtlsPort)
-	p.ready()
+	p.start()
 	for _, addr := range p.Addrs() {
 		for port, list := range map[uint16]*[]*tls.Conn{tlsPort: &others, mtlsPort: &concerned} {
 			conn, err := p.handshake(netip.AddrPortFrom(addr, port), p.client.ClientConfig("pod"))
@@ -453,9 +443,7 @@ func TestTightenings(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			p := newPod(t, web)
-			m := p.mount()
-			m.write(before)
-			p.sidecar.Env = append(p.sidecar.Env, "MANTLET_CONFIG="+m.file())
+			m := p.override(before)
 			p.must(p.identity.Write(p.sidecar.TLSDirectory))
 			p.besiege()
 			p.run()

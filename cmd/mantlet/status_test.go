@@ -246,9 +246,7 @@ func (p *pod) livez(addr netip.Addr) {
 func TestStatus(t *testing.T) {
 	t.Parallel()
 	p := newPod(t, web, "MANTLET_ENVOY_PARENT_SHUTDOWN_TIME=60s")
-	m := p.mount()
-	m.write("{}")
-	p.sidecar.Env = append(p.sidecar.Env, "MANTLET_CONFIG="+m.file())
+	m := p.override("{}")
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	p.run()
 	p.protect(mtlsPort)
@@ -325,9 +323,7 @@ func TestMetricsUnderLoad(t *testing.T) {
 	t.Parallel()
 	p := newPod(t, web, fmt.Sprintf("MANTLET_STATUS_ADDRESS=:%d", statusPort),
 		"EDG_EGRESS_PROXY_CONFIG=billing#127.137.0.1:8081#127.0.0.1:9")
-	m := p.mount()
-	m.write("{}")
-	p.sidecar.Env = append(p.sidecar.Env, "MANTLET_CONFIG="+m.file())
+	m := p.override("{}")
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	p.run()
 	p.protect(tlsPort)

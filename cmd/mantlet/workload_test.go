@@ -238,9 +238,7 @@ func (p *pod) fixed(server *webServer) {
 func TestProbesAreReloaded(t *testing.T) {
 	t.Parallel()
 	p := newPod(t, web, fmt.Sprintf("MANTLET_STATUS_ADDRESS=:%d", statusPort))
-	m := p.mount()
-	m.write("probes: [{name: web, tcp: 4444}]")
-	p.sidecar.Env = append(p.sidecar.Env, "MANTLET_CONFIG="+m.file())
+	m := p.override("probes: [{name: web, tcp: 4444}]")
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	p.besiege()
 	p.run()
