@@ -13,6 +13,8 @@ import (
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	overloadv3 "github.com/envoyproxy/go-control-plane/envoy/config/overload/v3"
+	dnsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/clusters/common/dns/v3"
+	dnsclusterv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/clusters/dns/v3"
 	connectionsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/resource_monitors/downstream_connections/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"google.golang.org/protobuf/proto"
@@ -147,11 +149,16 @@ func (r *renderer) upstream(e schema.Egress) *clusterv3.Cluster {
 		c.ClusterDiscoveryType = &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC}
 		return c
 	}
-	c.ClusterDiscoveryType = &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STRICT_DNS}
-	c.DnsLookupFamily = clusterv3.Cluster_ALL
-	c.DnsFailureRefreshRate = &clusterv3.Cluster_RefreshRate{ // Envoy's own is 5 s, each time: long for a name that is late
-		BaseInterval: durationpb.New(250 * time.Millisecond), MaxInterval: durationpb.New(2 * time.Second),
-	}
+	c.ClusterDiscoveryType = &clusterv3.Cluster_ClusterType{ClusterType: &clusterv3.Cluster_CustomClusterType{
+		Name: "envoy.clusters.dns",
+		TypedConfig: r.pack(&dnsclusterv3.DnsCluster{
+			DnsLookupFamily: dnsv3.DnsLookupFamily_ALL,
+			// Envoy's own is 5 s, each time: long for a name that is late.
+			DnsFailureRefreshRate: &dnsclusterv3.DnsCluster_RefreshRate{
+				BaseInterval: durationpb.New(250 * time.Millisecond), MaxInterval: durationpb.New(2 * time.Second),
+			},
+		}),
+	}}
 	c.OutlierDetection = outlierDetection()
 	// A name that does not resolve must hold nothing else up. Whoever starts Envoy knows which names do, and may wait for
 	// those, see WaitFor.
@@ -163,7 +170,7 @@ func (r *renderer) upstream(e schema.Egress) *clusterv3.Cluster {
 // should be known to resolve. It is no part of the desired state, nor of its digest.
 func WaitFor(b *bootstrapv3.Bootstrap, hosts map[string]bool) {
 	for _, c := range b.GetStaticResources().GetClusters() {
-		if c.GetType() != clusterv3.Cluster_STRICT_DNS {
+		if c.GetClusterType() == nil {
 			continue
 		}
 		host := c.LoadAssignment.Endpoints[0].LbEndpoints[0].GetEndpoint().Address.GetSocketAddress().Address

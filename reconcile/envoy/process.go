@@ -54,7 +54,8 @@ func (p *Process) waitLive(ctx context.Context, parent *Process) error {
 	var last error
 	for asked := false; ; {
 		_, err := os.Lstat(p.admin.socket) // spares an Envoy that starts the company of a busy client
-		if err == nil && asked { // as a rule the first answer says that it is live; each takes Envoy's main thread 4 ms
+		// As a rule the first answer says that it is live. Each takes Envoy's main thread 4 ms.
+		if err == nil && asked {
 			err = p.admin.ready(ctx)
 		}
 		if err == nil {
