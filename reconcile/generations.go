@@ -38,8 +38,8 @@ func advance(have render.Generations, from, to schema.Mesh, revoked bool) render
 }
 
 // loosest returns the loosest mesh that can have been in force before this mantlet, and its generations: the rules that it
-// found tell modes and generations, and not which clients were let in, or with which TLS. Of deny-all a mantlet that ended at
-// its start is the reason, and what was before that no one knows. It reports false where there was nothing.
+// found tell modes and generations, and not which clients were let in, or with which TLS. Where they can't be read, nobody knows
+// what was before. It reports false where there was nothing.
 func loosest(found render.Ruleset, want schema.Mesh) (schema.Mesh, render.Generations, bool) {
 	ingress, generations, ok := render.ReadBack(found)
 	if !ok {

@@ -23,6 +23,7 @@ const (
 	egressChain    = "egress"
 	modesMap       = "modes"
 	answersMap     = "answers"
+	formerMap      = "former"
 )
 
 // Mark is mantlet's part of the connection mark. It tells that these rules saw a connection begin, and how: from the pod,
@@ -235,6 +236,29 @@ func OnlyStatus(port uint16) Ruleset {
 	return r
 }
 
+// Remembering returns deny-all rules that tell ReadBack what it would read of the rules before them, in a map and chains that
+// no packet gets to: what a mantlet that ends at its start leaves behind must not lose the generations, or the next one would
+// take one for new that connections of before have.
+func (r Ruleset) Remembering(before Ruleset) Ruleset {
+	ingress, generations, ok := ReadBack(before)
+	if !ok {
+		return r
+	}
+	standard := policy{schema.ModeMTLS, generations.Default}
+	used := map[policy]bool{standard: true}
+	former := Map{Name: formerMap}
+	for _, part := range parts(schema.Mesh{Ingress: ingress}, generations) {
+		used[part.policy] = true
+		former.Elements = append(former.Elements, Element{part.ports, goTo(part.in())})
+	}
+	r.Maps = append(slices.Clip(r.Maps), former)
+	r.Chains = append(slices.Clip(r.Chains), Chain{Name: portsChain, Rules: []Rule{{goTo(standard.in())}}})
+	for _, p := range slices.SortedFunc(maps.Keys(used), policy.compare) {
+		r.Chains = append(r.Chains, Chain{Name: p.in()})
+	}
+	return r
+}
+
 // notForThePod drops what is meant for loopback: with net.ipv4.conf.*.route_localnet=1 peers could otherwise reach services
 // there, Envoy's among them.
 func notForThePod() []Rule {
@@ -326,10 +350,13 @@ func statusIngress() Chain {
 	}}
 }
 
-// ReadBack returns what the names of a live ruleset's chains tell: the modes of ports, and the generations. It reports false where these are no rules of a mesh: deny-all, or none.
+// ReadBack returns what the names of a live ruleset's chains tell: the modes of ports, and the generations. It reports false where these are no rules of a mesh, nor remember any.
 func ReadBack(r Ruleset) (ingress []schema.Ingress, g Generations, ok bool) {
 	i := slices.IndexFunc(r.Chains, func(c Chain) bool { return c.Name == portsChain })
-	j := slices.IndexFunc(r.Maps, func(m Map) bool { return m.Name == modesMap })
+	j := slices.IndexFunc(r.Maps, func(m Map) bool { return m.Name == formerMap })
+	if j < 0 {
+		j = slices.IndexFunc(r.Maps, func(m Map) bool { return m.Name == modesMap })
+	}
 	if i < 0 || j < 0 {
 		return nil, g, false
 	}

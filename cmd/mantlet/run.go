@@ -110,7 +110,7 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 		return err
 	}
 	if port := env.Process.StatusPort(); port != 0 {
-		if err := table.OnlyStatus(port); err != nil {
+		if err := table.OnlyStatus(port, found); err != nil {
 			log.Warn("the status address can't be reached until the desired state is in force", "error", err)
 		}
 	}
@@ -214,7 +214,7 @@ func closePod(log *slog.Logger) (*nft.Table, render.Ruleset, error) {
 		found = render.DenyAll(true) // which tells as little of what was before
 	}
 	if err == nil {
-		err = table.DenyAll()
+		err = table.DenyAll(found)
 	}
 	if err != nil {
 		return nil, render.Ruleset{}, errors.Join(err, table.Close())

@@ -941,10 +941,13 @@ func TestSecondLine(t *testing.T) {
 
 func TestDenyAll(t *testing.T) {
 	t.Parallel()
-	for name, whole := range map[string]render.Ruleset{"answers": render.DenyAll(true), "bare": render.DenyAll(false)} {
+	for name, whole := range map[string]render.Ruleset{
+		"answers": render.DenyAll(true), "bare": render.DenyAll(false),
+		"remembering": render.DenyAll(true).Remembering(rules(ports(1, 65535, schema.ModePassthrough))),
+	} {
 		t.Run(name, func(t *testing.T) {
 			broken := lenient(without(t, whole, "ingress", "counter drop"))
-			if name == "answers" {
+			if name != "bare" {
 				broken = without(t, broken, "egress", "counter drop")
 			}
 			t.Run("new connections", func(t *testing.T) {

@@ -145,10 +145,10 @@ func (t *Table) privileged() bool {
 	return err == nil
 }
 
-// DenyAll puts the rules in place that stand before anything is known. Where the kernel lacks conntrack not even answers
-// to the pod's own connections come in. It is idempotent.
-func (t *Table) DenyAll() error {
-	err := t.Replace(render.DenyAll(true))
+// DenyAll puts the rules in place that stand before anything is known, and that remember those of before. Where the kernel
+// lacks conntrack not even answers to the pod's own connections come in, and nothing is remembered. It is idempotent.
+func (t *Table) DenyAll(before render.Ruleset) error {
+	err := t.Replace(render.DenyAll(true).Remembering(before))
 	if err == nil || errors.Is(err, unix.EPERM) || errors.Is(err, ErrOwned) {
 		return err
 	}
@@ -159,7 +159,9 @@ func (t *Table) DenyAll() error {
 }
 
 // OnlyStatus is DenyAll, but for the port of mantlet's own status. Where the kernel lacks what that takes, it stays closed too.
-func (t *Table) OnlyStatus(port uint16) error { return t.Replace(render.OnlyStatus(port)) }
+func (t *Table) OnlyStatus(port uint16, before render.Ruleset) error {
+	return t.Replace(render.OnlyStatus(port).Remembering(before))
+}
 
 // attempts bounds how often a change or a dump is begun anew because another process changed nftables in the meantime.
 const attempts = 10

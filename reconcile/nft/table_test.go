@@ -42,6 +42,7 @@ func states() map[string]render.Ruleset {
 		"deny all":       render.DenyAll(true),
 		"deny all, bare": render.DenyAll(false),
 		"only status":    render.OnlyStatus(statusPort),
+		"remembered":     render.OnlyStatus(statusPort).Remembering(rules(port1(7890, pass), port1(8080, tls))),
 		"status":         render.Rules(schema.Mesh{StatusPort: statusPort, Ingress: []schema.Ingress{port1(8080, tls)}}, render.Generations{}),
 		"none":           rules(),
 		"web":            rules(port1(7890, pass), port1(8080, tls)),
@@ -418,7 +419,7 @@ func TestOwnedTableOutlivesItsOwner(t *testing.T) {
 		t.Errorf("a second Own returned %v, %v", owned, err)
 	}
 	for what, err := range map[string]error{
-		"Replace": second.Replace(rules()), "DenyAll": second.DenyAll(),
+		"Replace": second.Replace(rules()), "DenyAll": second.DenyAll(render.Ruleset{}),
 	} {
 		if !errors.Is(err, ErrOwned) {
 			t.Errorf("%s of another process returned %v", what, err)
@@ -489,7 +490,7 @@ func TestMissingCapabilityIsNamed(t *testing.T) {
 		_, tried["Read"] = table.Read()
 		_, tried["Mend"] = table.Mend()
 		_, tried["Undermining"] = table.Undermining()
-		tried["DenyAll"], tried["Replace"] = table.DenyAll(), table.Replace(rules())
+		tried["DenyAll"], tried["Replace"] = table.DenyAll(render.Ruleset{}), table.Replace(rules())
 		_, tried["Try"] = table.Try()
 		_, tried["CanOwn"] = table.CanOwn()
 		return table.Close()
@@ -660,7 +661,7 @@ func TestCountersOnlyGrow(t *testing.T) {
 func TestMissingOptions(t *testing.T) {
 	t.Parallel()
 	modes(t, func(t *testing.T, p *place) {
-		if err := p.table.DenyAll(); err != nil {
+		if err := p.table.DenyAll(render.Ruleset{}); err != nil {
 			t.Fatal(err)
 		}
 		second := open(t, p.pod)

@@ -95,7 +95,15 @@ func (p *place) replace(rules render.Ruleset) {
 
 func (p *place) serve(service lab.Service) *lab.Workload {
 	p.t.Helper()
-	workload, err := p.pod.Serve(service)
+	ctx, cancel := context.WithTimeout(p.t.Context(), limit)
+	defer cancel()
+	var workload *lab.Workload
+	var err error
+	// A listener that was closed lives on in a child that is being started.
+	_ = lab.Until(ctx, func() bool {
+		workload, err = p.pod.Serve(service)
+		return !errors.Is(err, unix.EADDRINUSE)
+	})
 	if err != nil {
 		p.t.Fatal(err)
 	}
