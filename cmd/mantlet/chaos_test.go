@@ -814,7 +814,7 @@ func actions() []action {
 		{1, "SIGKILL of all Envoys", func(c *chaos) string { return c.kill(func(pids []int) []int { return pids }) }},
 		{3, "SIGKILL of mantlet", (*chaos).killMantlet},
 		{1, "SIGTERM to mantlet", (*chaos).endMantlet},
-		{1, "SIGHUP to mantlet", func(c *chaos) string { c.must(c.sidecar.Signal(syscall.SIGHUP)); return "" }},
+		{1, "SIGHUP to mantlet", (*chaos).hangUp},
 		{2, "SIGSTOP of mantlet", func(c *chaos) string { return c.freeze([]int{c.sidecar.PID()}) }},
 		{2, "SIGSTOP of all Envoys", func(c *chaos) string { return c.freeze(c.envoys()) }},
 		{3, "another leaf", func(c *chaos) string { c.rotate(c.trusted()); return "" }},
@@ -985,6 +985,22 @@ func (c *chaos) endMantlet() string {
 	return fmt.Sprintf("ended after %v: %v", time.Since(began), err)
 }
 
+// hangUp waits for a mantlet that was just started: until Go's runtime calls main, a signal is its end.
+func (c *chaos) hangUp() string {
+	c.listens()
+	c.must(c.sidecar.Signal(syscall.SIGHUP))
+	return ""
+}
+
+// listens waits until mantlet does.
+func (c *chaos) listens() {
+	c.await("mantlet listens", func() bool {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		return !strings.Contains(c.sidecar.Unready(ctx), "connect:")
+	})
+}
+
 // tampering is a change to the rules by somebody else.
 type tampering struct {
 	text  string // for nft; %s is the handle of a rule with tproxy
@@ -1014,11 +1030,7 @@ func (c *chaos) tamper() string {
 	for len(c.held) > 0 { // nobody repairs while mantlet is stopped
 		c.pause(time.Until(c.held[0].until))
 	}
-	c.await("mantlet has the table", func() bool {
-		ctx, cancel := c.context()
-		defer cancel()
-		return !strings.Contains(c.sidecar.Unready(ctx), "connect:")
-	})
+	c.listens()
 	if f.opens {
 		c.traffic.Lock()
 		defer c.traffic.Unlock()

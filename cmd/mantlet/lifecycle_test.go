@@ -545,6 +545,16 @@ func TestEnvoyDoesNotStart(t *testing.T) {
 	}
 }
 
+// TestHangUpAtStart: a SIGHUP that comes before there is anything to read anew is not mantlet's end.
+func TestHangUpAtStart(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.must(p.sidecar.Signal(syscall.SIGHUP))
+	p.ready()
+}
+
 // TestHostNetwork: where the pod's address is the node's, mantlet does not touch a rule.
 func TestHostNetwork(t *testing.T) {
 	t.Parallel()

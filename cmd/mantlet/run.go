@@ -84,6 +84,9 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	collectLater()
 	go warm()
 	signal.Ignore(syscall.SIGPIPE) // the end of whoever reads the log must not be mantlet's
+	hups := make(chan os.Signal, 1)
+	signal.Notify(hups, syscall.SIGHUP) // while it starts too: else one would be its end
+	defer signal.Stop(hups)
 	if err := schema.HostNetwork(os.Environ()); err != nil {
 		return unclosed{err, "none was touched"}
 	}
@@ -124,7 +127,7 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	}
 	// What the way to the first start took of memory goes while Envoy starts.
 	release := sync.OnceFunc(func() { time.AfterFunc(execLimit, releaseBinary) })
-	err = serve(ctx, &reconcile.Daemon{
+	err = serve(ctx, hups, &reconcile.Daemon{
 		Version:     versionText(),
 		Environment: env,
 		Place:       place(env),
@@ -336,14 +339,12 @@ func hasIPv6() bool {
 	return true
 }
 
-// serve runs the daemon and its status socket until SIGTERM or SIGINT; a second one cuts short what is left. SIGHUP makes
+// serve runs the daemon and its status socket until SIGTERM or SIGINT; a second one cuts short what is left. A hangup makes
 // it read its inputs anew.
-func serve(ctx context.Context, daemon *reconcile.Daemon) error {
-	ends, hups := make(chan os.Signal, 2), make(chan os.Signal, 1)
+func serve(ctx context.Context, hups <-chan os.Signal, daemon *reconcile.Daemon) error {
+	ends := make(chan os.Signal, 2)
 	signal.Notify(ends, syscall.SIGTERM, syscall.SIGINT)
-	signal.Notify(hups, syscall.SIGHUP)
 	defer signal.Stop(ends)
-	defer signal.Stop(hups)
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	status, stopStatus := context.WithCancel(context.WithoutCancel(ctx))
