@@ -15,6 +15,7 @@ import (
 	overloadv3 "github.com/envoyproxy/go-control-plane/envoy/config/overload/v3"
 	dnsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/clusters/common/dns/v3"
 	dnsclusterv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/clusters/dns/v3"
+	caresv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/network/dns_resolver/cares/v3"
 	connectionsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/resource_monitors/downstream_connections/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"google.golang.org/protobuf/proto"
@@ -69,6 +70,11 @@ func bootstrap(mesh schema.Mesh, place Place) (*bootstrapv3.Bootstrap, error) {
 					TypedConfig: r.pack(&connectionsv3.DownstreamConnectionsConfig{MaxActiveDownstreamConnections: maxConnections}),
 				},
 			}},
+		},
+		// Envoy's own patience with a name server is 5 s: that long one lost datagram would hold up what waits for a name.
+		TypedDnsResolverConfig: &corev3.TypedExtensionConfig{
+			Name:        "envoy.network.dns_resolver.cares",
+			TypedConfig: r.pack(&caresv3.CaresDnsResolverConfig{QueryTimeoutSeconds: wrapperspb.UInt64(1)}),
 		},
 	}
 	for _, e := range mesh.Egress {

@@ -944,8 +944,8 @@ func (c *chaos) badCertificates() string {
 }
 
 func (c *chaos) noResolver() string {
-	c.zones.set(nil)
-	what := "knows no names"
+	c.zones.fail()
+	what := "broken"
 	if c.random.IntN(2) == 0 {
 		c.zones.silence()
 		what = "silent"

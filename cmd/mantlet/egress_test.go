@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -23,6 +24,9 @@ type zone struct {
 	mu     sync.Mutex
 	hosts  map[string][]netip.Addr
 	silent bool
+	broken bool
+	asked  int
+	loses  []int // queries, as they are counted, that get lost
 }
 
 // zone starts the pod's DNS server.
@@ -51,7 +55,7 @@ func (p *pod) zone(z *zone) *zone {
 func (z *zone) set(hosts map[string][]netip.Addr) {
 	z.mu.Lock()
 	defer z.mu.Unlock()
-	z.hosts, z.silent = hosts, false
+	z.hosts, z.silent, z.broken = hosts, false, false
 }
 
 // silence makes the server answer nothing.
@@ -61,11 +65,19 @@ func (z *zone) silence() {
 	z.silent = true
 }
 
+// fail makes the server answer that it has failed.
+func (z *zone) fail() {
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	z.hosts, z.broken = nil, true
+}
+
 func (z *zone) answer(query []byte) ([]byte, bool) {
 	z.mu.Lock()
 	defer z.mu.Unlock()
 	var message dnsmessage.Message
-	if z.silent || message.Unpack(query) != nil || len(message.Questions) != 1 {
+	z.asked++
+	if z.silent || slices.Contains(z.loses, z.asked) || message.Unpack(query) != nil || len(message.Questions) != 1 {
 		return nil, false
 	}
 	question := message.Questions[0]
@@ -74,7 +86,10 @@ func (z *zone) answer(query []byte) ([]byte, bool) {
 		Header:    dnsmessage.Header{ID: message.ID, Response: true, RecursionAvailable: true},
 		Questions: message.Questions,
 	}
-	if !known {
+	switch {
+	case z.broken:
+		message.RCode = dnsmessage.RCodeServerFailure
+	case !known:
 		message.RCode = dnsmessage.RCodeNameError
 	}
 	for _, addr := range addrs {
@@ -322,6 +337,24 @@ func TestUnresolvedUpstream(t *testing.T) {
 			t.Logf("the name works after %v", time.Since(began))
 		})
 	}
+}
+
+// TestLostQuery: where a name resolves Envoy waits for it before it takes over, and a datagram that gets lost must not make
+// that long.
+func TestLostQuery(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, "EDG_EGRESS_PROXY_CONFIG=svc#127.137.0.1:80#upstream-svc.:8080")
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	upstream := p.host("upstream")
+	p.endpoint(upstream, p.issue("*"))
+	p.zone(&zone{hosts: map[string][]netip.Addr{"upstream-svc": upstream.Addrs()}, loses: []int{3, 4}}) // mantlet's come first, one a family
+	began := time.Now()
+	p.run()
+	p.ready()
+	if took := time.Since(began); took > 4*time.Second {
+		t.Errorf("it was ready after %v", took)
+	}
+	p.must(echo(p.dial(p.Host, listen("127.137.0.1:80"))))
 }
 
 // dialIn connects from the pod.
