@@ -598,6 +598,10 @@ func TestParentHangs(t *testing.T) {
 		t.Error("the log does not say why there was a plain restart")
 	}
 	s.run(0)
+	left, err := filepath.Glob(filepath.Join(s.RuntimeDirectory, fmt.Sprintf("epoch_*_%d?", serving.base.id)))
+	if _, gone := os.Stat(serving.base.path()); err != nil || len(left) > 0 || !errors.Is(gone, os.ErrNotExist) {
+		t.Errorf("of the base before this one are left %v and shared memory: %v, %v", left, gone, err)
+	}
 	resume()
 
 	// One that hung for a while would give the next the answers that were due to the one before it.

@@ -145,6 +145,15 @@ func (r *Runner) add(p, parent *Process, most time.Duration) {
 		}
 		return !old.alive()
 	}), p)
+	r.retire()
+}
+
+// retire removes what bases left that no process has any more. What can't be removed now is tried again.
+func (r *Runner) retire() {
+	r.bases = slices.DeleteFunc(r.bases, func(b *base) bool {
+		used := slices.ContainsFunc(r.running, func(p *Process) bool { return p.base == b && p.alive() })
+		return !used && errors.Join(r.spawner.do(b.remove), r.remove(fmt.Sprintf("epoch_*_%d[0-%d]", b.id, epochs-1))) == nil
+	})
 }
 
 // Running returns the processes that have not ended, the one that serves last.
