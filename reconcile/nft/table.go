@@ -146,16 +146,22 @@ func (t *Table) privileged() bool {
 }
 
 // DenyAll puts the rules in place that stand before anything is known, and that remember those of before. Where the kernel
-// lacks conntrack not even answers to the pod's own connections come in, and nothing is remembered. It is idempotent.
+// does not take them all, nothing is remembered; where it lacks conntrack, not even answers to the pod's own connections come
+// in. It is idempotent.
 func (t *Table) DenyAll(before render.Ruleset) error {
-	err := t.Replace(render.DenyAll(true).Remembering(before))
-	if err == nil || errors.Is(err, unix.EPERM) || errors.Is(err, ErrOwned) {
-		return err
+	all := []render.Ruleset{render.DenyAll(true), render.DenyAll(false)}
+	if remembering := all[0].Remembering(before); len(remembering.Maps) > 0 {
+		all = append([]render.Ruleset{remembering}, all...)
 	}
-	if bare := t.Replace(render.DenyAll(false)); bare != nil {
-		return errors.Join(err, bare)
+	var errs []error
+	for _, r := range all {
+		err := t.Replace(r)
+		if err == nil || errors.Is(err, unix.EPERM) || errors.Is(err, ErrOwned) {
+			return err
+		}
+		errs = append(errs, err)
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // OnlyStatus is DenyAll, but for the port of mantlet's own status. Where the kernel lacks what that takes, it stays closed too.
