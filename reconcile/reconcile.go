@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"reflect"
+	"slices"
 	"sync"
 	"time"
 
@@ -229,10 +230,16 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 			d.Log.Error("connections by a mesh CA that was taken away live on", "error", err)
 		}
 	}
-	if wait := d.hold(time.Now()); wait > 0 {
-		return wait
+	want, err := d.next()
+	if err == nil {
+		if wait := d.hold(time.Now(), want); wait > 0 {
+			return wait
+		}
+		err = d.apply(ctx, want)
 	}
-	err := d.apply(ctx, d.want)
+	if err == nil && want != d.want {
+		return atOnce
+	}
 	if err == nil {
 		d.locked(func() { d.down = nil })
 		return 0
@@ -246,20 +253,44 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 	d.locked(func() { d.down = err })
 	d.failed(placeOf(err), err)
 	now := time.Now()
-	wait := max(d.pause.next(now), time.Millisecond) // at once, but not before other inputs had their turn
+	wait := max(d.pause.next(now), atOnce)
 	d.notBefore = now.Add(wait)
 	d.Log.Error("the desired state is not in force", "error", err, "retry_in", wait.String(), "last_good_goes_on", d.have != nil)
 	return wait
 }
 
+// atOnce lets other inputs have their turn.
+const atOnce = time.Millisecond
+
+// next returns the state to go to: the one that is wanted, or one between. Envoy changes before the rules, so that for a
+// moment ports have the mode of before and the TLS of after: where a port comes to ask for certificates, and an older TLS is
+// let in, there it would let in whom neither state does. So such a change keeps the TLS of before at first.
+func (d *Daemon) next() (*desired, error) {
+	if d.have == nil || d.want.mesh.TLS.MinVersion >= d.have.mesh.TLS.MinVersion {
+		return d.want, nil
+	}
+	was, is := d.have.mesh.Ingress, d.want.mesh.Ingress
+	if !slices.ContainsFunc(schema.Parts(was, is), func(part schema.Ports) bool {
+		return schema.PolicyOf(was, part.First).Mode == schema.ModeTLS && schema.PolicyOf(is, part.First).Mode == schema.ModeMTLS
+	}) {
+		return d.want, nil
+	}
+	mesh := d.want.mesh
+	mesh.TLS = d.have.mesh.TLS
+	state, err := render.Render(mesh, d.Place)
+	between := *d.have
+	between.mesh, between.state = mesh, state
+	return &between, err
+}
+
 // hold returns how long a start of Envoy has to wait: for the back-off, or because a hot restart would cut the connections
 // of the epoch before the one that serves. What tightens does not wait for those.
-func (d *Daemon) hold(now time.Time) time.Duration {
-	if d.isServing(d.want) {
+func (d *Daemon) hold(now time.Time, want *desired) time.Duration {
+	if d.isServing(want) {
 		return 0
 	}
 	wait := d.notBefore.Sub(now)
-	if d.process != nil && d.have != nil && !tightens(d.have.mesh, d.want.mesh) {
+	if d.process != nil && d.have != nil && !tightens(d.have.mesh, want.mesh) {
 		wait = max(wait, d.drained.Sub(now))
 	}
 	return wait

@@ -813,3 +813,40 @@ func TestLastGood(t *testing.T) {
 		t.Error("beside a missing file the last good one is not taken")
 	}
 }
+
+// TestNext: Envoy changes before the rules, but for a port that comes to ask for certificates while an older TLS is let in.
+func TestNext(t *testing.T) {
+	directory := t.TempDir()
+	file := filepath.Join(directory, "override.yaml")
+	env, err := schema.ParseEnvironment([]string{"MANTLET_CONFIG=" + file, "MANTLET_RUNTIME_DIRECTORY=" + directory})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := newWorld(t)
+	w.Environment, w.Place, w.expires = env, render.Place{RuntimeDirectory: directory}, w.expiry
+	for _, step := range []struct {
+		text string
+		does []string
+	}{
+		{"ingress: [{port: 8080, mode: tls}]\ntls: {minVersion: '1.3'}", []string{"start Envoy", "rules"}},
+		{"ingress: [{port: 8080, mode: mtls}]\ntls: {minVersion: '1.2'}", []string{"rules", "start Envoy"}},
+		{"ingress: [{port: 8080, mode: tls}]\ntls: {minVersion: '1.3'}", []string{"start Envoy", "rules"}},
+		{"ingress: [{port: 8080, mode: mtls, allow: [client]}]", []string{"start Envoy", "rules", "start Envoy"}},
+		{"ingress: [{port: 8080, mode: tls}]", []string{"start Envoy", "rules"}},
+		{"ingress: [{port: 8080, mode: mtls}]", []string{"rules"}},
+	} {
+		if err := os.WriteFile(file, []byte(step.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		w.readConfig()
+		for w.converge(t.Context()) > 0 {
+			w.drained = time.Time{}
+		}
+		if w.have.state.Digest != w.want.state.Digest || w.have.number != w.want.number || w.serves != w.want.state.Digest {
+			t.Errorf("%s: what is in force is not what is wanted", step.text)
+		}
+		if did := w.done(); !slices.Equal(did, step.does) {
+			t.Errorf("%s: it did %q, want %q", step.text, did, step.does)
+		}
+	}
+}

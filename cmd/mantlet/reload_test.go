@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/sha256"
 	"crypto/tls"
 	"errors"
@@ -11,6 +12,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -407,6 +410,61 @@ func TestLoosenings(t *testing.T) {
 		for _, addr := range p.Addrs() {
 			p.must(p.exchange(netip.AddrPortFrom(addr, mtlsPort), p.anonymous()))
 		}
+	}
+	p.besieged()
+}
+
+// TestNeverLooserThanEither: while one state follows another, again and again, nobody gets in whom both refuse.
+func TestNeverLooserThanEither(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	states := []string{
+		"ingress: [{port: 8080, mode: mtls, allow: [client]}, {port: 9090, mode: tls}]\ntls: {minVersion: '1.3'}",
+		"ingress: [{port: 8080, mode: mtls, allow: [other]}, {port: 9090, mode: mtls}]",
+	}
+	m := p.override(states[0])
+	p.start()
+	foreign, err := lab.NewAuthority("mesh")
+	p.must(err)
+	stranger, err := foreign.Issue(lab.Leaf{DNSNames: []string{"client"}})
+	p.must(err)
+	strangers := stranger.ClientConfig("pod")
+	strangers.RootCAs = p.mesh.Pool()
+	var tried atomic.Int64
+	var callers sync.WaitGroup
+	ctx, stop := context.WithCancel(t.Context())
+	defer callers.Wait()
+	defer stop()
+	// While Envoy has the TLS of after, and the rules are those of before, there is a moment to get in by TLS 1.2.
+	older := only(tls.VersionTLS12, p.anonymous())
+	for _, call := range []struct {
+		who    string
+		port   uint16
+		config *tls.Config
+	}{
+		{"a name of neither list", tlsPort, p.issue("third").ClientConfig("pod")},
+		{"no certificate", tlsPort, p.anonymous()},
+		{"another CA's", tlsPort, strangers},
+		{"none, and TLS 1.2", mtlsPort, older},
+		{"none, and TLS 1.2", mtlsPort, older},
+		{"none, and TLS 1.2", mtlsPort, older},
+	} {
+		callers.Go(func() {
+			for n := 0; ctx.Err() == nil; n++ {
+				if p.exchange(netip.AddrPortFrom(p.Addrs()[n%2], call.port), call.config) == nil {
+					t.Errorf("a caller with %s got in", call.who)
+				}
+				tried.Add(1)
+			}
+		})
+	}
+	for i := range 6 {
+		before, asked := tried.Load(), p.log.count(inForce)
+		m.write(states[(i+1)%2])
+		p.await("the other state is in force, and callers saw it come", func() bool {
+			return p.log.count(inForce) > asked && tried.Load() > before+20
+		})
+		p.await("all of it is in force", func() bool { code, _, _ := p.diff(); return code == 0 })
 	}
 	p.besieged()
 }
