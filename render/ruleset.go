@@ -350,7 +350,8 @@ func statusIngress() Chain {
 	}}
 }
 
-// ReadBack returns what the names of a live ruleset's chains tell: the modes of ports, and the generations. It reports false where these are no rules of a mesh, nor remember any.
+// ReadBack returns what the names of a live ruleset's chains tell: the modes of ports, and the generations. It reports false
+// where these are no rules of a mesh, nor remember any.
 func ReadBack(r Ruleset) (ingress []schema.Ingress, g Generations, ok bool) {
 	i := slices.IndexFunc(r.Chains, func(c Chain) bool { return c.Name == portsChain })
 	j := slices.IndexFunc(r.Maps, func(m Map) bool { return m.Name == formerMap })
