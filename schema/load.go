@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -43,7 +44,10 @@ func (e *Environment) ReadsFile() bool {
 }
 
 // Read returns the content of the override file.
-func (e *Environment) Read() ([]byte, error) { return readFile(e.Process.ConfigFile) }
+func (e *Environment) Read() ([]byte, error) {
+	// What mantlet may read for other reasons must not be told as problems of an override file that became a link to it.
+	return readFile(e.Process.ConfigFile, e.Process.TLSDirectory, e.Process.RuntimeDirectory, "/etc", "/proc", "/sys", "/dev")
+}
 
 // Digest tells environments apart that could make different meshes of one file.
 func (e *Environment) Digest() (string, error) {
@@ -89,9 +93,8 @@ type unread struct {
 
 func (u unread) Unwrap() []error { return []error{u.Problem, u.reason} }
 
-// readFile reads no more than a file may hold, and no more than a file: a pipe would never end.
-func readFile(path string) ([]byte, error) {
-	content, err := readRegular(path)
+func readFile(path string, not ...string) ([]byte, error) {
+	content, err := ReadFile(path, maxFile, not...)
 	if perr, ok := errors.AsType[*fs.PathError](err); ok {
 		err = perr.Err
 	}
@@ -101,20 +104,42 @@ func readFile(path string) ([]byte, error) {
 	return content, nil
 }
 
-func readRegular(path string) ([]byte, error) {
+// ReadFile reads a file, no more of it than a byte beyond most, and nothing but a file: a pipe would never end. Where its path
+// leads into a directory among not that it does not name, the error says so. All errors are of *fs.PathError.
+func ReadFile(path string, most int64, not ...string) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // else opening a pipe waits for its writer
 	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = f.Close() }()
+	bad := func(why string) error { return &fs.PathError{Op: "read", Path: path, Err: errors.New(why)} }
 	info, err := f.Stat()
 	if err != nil {
 		return nil, err
 	}
 	if !info.Mode().IsRegular() {
-		return nil, errors.New("it must be a file, and is " + kindOf(info.Mode()))
+		return nil, bad("it must be a file, and is " + kindOf(info.Mode()))
 	}
-	return io.ReadAll(io.LimitReader(f, maxFile+1))
+	if len(not) > 0 {
+		real, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+		if err != nil {
+			return nil, err
+		}
+		for _, directory := range not {
+			if within(real, directory) && !within(path, directory) {
+				return nil, bad(fmt.Sprintf("it leads to %s: what is in %s is no such file", real, directory))
+			}
+		}
+	}
+	return io.ReadAll(io.LimitReader(f, most+1))
+}
+
+// within reports whether a path is a directory's, or what a link in the place of the directory leads to.
+func within(path, directory string) bool {
+	if real, err := filepath.EvalSymlinks(directory); err == nil && strings.HasPrefix(path, real+"/") {
+		return true
+	}
+	return strings.HasPrefix(path, filepath.Clean(directory)+"/")
 }
 
 func kindOf(mode os.FileMode) string {

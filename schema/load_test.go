@@ -115,6 +115,43 @@ func TestLoadProblems(t *testing.T) {
 	}
 }
 
+// TestLinkElsewhere: a file that became a link to what mantlet reads for other reasons is none, and nothing of it is told.
+func TestLinkElsewhere(t *testing.T) {
+	base := t.TempDir()
+	in := func(name string) string { return filepath.Join(base, name) }
+	const secret = "-----BEGIN PRIVATE KEY-----\nMIG2AgEAMBAGByqGSM49AgEGBSuBBAAiBIGeMIGbAgEBBDA\n-----END PRIVATE KEY-----\n"
+	for _, directory := range []string{"tls", "run", "config"} {
+		if err := os.Mkdir(in(directory), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range []string{"tls/key.pem", "run/sds.json", "beside.yaml"} {
+		if err := os.WriteFile(in(name), []byte(secret), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink(in("tls"), in("link")); err != nil {
+		t.Fatal(err)
+	}
+	env := environment(t, "MANTLET_CONFIG="+in("config/mesh.yaml"), "MANTLET_TLS_DIRECTORY="+in("link"), "MANTLET_RUNTIME_DIRECTORY="+in("run"))
+	for target, reason := range map[string]string{
+		in("tls/key.pem"): "can't be read: it leads to ", in("run/sds.json"): "can't be read: it leads to ",
+		"/etc/passwd": "can't be read: it leads to ", "/proc/self/status": "can't be read: it leads to ",
+		in("beside.yaml"): ":1:1: must be an object: keys and values", // here it may be
+	} {
+		if err := os.Symlink(target, in("config/mesh.yaml")); err != nil {
+			t.Fatal(err)
+		}
+		_, err := env.Load()
+		if err == nil || !strings.Contains(err.Error(), reason) || strings.Contains(err.Error(), "MIG2") {
+			t.Errorf("a link to %s: %v", target, err)
+		}
+		if err := os.Remove(in("config/mesh.yaml")); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func TestPin(t *testing.T) {
 	const text, crlf = "accessLog: all\n", "accessLog: all\r\n"
 	sum := func(text string) string {

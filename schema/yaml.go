@@ -182,7 +182,8 @@ func (r *reader) origin(node *yaml.Node) Origin {
 
 func (r *reader) add(node *yaml.Node, path, reason string) {
 	value := ""
-	if node.Kind == yaml.ScalarNode {
+	// What is text as a whole is another file, maybe one whose content is nobody's business.
+	if node.Kind == yaml.ScalarNode && (path != "" || len(node.Value) < 40) {
 		value = node.Value
 	}
 	r.report.add(r.origin(node), path, value, reason)
