@@ -80,6 +80,13 @@ func authorityTemplate(name string) *x509.Certificate {
 	}
 }
 
+// Renew returns the authority with another certificate of the mesh CA, for the same key and name.
+func (a *Authority) Renew() (*Authority, error) {
+	template := authorityTemplate(a.mesh.Subject.CommonName)
+	mesh, err := sign(template, template, a.key, a.key)
+	return &Authority{key: a.key, mesh: mesh, intermediate: a.intermediate}, err
+}
+
 // sign makes a certificate for key.
 func sign(template, parent *x509.Certificate, key, signer *ecdsa.PrivateKey) (*x509.Certificate, error) {
 	der, err := x509.CreateCertificate(rand.Reader, template, parent, key.Public(), signer)

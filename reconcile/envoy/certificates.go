@@ -14,8 +14,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -28,6 +28,7 @@ import (
 
 	"mantlet/reconcile"
 	"mantlet/render"
+	"mantlet/schema"
 )
 
 // The files of the TLS directory.
@@ -91,7 +92,7 @@ func (s *Secrets) Update(ctx context.Context) (revoked bool, err error) {
 	if revoked {
 		s.Log.Info("a mesh CA was taken away: connections that were let in before end")
 	}
-	if revoked && published != nil {
+	if revoked && published != nil && s.Runner.serving() != nil {
 		s.awaitRead(ctx, seen)
 	}
 	return revoked, nil
@@ -202,10 +203,14 @@ func (c *Certificates) Equal(other *Certificates) bool {
 		string(c.chain) == string(other.chain) && string(c.key) == string(other.key) && string(c.meshCA) == string(other.meshCA)
 }
 
-// trustsAllOf reports whether every mesh CA of the other generation is among those of c.
+// trustsAllOf reports whether every mesh CA of the other generation is among those of c, be it by a certificate with another
+// life.
 func (c *Certificates) trustsAllOf(other *Certificates) bool {
 	return !slices.ContainsFunc(other.anchors, func(anchor *x509.Certificate) bool {
-		return !slices.ContainsFunc(c.anchors, anchor.Equal)
+		return !slices.ContainsFunc(c.anchors, func(one *x509.Certificate) bool {
+			return bytes.Equal(one.RawSubject, anchor.RawSubject) && reflect.DeepEqual(one.Extensions, anchor.Extensions) &&
+				bytes.Equal(one.RawSubjectPublicKeyInfo, anchor.RawSubjectPublicKeyInfo)
+		})
 	})
 }
 
@@ -222,10 +227,17 @@ func LoadCertificates(directory string, now time.Time) (*Certificates, error) {
 	return c, nil
 }
 
+// maxTLSFile is what a ConfigMap or a Secret can hold: some thousand certificates.
+const maxTLSFile = 1 << 20
+
 func readCertificates(directory string) (*Certificates, error) {
 	var errs []error
 	read := func(name string) []byte {
-		data, err := os.ReadFile(filepath.Join(directory, name))
+		path := filepath.Join(directory, name)
+		data, err := schema.ReadFile(path, maxTLSFile)
+		if err == nil && len(data) > maxTLSFile {
+			err = fmt.Errorf("%s: is larger than %d bytes", path, maxTLSFile)
+		}
 		if err != nil {
 			errs = append(errs, err)
 		}

@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -126,6 +127,58 @@ func TestLoadCertificates(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestOddFiles: what is no file, or has no end, is told and does not hold mantlet up.
+func TestOddFiles(t *testing.T) {
+	mesh, err := lab.NewAuthority("mesh")
+	if err != nil {
+		t.Fatal(err)
+	}
+	identity, err := mesh.Issue(lab.Leaf{DNSNames: []string{"pod"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for says, replace := range map[string]func(path string) error{
+		"it must be a file, and is a pipe": func(path string) error { return syscall.Mkfifo(path, 0o600) },
+		"it must be a file, and is a dir":  func(path string) error { return os.Mkdir(path, 0o700) },
+		"is larger than 1048576 bytes":     func(path string) error { return os.WriteFile(path, make([]byte, maxTLSFile+1), 0o600) },
+	} {
+		directory := t.TempDir()
+		path := filepath.Join(directory, meshCAFile)
+		if err := errors.Join(identity.Write(directory), os.Remove(path), replace(path)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := LoadCertificates(directory, time.Now()); err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), says) {
+			t.Errorf("%v, want %s", err, says)
+		}
+	}
+}
+
+// TestRenewedCA: a mesh CA is not taken away where it has another certificate for the same key and name.
+func TestRenewedCA(t *testing.T) {
+	mesh, err := lab.NewAuthority("mesh")
+	if err != nil {
+		t.Fatal(err)
+	}
+	renewed, err := mesh.Renew()
+	if err != nil {
+		t.Fatal(err)
+	}
+	another, err := lab.NewAuthority("mesh")
+	if err != nil {
+		t.Fatal(err)
+	}
+	has := func(a *lab.Authority) *Certificates {
+		anchors, err := parse(a.CAPEM())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &Certificates{anchors: anchors}
+	}
+	if !has(renewed).trustsAllOf(has(mesh)) || has(another).trustsAllOf(has(mesh)) {
+		t.Error("a renewed certificate passes for another CA, or another CA for a renewed one")
 	}
 }
 
