@@ -90,6 +90,12 @@ func (d *Daemon) render(config schema.Config, err error) (*desired, error) {
 func (d *Daemon) accept(next *desired) {
 	if d.want != nil {
 		if d.want.state.Digest == next.state.Digest && d.want.state.Ruleset.Text() == next.state.Ruleset.Text() && slices.Equal(d.want.mesh.Probes, next.mesh.Probes) {
+			d.locked(func() {
+				if d.have != nil && d.have.number == d.want.number {
+					d.have.sourceDigest = next.sourceDigest
+				}
+				d.want.sourceDigest = next.sourceDigest
+			})
 			return
 		}
 		for _, step := range Compare(d.want.mesh, next.mesh) {

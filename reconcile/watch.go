@@ -12,6 +12,8 @@ import (
 const (
 	// settle is how long a directory must be quiet before it is read: writers replace several files one after another.
 	settle = 50 * time.Millisecond
+	// settleMost is when it is read all the same: another file of the directory may never be quiet.
+	settleMost = time.Second
 	// poll is how often a directory is read although no event came: some sandboxed runtimes deliver none, and a directory
 	// that is not there yet can't be watched.
 	poll = 5 * time.Second
@@ -50,12 +52,16 @@ func follow(ctx context.Context, directory string, changed chan<- struct{}) erro
 	tick := time.NewTicker(poll)
 	defer tick.Stop()
 	var settled <-chan time.Time
+	var first time.Time // of the events since it was read last
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-watcher.Events:
-			settled = time.After(settle)
+			if settled == nil {
+				first = time.Now()
+			}
+			settled = time.After(min(settle, time.Until(first.Add(settleMost))))
 			if len(watcher.WatchList()) == 0 {
 				return errors.New("the directory was removed")
 			}

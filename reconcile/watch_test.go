@@ -109,6 +109,32 @@ func TestWatchSettles(t *testing.T) {
 	}
 }
 
+// TestWatchBesideAnother: a file that changes all the time holds up what is told of the others by no more than settleMost.
+func TestWatchBesideAnother(t *testing.T) {
+	t.Parallel()
+	directory := t.TempDir()
+	changed := watched(t, directory)
+	within(t, poll/2, changed)
+	quiet(t, changed)
+	stop := make(chan struct{})
+	defer close(stop)
+	go func() {
+		tick := time.NewTicker(settle / 5)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				_ = os.WriteFile(filepath.Join(directory, "a"), nil, 0o600)
+			case <-stop:
+				return
+			}
+		}
+	}()
+	for range 2 {
+		within(t, poll/2, changed)
+	}
+}
+
 // TestPoll: a directory is read now and then although no event came.
 func TestPoll(t *testing.T) {
 	t.Parallel()
