@@ -1,7 +1,9 @@
 package reconcile
 
 import (
+	"reflect"
 	"slices"
+	"time"
 
 	"mantlet/render"
 	"mantlet/schema"
@@ -53,3 +55,54 @@ func loosest(found render.Ruleset, want schema.Mesh) (schema.Mesh, render.Genera
 
 // after returns the generation that follows a port's. Once all were in use it is the first again.
 func after(g render.Generation) render.Generation { return (g + 1) % (render.MaxGeneration + 1) }
+
+// raises are the changes of generations that are not longer than silence ago.
+type raises []raise
+
+type raise struct {
+	at       time.Time
+	from, to render.Generations
+}
+
+const (
+	// silence is more than a connection can go without a packet, by which a change that forbids it ends it: Envoy's keepalive
+	// asks after a minute.
+	silence = 3 * time.Minute
+	// maxRaises bounds what is kept, and looked through.
+	maxRaises = 500
+)
+
+// add takes note of a change. It reports whether some port has had so many that the next one could bring back a generation
+// which silent connections have; then all is forgotten, for the caller ends them.
+func (r *raises) add(now time.Time, from, to render.Generations) bool {
+	if reflect.DeepEqual(from, to) {
+		return false
+	}
+	*r = append(slices.DeleteFunc(*r, func(old raise) bool { return now.Sub(old.at) > silence }), raise{now, from, to})
+	exhausted := len(*r) >= maxRaises
+	if len(*r) >= int(render.MaxGeneration) {
+		ports := []uint16{0} // which no entry contains, as most ports
+		var ranges []schema.Ports
+		for _, one := range *r {
+			for _, p := range slices.Concat(one.from.Ports, one.to.Ports) {
+				ranges = append(ranges, p.Ports)
+			}
+		}
+		for _, part := range schema.Cut(ranges) {
+			ports = append(ports, part.First)
+		}
+		exhausted = exhausted || slices.ContainsFunc(ports, func(port uint16) bool {
+			count := 0
+			for _, one := range *r {
+				if one.from.At(port) != one.to.At(port) {
+					count++
+				}
+			}
+			return count >= int(render.MaxGeneration)
+		})
+	}
+	if exhausted {
+		*r = nil
+	}
+	return exhausted
+}

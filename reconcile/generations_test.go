@@ -3,6 +3,7 @@ package reconcile
 import (
 	"slices"
 	"testing"
+	"time"
 
 	"pgregory.net/rapid"
 
@@ -62,5 +63,36 @@ func TestGenerationsAreShared(t *testing.T) {
 	}
 	if chains := len(render.Rules(from, generations).Chains); chains > 10 {
 		t.Errorf("there are %d chains after 100 changes of a port each", chains)
+	}
+}
+
+// TestRaises: before a port's generation can be one again that silent connections have, Envoy's end is due; not where ports
+// take turns, nor where it takes longer than a connection can be silent.
+func TestRaises(t *testing.T) {
+	all := func(until int, pause time.Duration, port func(int) uint16) (exhausted []int) {
+		var r raises
+		var have render.Generations
+		now := time.Now()
+		open := schema.Mesh{}
+		for i := range until {
+			shut := schema.Mesh{Ingress: []schema.Ingress{{Ports: schema.Ports{First: port(i), Last: port(i)}, Mode: schema.ModeMTLS, Allow: []string{"a"}}}}
+			next := advance(have, open, shut, false)
+			if r.add(now, have, next) {
+				exhausted = append(exhausted, i+1)
+			}
+			have = advance(next, shut, open, false)
+			now = now.Add(pause)
+		}
+		return exhausted
+	}
+	same := func(int) uint16 { return 8080 }
+	if got := all(62, time.Second, same); !slices.Equal(got, []int{31, 62}) {
+		t.Errorf("one port, each second: exhausted at changes %v", got)
+	}
+	if got := all(100, 10*time.Second, same); got != nil {
+		t.Errorf("one port, each ten seconds: exhausted at changes %v", got)
+	}
+	if got := all(100, 0, func(i int) uint16 { return uint16(8000 + i%10) }); got != nil {
+		t.Errorf("ten ports in turn: exhausted at changes %v", got)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"reflect"
 	"slices"
 	"sync"
@@ -121,6 +122,7 @@ type Daemon struct {
 	handover bool      // to another Envoy: meanwhile the one that serves does not answer
 	stopping bool
 
+	raises    raises
 	given     []Certificate // that Envoy has
 	revoked   bool          // a mesh CA was taken away, and the rules do not end its connections yet
 	pause     backoff       // of starts that fail, and of Envoys that die
@@ -322,7 +324,12 @@ func (d *Daemon) enforce(want *desired) error {
 		}
 		d.Log.Info("rules are in force", "ingress_entries", len(want.mesh.Ingress), "egress_entries", len(want.mesh.Egress))
 	}
+	exhausted := d.have != nil && d.raises.add(time.Now(), d.have.generations, next.generations)
 	d.locked(func() { d.have, d.revoked = &next, false })
+	if exhausted {
+		d.Log.Warn("one port came to forbid what is open there so often that its generations are used up: Envoy is started anew")
+		d.Proxy.Stop()
+	}
 	return nil
 }
 
@@ -525,7 +532,8 @@ const (
 	resolveLimitAlone = 250 * time.Millisecond
 )
 
-// resolve returns which hosts among the upstreams have an address now.
+// resolve returns which hosts among the upstreams have an address now, and answers about both families: Envoy waits for both,
+// and where name servers leave one unanswered, that takes it many seconds.
 func resolve(ctx context.Context, entries []schema.Egress, serving bool) map[string]bool {
 	limit := resolveLimitAlone
 	if serving {
@@ -546,7 +554,19 @@ func resolve(ctx context.Context, entries []schema.Egress, serving bool) map[str
 	)
 	for host := range hosts {
 		wait.Go(func() {
-			if _, err := net.DefaultResolver.LookupHost(ctx, host); err == nil {
+			var addresses [2][]netip.Addr
+			var answered [2]bool
+			var families sync.WaitGroup
+			for i, network := range []string{"ip4", "ip6"} {
+				families.Go(func() {
+					var err error
+					addresses[i], err = net.DefaultResolver.LookupNetIP(ctx, network, host)
+					failed, ok := errors.AsType[net.Error](err)
+					answered[i] = !(ok && failed.Timeout())
+				})
+			}
+			families.Wait()
+			if answered == [2]bool{true, true} && len(addresses[0])+len(addresses[1]) > 0 {
 				mu.Lock()
 				defer mu.Unlock()
 				resolved[host] = true

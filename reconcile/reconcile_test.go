@@ -789,6 +789,12 @@ func TestLastGood(t *testing.T) {
 	if first.want == nil || first.badConfig != nil {
 		t.Fatalf("a good file is not taken: %v", first.badConfig)
 	}
+	before := first.want.sourceDigest
+	write("ingress: [{port: 8080, mode: tls}] # the same")
+	first.readConfig()
+	if first.want.sourceDigest == before || first.want.number != 1 {
+		t.Error("a file that means the same is not told to be the source, or for another configuration")
+	}
 	write("ingress: [{port: 8080, mode: tsl}]")
 	first.readConfig()
 	if first.badConfig == nil || first.want.mesh.Ingress[0].Mode != schema.ModeTLS {

@@ -26,7 +26,8 @@ type zone struct {
 	silent bool
 	broken bool
 	asked  int
-	loses  []int // queries, as they are counted, that get lost
+	loses  []int           // queries, as they are counted, that get lost
+	mute   dnsmessage.Type // questions of this type get no answer
 }
 
 // zone starts the pod's DNS server.
@@ -81,6 +82,9 @@ func (z *zone) answer(query []byte) ([]byte, bool) {
 		return nil, false
 	}
 	question := message.Questions[0]
+	if question.Type == z.mute {
+		return nil, false
+	}
 	addrs, known := z.hosts[strings.TrimSuffix(question.Name.String(), ".")]
 	message = dnsmessage.Message{
 		Header:    dnsmessage.Header{ID: message.ID, Response: true, RecursionAvailable: true},
@@ -355,6 +359,30 @@ func TestLostQuery(t *testing.T) {
 		t.Errorf("it was ready after %v", took)
 	}
 	p.must(echo(p.dial(p.Host, listen("127.137.0.1:80"))))
+}
+
+// TestUnansweredFamily: name servers that answer for one family alone hold nothing up.
+func TestUnansweredFamily(t *testing.T) {
+	t.Parallel()
+	for mute, addrs := range map[dnsmessage.Type]func(*lab.Host) netip.Addr{
+		dnsmessage.TypeA:    func(h *lab.Host) netip.Addr { return h.IPv6 },
+		dnsmessage.TypeAAAA: func(h *lab.Host) netip.Addr { return h.IPv4 },
+	} {
+		t.Run(mute.String(), func(t *testing.T) {
+			t.Parallel()
+			p := newPod(t, "EDG_EGRESS_PROXY_CONFIG=svc#127.137.0.1:80#upstream-svc.:8080")
+			p.must(p.identity.Write(p.sidecar.TLSDirectory))
+			upstream := p.host("upstream")
+			p.endpoint(upstream, p.issue("*"))
+			p.zone(&zone{hosts: map[string][]netip.Addr{"upstream-svc": {addrs(upstream)}}, mute: mute})
+			began := time.Now()
+			p.run()
+			p.ready()
+			if took := time.Since(began); took > 4*time.Second { // Envoy would wait for 15 s
+				t.Errorf("it was ready after %v", took)
+			}
+		})
+	}
 }
 
 // dialIn connects from the pod.

@@ -414,6 +414,36 @@ func TestLoosenings(t *testing.T) {
 	p.besieged()
 }
 
+// TestGenerationsRunOut: a connection that says nothing, and that was forbidden, is not let in again by changes that use up the
+// generations of its port.
+func TestGenerationsRunOut(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	const open, shut = "ingress: [{port: 8080, mode: tls}]", "ingress: [{port: 8080, mode: mtls}]"
+	m := p.override(shut)
+	p.start()
+	becomes := func(text, chain string) {
+		t.Helper()
+		m.write(text)
+		p.await("the rules have "+chain, func() bool { return strings.Contains(p.rules(), chain) })
+	}
+	becomes(open, "8080 : goto tls_in")
+	forbidden, err := p.handshake(netip.AddrPortFrom(p.IPv4, tlsPort), p.anonymous())
+	p.must(err)
+	p.must(echo(forbidden))
+	p.must(forbidden.NetConn().(*net.TCPConn).SetKeepAlive(false))
+	for generation := 1; generation <= 32; generation++ {
+		becomes(shut, strings.TrimSuffix(fmt.Sprintf("8080 : goto mtls_in_%d", generation%32), "_0"))
+		becomes(open, strings.TrimSuffix(fmt.Sprintf("8080 : goto tls_in_%d", generation%32), "_0"))
+	}
+	if err := echo(forbidden); err == nil {
+		t.Error("a connection that was forbidden lives on")
+	}
+	p.ready()
+	p.must(p.exchange(netip.AddrPortFrom(p.IPv4, tlsPort), p.client.ClientConfig("pod")))
+	p.besieged()
+}
+
 // TestNeverLooserThanEither: while one state follows another, again and again, nobody gets in whom both refuse.
 func TestNeverLooserThanEither(t *testing.T) {
 	t.Parallel()
