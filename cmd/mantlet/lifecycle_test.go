@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -201,9 +202,14 @@ func TestMantletIsKilledWhileEnvoyStarts(t *testing.T) {
 	p.must(os.WriteFile(path, []byte("#!/bin/sh\nexec sleep 86399"), 0o755))
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	p.run()
+	// In the moment between fork and exec it is not under the signal yet: then the next mantlet ends it.
 	p.await("Envoy is started", func() bool {
 		pids, err := p.sidecar.Envoys()
-		return err == nil && len(pids) == 1
+		if err != nil || len(pids) != 1 {
+			return false
+		}
+		line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pids[0]))
+		return err == nil && bytes.HasPrefix(line, []byte("sleep\x00"))
 	})
 	p.must(p.sidecar.Signal(syscall.SIGKILL))
 	_ = p.sidecar.Wait()
