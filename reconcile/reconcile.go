@@ -562,7 +562,7 @@ func resolve(ctx context.Context, entries []schema.Egress, serving bool) map[str
 					var err error
 					addresses[i], err = net.DefaultResolver.LookupNetIP(ctx, network, host)
 					failed, ok := errors.AsType[net.Error](err)
-					answered[i] = !(ok && failed.Timeout())
+					answered[i] = !ok || !failed.Timeout()
 				})
 			}
 			families.Wait()

@@ -317,10 +317,13 @@ func tryEnvoy(ctx context.Context, path string) finding {
 		commit, version, _ = strings.Cut(version, "/")
 		_, err = fmt.Sscanf(version, "%d.%d.%d", &major, &minor, &patch)
 	}
+	if err != nil && said != "" {
+		err = fmt.Errorf("%w: %.200s", err, said)
+	}
 	right := fmt.Sprintf(remedy, envoyMajor, envoyMinor)
 	switch {
 	case err != nil:
-		return tried(need, "", fmt.Errorf("asking %q for its version: %w: %.200s", path, err, said), right)
+		return tried(need, "", fmt.Errorf("asking %q for its version: %w", path, err), right)
 	case major < envoyMajor || major == envoyMajor && minor < envoyMinor:
 		return tried(need, "", fmt.Errorf("%q is version %d.%d.%d, which is too old", path, major, minor, patch), right)
 	case major != envoyMajor || minor != envoyMinor:
