@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"mantlet/sandbox"
 )
@@ -29,9 +30,10 @@ type Sidecar struct {
 	Binary           string               // mantlet
 	Log              io.Writer
 
-	cmd    *exec.Cmd
-	exited chan struct{}
-	err    error
+	executed time.Time
+	cmd      *exec.Cmd
+	exited   chan struct{}
+	err      error
 }
 
 // Sidecar prepares a mantlet on the host. Its directories are made below dir, the TLS directory empty.
@@ -76,6 +78,7 @@ func (s *Sidecar) Start() error {
 			err = limit(s.Capabilities)
 		}
 		if err == nil {
+			s.executed = time.Now()
 			err = s.cmd.Start()
 		}
 		if started <- err; err == nil {
@@ -144,6 +147,9 @@ func (s *Sidecar) Ended() bool {
 
 // Signal sends a signal to mantlet.
 func (s *Sidecar) Signal(signal os.Signal) error { return s.cmd.Process.Signal(signal) }
+
+// Executed returns when mantlet was executed last, without what it takes to make a container for it.
+func (s *Sidecar) Executed() time.Time { return s.executed }
 
 // PID returns mantlet's process id.
 func (s *Sidecar) PID() int { return s.cmd.Process.Pid }

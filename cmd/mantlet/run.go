@@ -15,7 +15,6 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -82,7 +81,7 @@ func newLogger(to *os.File, level slog.Leveler) *slog.Logger {
 // ends.
 func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	collectLater()
-	go warm()
+	warm()
 	signal.Ignore(syscall.SIGPIPE) // the end of whoever reads the log must not be mantlet's
 	hups := make(chan os.Signal, 1)
 	signal.Notify(hups, syscall.SIGHUP) // while it starts too: else one would be its end
@@ -125,8 +124,6 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	if err := runner.Evict(); err != nil {
 		return errors.Join(err, runner.Close())
 	}
-	// What the way to the first start took of memory goes while Envoy starts.
-	release := sync.OnceFunc(func() { time.AfterFunc(execLimit, releaseBinary) })
 	err = serve(ctx, hups, &reconcile.Daemon{
 		Version:     versionText(),
 		Environment: env,
@@ -134,19 +131,20 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 		Kernel:      table,
 		Found:       found,
 		Secrets:     &envoy.Secrets{TLSDirectory: env.Process.TLSDirectory, RuntimeDirectory: directory, Runner: runner, Log: log},
-		Proxy:       proxy{runner, release},
+		Proxy:       proxy{runner},
 		Log:         log,
 	})
 	return errors.Join(err, runner.Close())
 }
 
 // collectLater lets the heap grow to 16 MiB before garbage is collected, for a second: starting takes some 6 MiB, and the
-// collections in it would take a part of the time in which Envoy is not running yet.
+// collections in it would take a part of the time in which Envoy is not running yet. Then all goes that starting took.
 func collectLater() {
 	usual := debug.SetGCPercent(400)
 	time.AfterFunc(time.Second, func() {
 		debug.SetGCPercent(usual)
 		debug.FreeOSMemory()
+		releaseBinary()
 	})
 }
 
@@ -173,31 +171,26 @@ func releaseBinary() {
 	}
 }
 
-// warm makes packages build what they build at first use, while the rules are put in place: multiples of P-384's generator
-// take 2 ms, protobuf's tables 5 ms. None of it depends on the configuration.
+// warm makes packages build what they build at first use, while the rules are put in place: protobuf's tables take 10 ms,
+// multiples of P-384's generator 2 ms. None of it depends on the configuration.
 func warm() {
-	_, _ = ecdh.P384().NewPrivateKey(bytes.Repeat([]byte{1}, 48))
-	env, err := schema.ParseEnvironment([]string{"EDG_EGRESS_PROXY_CONFIG=warm#127.0.0.1:1#127.0.0.1:2"})
-	if err != nil {
-		return
-	}
-	if state, err := render.Render(env.Base().Mesh, render.Place{}); err == nil {
-		_, _ = render.JSON(state.Bootstrap)
-	}
+	go func() {
+		env, err := schema.ParseEnvironment([]string{"EDG_EGRESS_PROXY_CONFIG=warm#127.0.0.1:1#127.0.0.1:2"})
+		if err != nil {
+			return
+		}
+		if state, err := render.Render(env.Base().Mesh, render.Place{}); err == nil {
+			_, _ = render.JSON(state.Bootstrap)
+		}
+	}()
+	go func() { _, _ = ecdh.P384().NewPrivateKey(bytes.Repeat([]byte{1}, 48)) }()
 }
 
 // proxy is a Runner as the daemon knows it.
-type proxy struct {
-	*envoy.Runner
-	starting func() // is called first
-}
-
-// execLimit is more than it takes from a state to the execution of Envoy, and much less than Envoy itself takes then.
-const execLimit = 20 * time.Millisecond
+type proxy struct{ *envoy.Runner }
 
 // Start implements reconcile.Proxy.
 func (p proxy) Start(ctx context.Context, state render.State, settings schema.Envoy) (reconcile.Process, error) {
-	p.starting()
 	process, err := p.Runner.Start(ctx, state, settings)
 	if err != nil {
 		return nil, err
