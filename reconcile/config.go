@@ -1,6 +1,7 @@
 package reconcile
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -121,11 +122,13 @@ func (d *Daemon) keptPath() string {
 	return filepath.Join(d.Environment.Process.RuntimeDirectory, "last-good.json")
 }
 
-// keep writes an accepted file down, if it is not there already.
+// keep writes an accepted file down, if it is not there already. Where it can't, the file is unkept, and to be kept later.
 func (d *Daemon) keep(content []byte) {
 	if !d.Environment.ReadsFile() {
 		return
 	}
+	before := d.unkept
+	d.unkept = nil
 	digest, err := d.Environment.Digest()
 	if err == nil {
 		var text []byte
@@ -139,7 +142,10 @@ func (d *Daemon) keep(content []byte) {
 	if err != nil {
 		// One before it may be looser: a mantlet that starts beside a bad file then waits for a good one.
 		_ = os.Remove(d.keptPath())
-		d.Log.Warn("the override file could not be kept for a restart of mantlet", "error", err)
+		if !bytes.Equal(before, content) {
+			d.Log.Warn("the override file could not be kept for a restart of mantlet; it is tried again", "error", err)
+		}
+		d.unkept = content
 	}
 }
 

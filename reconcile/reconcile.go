@@ -123,6 +123,7 @@ type Daemon struct {
 	stopping bool
 
 	raises    raises
+	unkept    []byte        // the last good override file, where it could not be kept; Run's loop alone has it
 	given     []Certificate // that Envoy has
 	revoked   bool          // a mesh CA was taken away, and the rules do not end its connections yet
 	pause     backoff       // of starts that fail, and of Envoys that die
@@ -167,9 +168,9 @@ type desired struct {
 // tickets. An hour costs each client one full handshake an hour.
 const ticketLife = time.Hour
 
-// retryCertificates is how soon certificates that could not be taken are looked at again: a full disk gives no event when it
-// has room.
-const retryCertificates = time.Second
+// retryInputs is how soon certificates that could not be taken are looked at again, and a file is kept that could not be: a
+// full disk gives no event when it has room.
+const retryInputs = time.Second
 
 // Run brings the desired state about and keeps it until ctx ends; then it lets connections end, for at most the drain
 // time or until abort is closed, and stops Envoy. The rules stay whatever happens. A note on reload makes it read its inputs.
@@ -190,12 +191,15 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 	first.Wait()
 	for {
 		d.locked(func() { d.turned = time.Now() })
-		var again, retry <-chan time.Time
+		var again, retry, keep <-chan time.Time
 		if wait := d.converge(ctx); wait > 0 {
 			again = time.After(wait)
 		}
 		if d.badCertificates != nil {
-			retry = time.After(retryCertificates)
+			retry = time.After(retryInputs)
+		}
+		if d.unkept != nil {
+			keep = time.After(retryInputs)
 		}
 		select {
 		case <-ctx.Done():
@@ -207,6 +211,8 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 			d.readCertificates(ctx)
 		case <-retry:
 			d.readCertificates(ctx)
+		case <-keep:
+			d.keep(d.unkept)
 		case <-reload:
 			d.readConfig()
 			d.readCertificates(ctx)

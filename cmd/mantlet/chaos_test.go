@@ -619,6 +619,9 @@ func (c *chaos) settle() {
 	for len(c.held) > 0 {
 		c.pause(time.Until(c.held[0].until))
 	}
+	if c.full {
+		c.pause(1500 * time.Millisecond) // until what could not be kept is: mantlet tries each second
+	}
 	if c.amnesia && c.badTLS {
 		c.note("good certificates, for mantlet was started beside bad ones")
 		c.rotate(c.trusted())

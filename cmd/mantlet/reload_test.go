@@ -318,6 +318,11 @@ func TestRuntimeDirectoryFull(t *testing.T) {
 		return err == nil && conn.ConnectionState().PeerCertificates[0].Equal(next.Leaf)
 	})
 	p.await("all is well", func() bool { return len(p.status().Problems) == 0 })
+	// The next mantlet has what this one was told while there was no room to keep it.
+	p.await("the last good file is kept", func() bool {
+		_, err := os.Stat(filepath.Join(p.sidecar.RuntimeDirectory, "last-good.json"))
+		return err == nil
+	})
 	p.besieged()
 }
 
