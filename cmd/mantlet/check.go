@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -146,21 +145,14 @@ var ofNodes = []string{"cni0", "cilium_host", "flannel.1", "kube-bridge", "kube-
 
 func tryNamespace(environ []string) finding {
 	const need, remedy = "network namespace", "take hostNetwork out of the pod's specification"
-	if err := schema.HostNetwork(environ); err != nil {
+	told, err := schema.HostNetwork(environ)
+	if err != nil {
 		return tried(need, "", err, remedy)
 	}
 	links, err := readLinks()
 	if err != nil {
 		return wanted(need, "", err, "")
 	}
-	has := func(name string) bool {
-		return slices.ContainsFunc(environ, func(v string) bool {
-			text, ok := strings.CutPrefix(v, name+"=")
-			_, err := netip.ParseAddr(text)
-			return ok && err == nil
-		})
-	}
-	told := has("MANTLET_POD_IP") && has("MANTLET_HOST_IP")
 	if err := nodes(links, told); err != nil {
 		return wanted(need, "", err, remedy)
 	}

@@ -86,7 +86,7 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	hups := make(chan os.Signal, 1)
 	signal.Notify(hups, syscall.SIGHUP) // while it starts too: else one would be its end
 	defer signal.Stop(hups)
-	if err := schema.HostNetwork(os.Environ()); err != nil {
+	if _, err := schema.HostNetwork(os.Environ()); err != nil {
 		return unclosed{err, "none was touched"}
 	}
 	table, found, err := closePod(log)
