@@ -245,15 +245,13 @@ func (r Ruleset) Remembering(before Ruleset) Ruleset {
 		return r
 	}
 	standard := policy{schema.ModeMTLS, generations.Default}
-	used := map[policy]bool{standard: true}
-	former := Map{Name: formerMap}
-	for _, part := range parts(schema.Mesh{Ingress: ingress}, generations) {
-		used[part.policy] = true
+	former, all := Map{Name: formerMap}, parts(schema.Mesh{Ingress: ingress}, generations)
+	for _, part := range all {
 		former.Elements = append(former.Elements, Element{part.ports, goTo(part.in())})
 	}
 	r.Maps = append(slices.Clip(r.Maps), former)
 	r.Chains = append(slices.Clip(r.Chains), Chain{Name: portsChain, Rules: []Rule{{goTo(standard.in())}}})
-	for _, p := range slices.SortedFunc(maps.Keys(used), policy.compare) {
+	for _, p := range inUse(standard, all) {
 		r.Chains = append(r.Chains, Chain{Name: p.in()})
 	}
 	return r
@@ -297,11 +295,9 @@ func answersToThePod(syn Verdict) []Rule {
 // Rules returns the rules of a valid mesh in the generations that are in force. There is a pair of chains for each mode and
 // generation in use.
 func Rules(mesh schema.Mesh, generations Generations) Ruleset {
-	standard := policy{schema.ModeMTLS, generations.Default}
-	used := map[policy]bool{standard: true}
+	standard, all := policy{schema.ModeMTLS, generations.Default}, parts(mesh, generations)
 	modes, answers := Map{Name: modesMap}, Map{Name: answersMap}
-	for _, part := range parts(mesh, generations) {
-		used[part.policy] = true
+	for _, part := range all {
 		in := part.in()
 		if part.ports.First == mesh.StatusPort { // it is the only one of the part
 			in = statusIn
@@ -329,7 +325,7 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 	if mesh.StatusPort != 0 {
 		r.Chains = append(r.Chains, statusIngress())
 	}
-	for _, p := range slices.SortedFunc(maps.Keys(used), policy.compare) {
+	for _, p := range inUse(standard, all) {
 		r.Chains = append(r.Chains, p.ingress(), p.egress())
 	}
 	return r
@@ -420,6 +416,15 @@ func parts(mesh schema.Mesh, generations Generations) []part {
 		all = append(all, part{ports, p})
 	}
 	return all
+}
+
+// inUse returns the policies that need their chains: the one of ports without a part, and those of the parts.
+func inUse(standard policy, all []part) []policy {
+	used := map[policy]bool{standard: true}
+	for _, p := range all {
+		used[p.policy] = true
+	}
+	return slices.SortedFunc(maps.Keys(used), policy.compare)
 }
 
 // ingress sees every packet that arrives in the pod's network namespace.
