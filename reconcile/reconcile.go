@@ -538,8 +538,7 @@ const (
 	resolveLimitAlone = 250 * time.Millisecond
 )
 
-// resolve returns which hosts among the upstreams have an address now, and answers about both families: Envoy waits for both,
-// and where name servers leave one unanswered, that takes it many seconds.
+// resolve returns which hosts among the upstreams resolve now.
 func resolve(ctx context.Context, entries []schema.Egress, serving bool) map[string]bool {
 	limit := resolveLimitAlone
 	if serving {
@@ -560,19 +559,7 @@ func resolve(ctx context.Context, entries []schema.Egress, serving bool) map[str
 	)
 	for host := range hosts {
 		wait.Go(func() {
-			var addresses [2][]netip.Addr
-			var answered [2]bool
-			var families sync.WaitGroup
-			for i, network := range []string{"ip4", "ip6"} {
-				families.Go(func() {
-					var err error
-					addresses[i], err = net.DefaultResolver.LookupNetIP(ctx, network, host)
-					failed, ok := errors.AsType[net.Error](err)
-					answered[i] = !ok || !failed.Timeout()
-				})
-			}
-			families.Wait()
-			if answered == [2]bool{true, true} && len(addresses[0])+len(addresses[1]) > 0 {
+			if resolves(ctx, host) {
 				mu.Lock()
 				defer mu.Unlock()
 				resolved[host] = true
@@ -581,6 +568,24 @@ func resolve(ctx context.Context, entries []schema.Egress, serving bool) map[str
 	}
 	wait.Wait()
 	return resolved
+}
+
+// resolves reports whether a host has an address, and name servers answer about both families: Envoy waits for both, and where
+// one is left unanswered, that takes it many seconds.
+func resolves(ctx context.Context, host string) bool {
+	var addresses [2][]netip.Addr
+	var errs [2]error
+	var families sync.WaitGroup
+	for i, network := range []string{"ip4", "ip6"} {
+		families.Go(func() { addresses[i], errs[i] = net.DefaultResolver.LookupNetIP(ctx, network, host) })
+	}
+	families.Wait()
+	for _, err := range errs {
+		if failed, ok := errors.AsType[net.Error](err); ok && failed.Timeout() {
+			return false
+		}
+	}
+	return len(addresses[0])+len(addresses[1]) > 0
 }
 
 // backoff spaces out starts that fail one after another. The first comes at once: an Envoy that was killed is back
