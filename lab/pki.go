@@ -80,6 +80,15 @@ func authorityTemplate(name string) *x509.Certificate {
 	}
 }
 
+// NewIdentity makes an identity with these DNS names, of a mesh that has no other.
+func NewIdentity(names ...string) (*Identity, error) {
+	mesh, err := NewAuthority("mesh")
+	if err != nil {
+		return nil, err
+	}
+	return mesh.Issue(Leaf{DNSNames: names})
+}
+
 // Renew returns the authority with another certificate of the mesh CA, for the same key and name.
 func (a *Authority) Renew() (*Authority, error) {
 	template := authorityTemplate(a.mesh.Subject.CommonName)

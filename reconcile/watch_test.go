@@ -88,13 +88,20 @@ func quiet(t *testing.T, changed <-chan struct{}) {
 	}
 }
 
+// watchedQuietly is watched once the notes of its beginning are over.
+func watchedQuietly(t *testing.T, directory string) <-chan struct{} {
+	t.Helper()
+	changed := watched(t, directory)
+	within(t, poll/2, changed)
+	quiet(t, changed)
+	return changed
+}
+
 // TestWatchSettles: many changes in a row are noted once, when the last is made.
 func TestWatchSettles(t *testing.T) {
 	t.Parallel()
 	directory := t.TempDir()
-	changed := watched(t, directory)
-	within(t, poll/2, changed)
-	quiet(t, changed)
+	changed := watchedQuietly(t, directory)
 	until := time.Now().Add(settle / 2)
 	for time.Now().Before(until) {
 		if err := os.WriteFile(filepath.Join(directory, "a"), nil, 0o600); err != nil {
@@ -113,9 +120,7 @@ func TestWatchSettles(t *testing.T) {
 func TestWatchBesideAnother(t *testing.T) {
 	t.Parallel()
 	directory := t.TempDir()
-	changed := watched(t, directory)
-	within(t, poll/2, changed)
-	quiet(t, changed)
+	changed := watchedQuietly(t, directory)
 	stop := make(chan struct{})
 	defer close(stop)
 	go func() {
@@ -138,9 +143,7 @@ func TestWatchBesideAnother(t *testing.T) {
 // TestPoll: a directory is read now and then although no event came.
 func TestPoll(t *testing.T) {
 	t.Parallel()
-	changed := watched(t, t.TempDir())
-	within(t, poll/2, changed)
-	quiet(t, changed)
+	changed := watchedQuietly(t, t.TempDir())
 	began := time.Now()
 	within(t, 2*poll, changed)
 	if took := time.Since(began); took > poll+time.Second {

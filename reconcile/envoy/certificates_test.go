@@ -132,14 +132,7 @@ func TestLoadCertificates(t *testing.T) {
 
 // TestOddFiles: what is no file, or has no end, is told and does not hold mantlet up.
 func TestOddFiles(t *testing.T) {
-	mesh, err := lab.NewAuthority("mesh")
-	if err != nil {
-		t.Fatal(err)
-	}
-	identity, err := mesh.Issue(lab.Leaf{DNSNames: []string{"pod"}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	identity := must[*lab.Identity](t)(lab.NewIdentity("pod"))
 	for says, replace := range map[string]func(path string) error{
 		"it must be a file, and is a pipe": func(path string) error { return syscall.Mkfifo(path, 0o600) },
 		"it must be a file, and is a dir":  func(path string) error { return os.Mkdir(path, 0o700) },
@@ -158,24 +151,10 @@ func TestOddFiles(t *testing.T) {
 
 // TestRenewedCA: a mesh CA is not taken away where it has another certificate for the same key and name.
 func TestRenewedCA(t *testing.T) {
-	mesh, err := lab.NewAuthority("mesh")
-	if err != nil {
-		t.Fatal(err)
-	}
-	renewed, err := mesh.Renew()
-	if err != nil {
-		t.Fatal(err)
-	}
-	another, err := lab.NewAuthority("mesh")
-	if err != nil {
-		t.Fatal(err)
-	}
+	mesh, another := must[*lab.Authority](t)(lab.NewAuthority("mesh")), must[*lab.Authority](t)(lab.NewAuthority("mesh"))
+	renewed := must[*lab.Authority](t)(mesh.Renew())
 	has := func(a *lab.Authority) *Certificates {
-		anchors, err := parse(a.CAPEM())
-		if err != nil {
-			t.Fatal(err)
-		}
-		return &Certificates{anchors: anchors}
+		return &Certificates{anchors: must[[]*x509.Certificate](t)(parse(a.CAPEM()))}
 	}
 	if !has(renewed).trustsAllOf(has(mesh)) || has(another).trustsAllOf(has(mesh)) {
 		t.Error("a renewed certificate passes for another CA, or another CA for a renewed one")

@@ -123,11 +123,7 @@ func state(t testing.TB, r *Runner, environ ...string) (render.State, schema.Env
 // identity publishes a certificate of a new mesh.
 func identity(t testing.TB, r *Runner) *lab.Identity {
 	t.Helper()
-	mesh, err := lab.NewAuthority("mesh")
-	if err != nil {
-		t.Fatal(err)
-	}
-	identity, err := mesh.Issue(lab.Leaf{DNSNames: []string{"pod"}})
+	identity, err := lab.NewIdentity("pod")
 	if err != nil {
 		t.Fatal(err)
 	}
