@@ -31,7 +31,7 @@ func (d *Daemon) watchConfig(ctx context.Context) <-chan struct{} {
 func (d *Daemon) readConfig() {
 	content, next, err := d.load()
 	if err == nil {
-		d.settle(&d.badConfig, "override file")
+		d.settle(&d.badConfig, "configuration accepted again")
 		d.accept(next)
 		d.keep(content)
 		return
@@ -44,11 +44,11 @@ func (d *Daemon) readConfig() {
 			d.Log.Warn("the last good override file is of no use", "error", restoreErr)
 		}
 	}
-	what := "the override file is not good; the last good state goes on"
+	what := "the override file was rejected; the last good state stays in force"
 	if d.want == nil {
 		what = notConfigured
 	}
-	if d.complain(&d.badConfig, what, err) {
+	if d.complain(&d.badConfig, "configuration rejected", what, err) {
 		d.failed(checkConfig, err)
 	}
 }

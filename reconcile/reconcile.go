@@ -417,18 +417,18 @@ func (d *Daemon) readCertificates(ctx context.Context) {
 		d.applied(applyCertificates, time.Since(began), nil)
 	}
 	if err != nil {
-		what := "the certificates are not good; the last good ones stay"
+		what := "the certificates were rejected; the last good ones stay in use"
 		if expires.IsZero() {
 			what = notCertified
 		}
-		if d.complain(&d.badCertificates, what, err) {
+		if d.complain(&d.badCertificates, "certificates rejected", what, err) {
 			d.failed(checkCertificates, err)
 			d.applied(applyCertificates, time.Since(began), err)
 		}
 	}
 	d.locked(func() { d.expires, d.revoked = expires, d.revoked || revoked })
 	if err == nil {
-		d.settle(&d.badCertificates, "certificates")
+		d.settle(&d.badCertificates, "certificates accepted again")
 	}
 	d.foresee(time.Now())
 }
@@ -440,7 +440,7 @@ func (d *Daemon) foresee(now time.Time) {
 			continue
 		}
 		err := fmt.Errorf("%s (%s) expires at %s, and there is no new one", c.Role, c.Subject, c.NotAfter.Format(time.RFC3339))
-		if d.complain(&d.expiring, "the certificates should be replaced", err) {
+		if d.complain(&d.expiring, "certificates expire soon", "the certificates should be replaced", err) {
 			d.failed(checkCertificates, d.expiring)
 		}
 		return
@@ -448,21 +448,22 @@ func (d *Daemon) foresee(now time.Time) {
 	d.locked(func() { d.expiring = nil })
 }
 
-// complain notes a reason why the daemon is not where it should be. It logs it when it is new, and reports whether it is.
-func (d *Daemon) complain(reason *error, what string, err error) bool {
+// complain notes a reason why the daemon is not where it should be, and reports whether it is new. A new one is logged as the
+// event. What the reason means stands before its error.
+func (d *Daemon) complain(reason *error, event, what string, err error) bool {
 	err = fmt.Errorf("%s: %w", what, err)
 	isNew := !same(err, *reason)
 	if isNew {
-		d.Log.Warn("an input is not good", "reason", err)
+		d.Log.Warn(event, "reason", err)
 	}
 	d.locked(func() { *reason = err })
 	return isNew
 }
 
-// settle drops a complaint about an input, and says so where there was one: else the log's last word would be the complaint.
-func (d *Daemon) settle(reason *error, input string) {
+// settle drops a complaint. It logs the event where there was one: else the log's last word would be the complaint.
+func (d *Daemon) settle(reason *error, event string) {
 	if *reason != nil {
-		d.Log.Info("an input is good again", "input", input)
+		d.Log.Info(event)
 	}
 	d.locked(func() { *reason = nil })
 }

@@ -413,7 +413,7 @@ func TestBadCertificates(t *testing.T) {
 		}
 		w.set(func() { w.secretErr = nil })
 		time.Sleep(time.Minute)
-		if n := strings.Count(w.logged(), `"an input is good again" input=certificates`); n != 1 {
+		if n := strings.Count(w.logged(), `"certificates accepted again"`); n != 1 {
 			t.Errorf("their end is reported %d times", n)
 		}
 		w.set(func() { w.secretErr = errors.New("another's key") })

@@ -133,7 +133,7 @@ type terse struct{ to io.Writer }
 
 func (t terse) Write(text []byte) (int, error) {
 	for line := range bytes.Lines(text) {
-		if !bytes.Contains(line, []byte("connection refused")) {
+		if !bytes.Contains(line, []byte("connection rejected")) {
 			_, _ = t.to.Write(line)
 		}
 	}

@@ -218,7 +218,7 @@ func TestRefusals(t *testing.T) {
 				conn := p.dial(p.outside, to)
 				c.speak(p, conn)
 				got := p.logged(conn)
-				if got.Code != c.code || got.Reason != c.reason || got.Message != "connection refused" || got.Level != "WARN" || got.Detail == "" {
+				if got.Code != c.code || got.Reason != c.reason || got.Message != "connection rejected" || got.Level != "WARN" || got.Detail == "" {
 					t.Errorf("the line is %+v, want %s: %s", got, c.code, c.reason)
 				}
 				if got.Direction != "ingress" || got.Destination != to.String() || !slices.Equal(got.SANs, c.sans) {
@@ -263,7 +263,7 @@ func TestFloodOfRefusals(t *testing.T) {
 		status = p.status()
 		return slices.ContainsFunc(status.Refused, func(r reconcile.Refused) bool { return r.Reason == "plaintext" && r.Count > flood })
 	})
-	lines, most := p.log.count(`"msg":"connection refused"`), 50+5*(1+int(time.Since(began).Seconds()))
+	lines, most := p.log.count(`"msg":"connection rejected"`), 50+5*(1+int(time.Since(began).Seconds()))
 	if lines == 0 || lines > most {
 		t.Errorf("%d refusals are logged, want %d at the most", lines, most)
 	}

@@ -103,15 +103,15 @@ func TestReload(t *testing.T) {
 		})
 	}
 	for _, bad := range []string{"ingress: [{port: 8080, mode: tsl}]", "a: b: c", "\x00"} {
-		before := p.log.count("an input is not good")
+		before := p.log.count("configuration rejected")
 		m.write(bad)
-		p.await("it is reported", func() bool { return p.log.count("an input is not good") > before })
+		p.await("it is reported", func() bool { return p.log.count("configuration rejected") > before })
 		p.ready()
 		p.must(p.exchange(netip.AddrPortFrom(p.IPv4, mtlsPort), mesh))
 	}
 	m.write("{}")
 	p.await("the log says that it is good again", func() bool {
-		return p.log.count(`"msg":"an input is good again","input":"override file"`) == 1
+		return p.log.count(`"msg":"configuration accepted again"`) == 1
 	})
 	p.must(os.Remove(filepath.Join(m.directory, "..data")))
 	p.must(p.sidecar.Signal(syscall.SIGHUP))
@@ -251,7 +251,7 @@ func TestFirstOverrideFile(t *testing.T) {
 		p.run()
 		p.ready()
 		s := p.status()
-		if len(s.Problems) != 1 || !strings.Contains(s.Problems[0], "ingress[8080].mode") || !strings.Contains(s.Problems[0], "the last good state goes on") {
+		if len(s.Problems) != 1 || !strings.Contains(s.Problems[0], "ingress[8080].mode") || !strings.Contains(s.Problems[0], "the last good state stays in force") {
 			t.Errorf("the problems are %q", s.Problems)
 		}
 		if want := fmt.Sprintf("%x", sha256.Sum256([]byte(good))); s.Applied == nil || s.Applied.SourceDigest != want {

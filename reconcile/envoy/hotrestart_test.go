@@ -492,7 +492,7 @@ func TestStartingEpochLosesParent(t *testing.T) {
 	s.interfere(t.Context(), hung, func() {
 		s.lost(serving)
 		kill(serving)
-	}, "the Envoy before it: it ended: signal: killed")
+	}, "it lost its parent: Envoy epoch 0 exited: signal: killed")
 	s.run()
 	if again := s.start(); again.Epoch != 0 {
 		t.Errorf("epoch %d after none", again.Epoch)
@@ -805,7 +805,7 @@ func TestPlainRestart(t *testing.T) {
 				t.Fatal(err)
 			}
 			if c.fails {
-				s.refuses(t.Context(), s.state, "it ended")
+				s.refuses(t.Context(), s.state, fmt.Sprintf("Envoy epoch %d exited", serving.Epoch+1))
 				s.serves(serving)
 			}
 			old.talk()

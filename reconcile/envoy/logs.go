@@ -109,7 +109,7 @@ func (l *logs) access(from io.Reader) {
 			l.to.LogAttrs(context.Background(), slog.LevelInfo, "connection", append(c.attrs(),
 				slog.String("ended", "by the client, before it was let in"), slog.Int("left_out_before", leftOut))...)
 		default:
-			l.to.LogAttrs(context.Background(), slog.LevelWarn, "connection refused", append(c.attrs(), slog.String("reason", refusal.Reason),
+			l.to.LogAttrs(context.Background(), slog.LevelWarn, "connection rejected", append(c.attrs(), slog.String("reason", refusal.Reason),
 				slog.String("code", refusal.Code), slog.String("detail", refusal.Detail), slog.Int("left_out_before", leftOut))...)
 		}
 	}

@@ -117,7 +117,7 @@ func TestRefusals(t *testing.T) {
 		t.Errorf("%d refusals gave %d lines; want about %d", many, len(got), refusalsAtOnce)
 	}
 	want := map[string]any{
-		"level": "WARN", "msg": "connection refused", "direction": "ingress", "peer": "192.0.2.1:1", "destination": "192.0.2.2:9000",
+		"level": "WARN", "msg": "connection rejected", "direction": "ingress", "peer": "192.0.2.1:1", "destination": "192.0.2.2:9000",
 		"reason": "no client certificate", "code": "no_client_certificate",
 		"detail":   "TLS_error:|268435648:SSL_routines:OPENSSL_internal:PEER_DID_NOT_RETURN_A_CERTIFICATE:TLS_error_end",
 		"bytes_in": 0.0, "bytes_out": 0.0, "duration_ms": 0.0, "left_out_before": 0.0,

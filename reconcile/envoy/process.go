@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -27,6 +28,7 @@ type Process struct {
 	cmd     *exec.Cmd
 	admin   admin
 	logs    *logs
+	killed  atomic.Bool // by Kill
 	exited  chan struct{}
 	err     error // valid once exited is closed
 }
@@ -44,7 +46,7 @@ func (p *Process) waitLive(ctx context.Context, parent *Process) error {
 		go func() {
 			select {
 			case <-parent.exited:
-				cancel(fmt.Errorf("the Envoy before it: %w", parent.Err()))
+				cancel(fmt.Errorf("it lost its parent: %w", parent.Err()))
 			case <-ctx.Done():
 			}
 		}()
@@ -129,20 +131,39 @@ func (p *Process) Exited() <-chan struct{} { return p.exited }
 // Err says how the process ended, with the last error that it logged. Exited must be closed.
 func (p *Process) Err() error {
 	err := p.err
-	if err == nil {
+	switch {
+	case err == nil:
 		err = errors.New("exit status 0")
+	case !p.killed.Load() && signalled(err) == syscall.SIGKILL:
+		err = fmt.Errorf("%w, probably out of memory", err)
 	}
 	if said := p.logs.lastError(); said != "" {
-		return fmt.Errorf("it ended: %w: %s", err, said)
+		err = fmt.Errorf("%w: %s", err, said)
 	}
-	return fmt.Errorf("it ended: %w", err)
+	return fmt.Errorf("Envoy epoch %d exited: %w", p.Epoch, err)
+}
+
+// signalled returns the signal that ended a process; 0 where none did.
+func signalled(err error) syscall.Signal {
+	exit, ok := errors.AsType[*exec.ExitError](err)
+	if !ok {
+		return 0
+	}
+	status, ok := exit.Sys().(syscall.WaitStatus)
+	if !ok || !status.Signaled() {
+		return 0
+	}
+	return status.Signal()
 }
 
 // PID returns the process's id.
 func (p *Process) PID() int { return p.cmd.Process.Pid }
 
 // Kill ends the process at once. It does not wait.
-func (p *Process) Kill() { p.signal(syscall.SIGKILL) }
+func (p *Process) Kill() {
+	p.killed.Store(true)
+	p.signal(syscall.SIGKILL)
+}
 
 // signal goes to the process group: Path may be a script whose child Envoy is. The only error is that it has ended.
 func (p *Process) signal(s syscall.Signal) {
