@@ -148,6 +148,7 @@ type Daemon struct {
 	accepted  uint64    // how many configurations were
 	lastError *Failure
 	unserved  error // why the status address is not served
+	ungated   error // why the gate's socket is not served
 	applies   applies
 	envoys    Envoys
 	flight    singleflight.Group // of requests that ask the same

@@ -48,9 +48,10 @@ func (d *Daemon) Serve(ctx context.Context) error {
 	if err := os.Chmod(path, 0o600); err != nil {
 		return fmt.Errorf("closing the status socket to others: %w", err)
 	}
-	var tcp sync.WaitGroup
-	tcp.Go(func() { d.serveAddress(ctx) })
-	defer tcp.Wait()
+	var others sync.WaitGroup
+	others.Go(func() { d.serveAddress(ctx) })
+	others.Go(func() { d.serveGate(ctx) })
+	defer others.Wait()
 	if err := serve(ctx, listener, d.handler()); err != nil {
 		return fmt.Errorf("serving the status socket: %w", err)
 	}

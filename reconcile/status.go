@@ -283,7 +283,7 @@ func (d *Daemon) Dead() error {
 func (d *Daemon) Notes() []error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	notes := []error{d.badConfig, d.badCertificates, d.expiring, d.down, d.unserved}
+	notes := []error{d.badConfig, d.badCertificates, d.expiring, d.down, d.unserved, d.ungated}
 	for _, line := range d.foreign {
 		notes = append(notes, located{checkRules, errors.New(line)})
 	}

@@ -34,6 +34,9 @@ const (
 
 const statusVariable = "MANTLET_STATUS_ADDRESS"
 
+// GateVariable names the socket at which a workload may ask whether the sidecar is ready. mantlet and `mantlet gate` read it.
+const GateVariable = "MANTLET_GATE_SOCKET"
+
 // The variables that hold status.podIP and status.hostIP of the downward API.
 const (
 	podVariable  = "MANTLET_POD_IP"
@@ -60,6 +63,7 @@ type Process struct {
 	TLSDirectory     string // holds certChain.pem, key.pem and mesh-ca.pem
 	RuntimeDirectory string // private to mantlet; comes to hold the key
 	StatusAddress    string // where the status is served over TCP, an IP address or nothing before the port; empty for nowhere
+	GateSocket       string // where any user of the pod may ask whether the sidecar is ready; empty for nowhere
 	LogLevel         string // mantlet's own: debug, info, warn or error
 	ConfigFile       string // the override file; none if empty
 	ConfigDigest     string // the SHA-256 that the file's content must have, in lower-case hex; any if empty
@@ -114,6 +118,7 @@ func (p *Process) variables() map[string]processVariable {
 		podVariable:    {&p.PodIP, ipAddress},
 		hostVariable:   {&p.HostIP, ipAddress},
 		statusVariable: {&p.StatusAddress, listenAnywhere},
+		GateVariable:   {&p.GateSocket, SocketPath},
 		fileVariable:   {&p.ConfigFile, absolute},
 		digestVariable: {&p.ConfigDigest, digest},
 		overridesVariable: {(*string)(&p.Overrides), func(text string) (string, string) {
@@ -135,6 +140,18 @@ func absolute(text string) (string, string) {
 		return "", "must be an absolute path"
 	}
 	return filepath.Clean(text), ""
+}
+
+// maxSocketPath is what sockaddr_un holds (include/uapi/linux/un.h) without the byte that ends it.
+const maxSocketPath = 107
+
+// SocketPath returns the canonical form of a unix socket's path, or why it can't be one.
+func SocketPath(text string) (canonical, reason string) {
+	canonical, reason = absolute(text)
+	if reason == "" && len(canonical) > maxSocketPath {
+		return "", fmt.Sprintf("must be at most %d bytes long, as paths of unix sockets are; this one has %d", maxSocketPath, len(canonical))
+	}
+	return canonical, reason
 }
 
 func ipAddress(text string) (string, string) {

@@ -171,7 +171,7 @@ func environmentProblems() map[string]environmentProblem {
 		out      = "must have the 3 fields name#listen-ip:listen-port#host-or-ip:port, and has "
 		duration = "must be a duration from 1s to 24h in hours, minutes and seconds, as 10s or 1h30m"
 		known    = "ACCESS_LOG, CONFIG, CONFIG_INLINE, CONFIG_SHA256, ENVOY_CONCURRENCY, ENVOY_DRAIN_TIME, ENVOY_LOG_LEVEL, " +
-			"ENVOY_PARENT_SHUTDOWN_TIME, ENVOY_PATH, ENVOY_UID, HOST_IP, LOG_LEVEL, OTHER_PROTOCOLS, OVERRIDES, POD_IP, RUNTIME_DIRECTORY, STATUS_ADDRESS, TLS_DIRECTORY, TLS_MIN_VERSION"
+			"ENVOY_PARENT_SHUTDOWN_TIME, ENVOY_PATH, ENVOY_UID, GATE_SOCKET, HOST_IP, LOG_LEVEL, OTHER_PROTOCOLS, OVERRIDES, POD_IP, RUNTIME_DIRECTORY, STATUS_ADDRESS, TLS_DIRECTORY, TLS_MIN_VERSION"
 	)
 	x120 := strings.Repeat("x", 120)
 	long := strings.Repeat("a.", 127) + "a"

@@ -69,7 +69,7 @@ func execute(args []string, stdout, stderr io.Writer) int {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(runCommand(), renderCommand(), validateCommand(), diffCommand(), statusCommand(), probeCommand(), schemaCommand(), checkCommand(), versionCommand())
+	root.AddCommand(runCommand(), renderCommand(), validateCommand(), diffCommand(), statusCommand(), probeCommand(), schemaCommand(), checkCommand(), gateCommand(), installCommand(), versionCommand())
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.SetArgs(args)
 	root.SetOut(stdout)
@@ -77,6 +77,10 @@ func execute(args []string, stdout, stderr io.Writer) int {
 	err := root.Execute()
 	if errors.As(err, new(logged)) {
 		stderr = io.Discard
+	}
+	if code, ok := execCode(err); ok {
+		_, _ = fmt.Fprintln(stderr, "mantlet gate:", err)
+		return code
 	}
 	switch {
 	case err == nil:

@@ -111,6 +111,11 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	if err := private(env.Process.RuntimeDirectory); err != nil {
 		return err
 	}
+	if socket := env.Process.GateSocket; socket != "" {
+		if info, err := os.Stat(filepath.Dir(socket)); err != nil || !info.IsDir() {
+			return fmt.Errorf("%s: there is no directory %s: mount there the volume that the workload mounts too", schema.GateVariable, filepath.Dir(socket))
+		}
+	}
 	if port := env.Process.StatusPort(); port != 0 {
 		if err := table.OnlyStatus(port, found); err != nil {
 			log.Warn("the status address can't be reached until the desired state is in force", "error", err)
@@ -243,6 +248,9 @@ func confine(runner *envoy.Runner, process schema.Process, log *slog.Logger) err
 		}
 		if process.ConfigFile != "" {
 			own.Read = append(own.Read, sandbox.Inputs(filepath.Dir(process.ConfigFile), filepath.Base(process.ConfigFile))...)
+		}
+		if process.GateSocket != "" {
+			own.Write = append(own.Write, filepath.Dir(process.GateSocket))
 		}
 		if err := sandbox.Drop(); err != nil {
 			return err

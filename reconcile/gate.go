@@ -1,0 +1,27 @@
+package reconcile
+
+import (
+	"context"
+
+	"mantlet/internal/gate"
+)
+
+// serveGate serves the gate's socket, if there is to be one. Where it can't, the mesh goes on without, the status says why, and
+// it is tried again.
+func (d *Daemon) serveGate(ctx context.Context) {
+	path := d.Environment.Process.GateSocket
+	for ; path != "" && ctx.Err() == nil; sleep(ctx, rebind) {
+		listener, err := gate.Listen(path)
+		if err == nil {
+			d.locked(func() { d.ungated = nil })
+			err = gate.Serve(ctx, listener, func(ctx context.Context) bool { return len(d.Unready(ctx)) == 0 })
+		}
+		if err == nil {
+			return
+		}
+		if !same(err, d.ungated) {
+			d.Log.Warn("the gate's socket is not served: gated workloads do not start", "error", err)
+		}
+		d.locked(func() { d.ungated = err })
+	}
+}
