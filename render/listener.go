@@ -135,10 +135,12 @@ func (r *renderer) accessLog(direction, peer string) []*accesslogv3.AccessLog {
 	}
 	fields := &structpb.Struct{Fields: map[string]*structpb.Value{}}
 	for name, operator := range map[string]string{
+		"log":         string(r.mesh.AccessLog),
 		"direction":   direction,
 		"peer":        "%DOWNSTREAM_REMOTE_ADDRESS%",
 		"destination": "%DOWNSTREAM_LOCAL_ADDRESS%",
 		"upstream":    "%UPSTREAM_HOST%",
+		"attempts":    "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
 		"dns_sans":    "%" + peer + "_PEER_DNS_SAN%",
 		"uri_sans":    "%" + peer + "_PEER_URI_SAN%",
 		"tls_version": "%" + peer + "_TLS_VERSION%",
@@ -168,10 +170,12 @@ func (r *renderer) accessLog(direction, peer string) []*accesslogv3.AccessLog {
 }
 
 // refused lets connections through to the log that came to nothing: the client's TLS handshake failed or took too long,
-// all attempts to connect onwards failed, or there was nowhere to connect to. The flag of a failed attempt alone (UF)
-// stays on a connection whose next attempt succeeded.
+// all attempts to connect onwards failed, or there was nowhere to connect to. Once the handshake is done Envoy connects
+// onwards: a TLS error after that, as of a client that ends its connection by a reset, is no refusal. The flag of a failed
+// attempt alone (UF) stays on a connection whose next attempt succeeded.
 func (r *renderer) refused() *accesslogv3.AccessLogFilter {
-	const handshake = `connection.transport_failure_reason != "" || connection.termination_details != ""`
+	const handshake = `connection.transport_failure_reason != "" && upstream.request_attempt_count == 0 || ` +
+		`connection.termination_details != ""`
 	filters := []*accesslogv3.AccessLogFilter{
 		{FilterSpecifier: &accesslogv3.AccessLogFilter_ExtensionFilter{ExtensionFilter: &accesslogv3.ExtensionFilter{
 			Name: "envoy.access_loggers.extension_filters.cel",

@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -116,6 +117,10 @@ var refusals = []struct {
 		"a client of another mesh that says so as OpenSSL does", "broken_off",
 		"the client broke off the TLS handshake, likely since it does not accept this workload's certificate", mtlsPort, alertInClear, nil,
 	},
+	{
+		"a client of another mesh that resets the connection", "broken_off",
+		"the client broke off the TLS handshake, likely since it does not accept this workload's certificate", mtlsPort, resetInHandshake, nil,
+	},
 	{"what is no handshake", "handshake_failed", "the TLS handshake failed", mtlsPort, speakPlain("\x16\x03\x01\x00\x05\x09\x09\x09\x09\x09"), nil},
 	{"silence", "handshake_timeout", "the TLS handshake was not finished in time", mtlsPort, speakPlain(""), nil},
 	{
@@ -189,6 +194,30 @@ func (c *alerter) Write(text []byte) (int, error) {
 	return c.Conn.Write(text)
 }
 
+// resetInHandshake resets the connection once the server's first flight is there.
+func resetInHandshake(p *pod, conn net.Conn) {
+	_ = tls.Client(&resetter{Conn: conn}, p.anonymous()).Handshake()
+}
+
+// resetter is a connection that sends TLS's first message and ends by a reset instead of the second.
+type resetter struct {
+	net.Conn
+	greeted bool
+}
+
+func (c *resetter) Write(text []byte) (int, error) {
+	if c.greeted {
+		return 0, errors.Join(errors.New("reset"), reset(c.Conn))
+	}
+	c.greeted = true
+	return c.Conn.Write(text)
+}
+
+// reset ends a connection by a reset.
+func reset(conn net.Conn) error {
+	return errors.Join(conn.(*net.TCPConn).SetLinger(0), conn.Close())
+}
+
 func speakPlain(text string) func(*pod, net.Conn) {
 	return func(p *pod, conn net.Conn) {
 		_, err := io.WriteString(conn, text)
@@ -247,6 +276,93 @@ func TestRefusals(t *testing.T) {
 		}) {
 			t.Errorf("%s: not among the last refusals: %+v", c.code, status.Refusals)
 		}
+	}
+}
+
+// TestResets: a connection that succeeded is not refused, however it ends; nor is one that only looked whether the port is open.
+func TestResets(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web, `MANTLET_CONFIG_INLINE=egress: [{listen: "127.137.0.1:80", upstream: "`+secondHost+`:8000"}]`)
+	peers := p.host("peers")
+	if peers.IPv4.String() != secondHost {
+		t.Fatalf("the endpoint is %s", peers.IPv4)
+	}
+	listener, err := peers.Listen("tcp", ":8000")
+	p.must(err)
+	defer listener.Close()
+	go resetWhenTold(listener, p.issue("peers").ServerConfig())
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.protect(mtlsPort)
+	p.protect(tlsPort)
+	p.ready()
+	for _, port := range []uint16{mtlsPort, tlsPort} {
+		for i, addr := range p.Addrs() {
+			for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+				for what, use := range map[string]func(net.Conn) error{
+					"after the answer":        echo,
+					"after the request":       func(conn net.Conn) error { _, err := io.WriteString(conn, "hello"); return err },
+					"after the TLS handshake": func(net.Conn) error { return nil },
+				} {
+					config := p.client.ClientConfig("pod")
+					config.MinVersion, config.MaxVersion = version, version
+					raw := p.dial(p.outside, netip.AddrPortFrom(addr, port))
+					conn := tls.Client(raw, config)
+					if err := errors.Join(conn.Handshake(), use(conn), reset(raw)); err != nil {
+						t.Errorf("port %d, version %x, %s: %v", port, version, what, err)
+					}
+				}
+			}
+			p.must(reset(p.dial(p.outside, netip.AddrPortFrom(addr, port))))
+			begun := p.dial(p.outside, netip.AddrPortFrom(p.Addrs()[i], port))
+			_, err := io.WriteString(begun, "\x16\x03\x01")
+			p.must(errors.Join(err, reset(begun)))
+		}
+	}
+	for range 2 {
+		conn := p.dial(p.Host, listen("127.137.0.1:80"))
+		p.must(echo(conn))
+		_, err := io.WriteString(conn, "!")
+		p.must(err)
+		p.must(cut(conn)) // by the endpoint
+		conn = p.dial(p.Host, listen("127.137.0.1:80"))
+		p.must(echo(conn))
+		p.must(reset(conn))
+	}
+	p.await("all of them are over", func() bool {
+		epochs := p.status().Epochs
+		return epochs[0].Connections != nil && *epochs[0].Connections == 0
+	})
+	speakPlain("hello, is anybody there?")(p, p.dial(p.outside, netip.AddrPortFrom(p.IPv4, mtlsPort)))
+	var refused []reconcile.Refused
+	p.await("a stranger is refused", func() bool {
+		refused = slices.DeleteFunc(p.status().Refused, func(r reconcile.Refused) bool { return r.By != "envoy" })
+		return len(refused) > 0
+	})
+	if len(refused) > 1 || refused[0].Reason != "plaintext" || refused[0].Count != 1 {
+		t.Errorf("refused are %+v, want the stranger alone", refused)
+	}
+	if n := p.log.count(`"msg":"connection`); n != 1 {
+		t.Errorf("%d connections are logged, want the stranger's alone", n)
+	}
+}
+
+// secondHost is the address of the host that a network gets after pod and outside.
+const secondHost = "198.51.100.3"
+
+// resetWhenTold echoes five bytes on each connection, and resets it at the sixth.
+func resetWhenTold(listener net.Listener, config *tls.Config) {
+	for {
+		raw, err := listener.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			conn := tls.Server(raw, config)
+			_, _ = io.CopyN(conn, conn, 5)
+			_, _ = conn.Read(make([]byte, 1))
+			_ = reset(raw)
+		}()
 	}
 }
 

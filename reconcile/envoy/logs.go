@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"mantlet/schema"
 )
 
 // logFormat makes Envoy write its level, the component and the message. Line breaks come escaped, and so would tabs.
@@ -94,7 +96,10 @@ func (l *logs) access(from io.Reader) {
 			continue
 		}
 		reason := c.reason()
-		if reason == "" && c.Upstream != "" {
+		if reason == "" && c.Log == string(schema.AccessLogRefused) {
+			continue
+		}
+		if reason == "" && (c.Upstream != "" || c.Attempts > 0) {
 			l.to.LogAttrs(context.Background(), slog.LevelInfo, "connection", c.attrs()...)
 			continue
 		}

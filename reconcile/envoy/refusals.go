@@ -63,10 +63,12 @@ var words = map[Reason]string{
 
 // accessLine is a line of the access log, as package render has it written. What Envoy does not know is empty.
 type accessLine struct {
+	Log         string `json:"log"` // which connections have a line: refused, all
 	Direction   string `json:"direction"`
 	Peer        string `json:"peer"`
 	Destination string `json:"destination"` // that the peer dialled
 	Upstream    string `json:"upstream"`    // that Envoy dialled
+	Attempts    int64  `json:"attempts"`    // to connect to an upstream; for ingress none is made before the handshake is done
 	DNSSANs     string `json:"dns_sans"`    // joined by commas
 	URISANs     string `json:"uri_sans"`
 	TLSVersion  string `json:"tls_version"`
@@ -86,7 +88,10 @@ const egress = "egress" // a direction
 func (c accessLine) reason() Reason {
 	flags := strings.Split(c.Flags, ",")
 	switch {
-	case c.Refused != "":
+	case c.Refused != "" && c.Attempts == 0:
+		if c.looked() {
+			return ""
+		}
 		return tlsReason(c.Refused)
 	case c.Ended == "transport socket timeout was reached":
 		return HandshakeTimeout
@@ -101,6 +106,15 @@ func (c accessLine) reason() Reason {
 	default:
 		return WorkloadUnreachable
 	}
+}
+
+// reset is the reason in the TLS error of a connection that the peer reset.
+const reset = "Connection_reset_by_peer"
+
+// looked reports whether a client reset its connection before the server said anything, as load balancers do to look whether a
+// port is open. As long as no curve is agreed on, the server has said nothing.
+func (c accessLine) looked() bool {
+	return c.Curve == "" && strings.HasSuffix(c.Refused, ":"+reset+":TLS_error_end")
 }
 
 // tlsReason returns what a TLS error means here: TLS_error:|NUMBER:LIBRARY:OPENSSL_internal:REASON, and more after a colon
@@ -127,7 +141,8 @@ func tlsReason(detail string) Reason {
 	case "SSLV3_ALERT_BAD_CERTIFICATE", "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE", "SSLV3_ALERT_CERTIFICATE_REVOKED",
 		"SSLV3_ALERT_CERTIFICATE_EXPIRED", "SSLV3_ALERT_CERTIFICATE_UNKNOWN", "TLSV1_ALERT_UNKNOWN_CA", "TLSV1_ALERT_ACCESS_DENIED":
 		return CertificateNotAccepted
-	case "BAD_PACKET_LENGTH": // a record too short to be encrypted where all are: OpenSSL's clients send alerts so in TLS 1.3, which can't be read
+	case "BAD_PACKET_LENGTH", // a record too short to be encrypted where all are: OpenSSL's clients send alerts so in TLS 1.3, which can't be read
+		reset: // as who closes while something that it was sent is unread
 		return BrokenOff
 	default:
 		return HandshakeFailed
