@@ -3,12 +3,9 @@ package schema
 import (
 	"encoding/hex"
 	"fmt"
-	"maps"
 	"net"
 	"net/netip"
 	"path/filepath"
-	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 )
@@ -20,9 +17,6 @@ const (
 	ingressVariableNew = "CONTRAST_INGRESS_PROXY_CONFIG"
 	egressVariableNew  = "CONTRAST_EGRESS_PROXY_CONFIG"
 )
-
-// ownPrefix starts the names that are mantlet's alone: one that is not known is a misspelling.
-const ownPrefix = "MANTLET_"
 
 // The variables that say where more of the mesh stands, and what it may do.
 const (
@@ -265,7 +259,7 @@ func ParseEnvironment(environ []string) (*Environment, error) {
 		Overrides:        OverridesAll,
 	}}
 	variables := env.Process.variables()
-	p.unknown(variables)
+	p.checkNames(variables)
 	p.process(variables)
 	env.layers = []layer{defaultLayer(), p.variables()}
 	if inline := p.values[inlineVariable]; inline != "" {
@@ -290,31 +284,6 @@ func defaultLayer() layer {
 type parser struct {
 	values map[string]string
 	report report
-}
-
-// serviceLink matches what Kubernetes sets in every pod of a namespace that has a Service named mantlet or mantlet-….
-var serviceLink = regexp.MustCompile(`_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$`)
-
-// unknown reports names that only mantlet could mean and that it does not know.
-func (p *parser) unknown(variables map[string]processVariable) {
-	known := slices.Concat(slices.Collect(maps.Keys(variables)), slices.Collect(maps.Keys(scalarVariables)), []string{inlineVariable})
-	for i, name := range known {
-		known[i] = strings.TrimPrefix(name, ownPrefix)
-	}
-	slices.Sort(known)
-	for name, value := range p.values {
-		word, own := strings.CutPrefix(name, ownPrefix)
-		if !own || slices.Contains(known, word) || serviceLink.MatchString(name) {
-			continue
-		}
-		reason := "mantlet has no such variable"
-		if near := nearest(word, known); near != "" {
-			reason += "; did you mean " + ownPrefix + near + "?"
-		} else {
-			reason += "; known are " + ownPrefix + "…: " + strings.Join(known, ", ")
-		}
-		p.report.add(Origin{Source: name}, "", value, reason)
-	}
 }
 
 func (p *parser) process(variables map[string]processVariable) {

@@ -57,10 +57,13 @@ func TestEnvironment(t *testing.T) {
 		ingress []schema.Ingress
 		egress  []schema.Egress
 	}{
-		"nothing":                 {},
-		"empty variables":         {environ: []string{ingress, egress, "MANTLET_CONFIG=", "MANTLET_ACCESS_LOG=", "MANTLET_CONFIG_INLINE="}},
-		"empty entries":           {environ: []string{ingress + "####", egress + "##"}},
-		"foreign variables":       {environ: []string{"PATH=/bin", "MANTLET=x", "mantlet_config=x", "EDG_OTHER=x", "=C:=C:\\", ""}},
+		"nothing":         {},
+		"empty variables": {environ: []string{ingress, egress, "MANTLET_CONFIG=", "MANTLET_ACCESS_LOG=", "MANTLET_CONFIG_INLINE="}},
+		"empty entries":   {environ: []string{ingress + "####", egress + "##"}},
+		"foreign variables": {environ: []string{
+			"PATH=/bin", "MANTLET=x", "mantlet_config=x", "EDG_OTHER=x", "=C:=C:\\", "", "EDG_MARBLE_TYPE=x", "CONTRAST_LOG_LEVEL=x", "CONTRAST_CONFIG=x", "MY_INGRESS_PROXY_CONFIG=x",
+			"K8S_EGRESS_PROXY_CONFIG=x", "NGINX_INGRESS_PROXY_CONFIG=x", "INGRESS_PROXY_CONFIG=x", "EDG_INGRESS_HOST=x", "MANTIS_CONFIG=x", "CONFIG=x",
+		}},
 		"of a Service of Mantlet": {environ: []string{"MANTLET_SERVICE_HOST=10.0.0.1", "MANTLET_SERVICE_PORT_WEB=80", "MANTLET_PORT=tcp://10.0.0.1:80", "MANTLET_CONFIG_PORT_80_TCP_ADDR=10.0.0.1"}},
 		"modes": {
 			environ: []string{ingress + "web#8080#false##metrics#7890#true"},
@@ -347,6 +350,30 @@ func environmentProblems() map[string]environmentProblem {
 				`MANTLET_TLS_MINVERSION: mantlet has no such variable; did you mean MANTLET_TLS_MIN_VERSION?`,
 				`MANTLET_TLS_MIN_VERSON: "1.3": mantlet has no such variable; did you mean MANTLET_TLS_MIN_VERSION?`,
 				`MANTLET_overrides: "none": mantlet has no such variable; did you mean MANTLET_OVERRIDES?`,
+			},
+		},
+		"nearly known names": {
+			[]string{
+				"EDG_INGRES_PROXY_CONFIG=web#8080#false", "EDG_EGRESS_PROXI_CONF=", "EDG_INGRESS_PROXY=x", "EDG_EGRESS_PROXY_CONFIGURATION=x", "EDGE_INGRESS_PROXY_CONFIG=x",
+				"EDGINGRESS_PROXY_CONFIG=x", " EDG_EGRESS_PROXY_CONFIG=x", "\ufeffEDG_EGRESS_PROXY_CONFIG=x", "EDG-INGRESS-PROXY-CONFIG=x",
+				"CONTRAST_INGRESS_PROXY_CONFGI=x", "CONTRST_EGRESS_PROXY_CONFIG=x", "CONTRAST_INGRESS_PROXY_CFG=x", "MANTLE_CONFIG=x",
+				"MANTLET_INGRES_PROXY_CONFIG=x",
+			},
+			[]string{
+				`" EDG_EGRESS_PROXY_CONFIG": "x": mantlet has no such variable; did you mean EDG_EGRESS_PROXY_CONFIG?`,
+				`CONTRAST_INGRESS_PROXY_CFG: "x": mantlet has no such variable; did you mean CONTRAST_INGRESS_PROXY_CONFIG?`,
+				`CONTRAST_INGRESS_PROXY_CONFGI: "x": mantlet has no such variable; did you mean CONTRAST_INGRESS_PROXY_CONFIG?`,
+				`CONTRST_EGRESS_PROXY_CONFIG: "x": mantlet has no such variable; did you mean CONTRAST_EGRESS_PROXY_CONFIG?`,
+				`EDG-INGRESS-PROXY-CONFIG: "x": mantlet has no such variable; did you mean EDG_INGRESS_PROXY_CONFIG?`,
+				`EDGE_INGRESS_PROXY_CONFIG: "x": mantlet has no such variable; did you mean EDG_INGRESS_PROXY_CONFIG?`,
+				`EDGINGRESS_PROXY_CONFIG: "x": mantlet has no such variable; did you mean EDG_INGRESS_PROXY_CONFIG?`,
+				`EDG_EGRESS_PROXI_CONF: mantlet has no such variable; did you mean EDG_EGRESS_PROXY_CONFIG?`,
+				`EDG_EGRESS_PROXY_CONFIGURATION: "x": mantlet has no such variable; did you mean EDG_EGRESS_PROXY_CONFIG?`,
+				`EDG_INGRESS_PROXY: "x": mantlet has no such variable; did you mean EDG_INGRESS_PROXY_CONFIG?`,
+				`EDG_INGRES_PROXY_CONFIG: "web#8080#false": mantlet has no such variable; did you mean EDG_INGRESS_PROXY_CONFIG?`,
+				`MANTLET_INGRES_PROXY_CONFIG: "x": mantlet has no such variable; did you mean EDG_INGRESS_PROXY_CONFIG?`,
+				`MANTLE_CONFIG: "x": mantlet has no such variable; did you mean MANTLET_CONFIG?`,
+				`"\ufeffEDG_EGRESS_PROXY_CONFIG": "x": mantlet has no such variable; did you mean EDG_EGRESS_PROXY_CONFIG?`,
 			},
 		},
 		"scalars of the mesh": {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/hashicorp/go-multierror"
@@ -20,13 +21,17 @@ type Origin struct {
 }
 
 func (o Origin) String() string {
+	source := o.Source
+	if quoted := strconv.Quote(source); quoted != `"`+source+`"` || strings.TrimSpace(source) != source {
+		source = quoted // what can't be seen is what is wrong, as a rule
+	}
 	switch {
 	case o.Line > 0:
-		return fmt.Sprintf("%s:%d:%d", o.Source, o.Line, o.Column)
+		return fmt.Sprintf("%s:%d:%d", source, o.Line, o.Column)
 	case o.Entry > 0:
-		return fmt.Sprintf("%s entry %d", o.Source, o.Entry)
+		return fmt.Sprintf("%s entry %d", source, o.Entry)
 	default:
-		return o.Source
+		return source
 	}
 }
 
