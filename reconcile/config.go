@@ -59,20 +59,21 @@ func (d *Daemon) load() (content []byte, next *desired, err error) {
 		next, err = d.render(d.Environment.Load())
 		return nil, next, err
 	}
-	if content, err = d.Environment.Read(); err != nil {
+	read, err := d.Environment.Read()
+	if err != nil {
 		return nil, nil, err
 	}
-	next, err = d.merge(content)
-	return content, next, err
+	next, err = d.merge(read)
+	return read.Text, next, err
 }
 
 // merge renders what a content of the override file makes of the environment.
-func (d *Daemon) merge(content []byte) (*desired, error) {
-	next, err := d.render(d.Environment.Merge(content))
+func (d *Daemon) merge(content schema.Content) (*desired, error) {
+	next, err := d.render(d.Environment.MergeContent(content))
 	if err != nil {
 		return nil, err
 	}
-	next.source, next.sourceDigest = d.Environment.Process.ConfigFile, fmt.Sprintf("%x", sha256.Sum256(content))
+	next.source, next.sourceDigest = d.Environment.Process.ConfigFile, fmt.Sprintf("%x", sha256.Sum256(content.Text))
 	return next, nil
 }
 
@@ -166,5 +167,5 @@ func (d *Daemon) restore() (*desired, error) {
 	if digest != last.Environment {
 		return nil, errors.New("it was merged with another environment")
 	}
-	return d.merge(last.Content)
+	return d.merge(schema.Content{Text: last.Content})
 }

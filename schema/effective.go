@@ -3,6 +3,7 @@ package schema
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strconv"
 )
 
@@ -70,5 +71,11 @@ func (c Config) Warnings() []Problem {
 			})
 		}
 	}
-	return all
+	if c.link == "" {
+		return all
+	}
+	for i := range all {
+		all[i] = Problem{Origin: all[i].Origin, Reason: "there is a warning, which is withheld, " + withheld(c.link)}
+	}
+	return slices.Compact(all)
 }

@@ -236,14 +236,18 @@ func digest(text string) (string, string) {
 type Environment struct {
 	Process Process
 
-	layers []layer // defaults, variables, inline; the later overrides
-	base   Config  // of the layers alone
-	bad    error   // what ParseEnvironment returned
+	layers     []layer // defaults, variables, inline; the later overrides
+	base       Config  // of the layers alone; the zero value if they have problems
+	bad        error   // what ParseEnvironment returned
+	problems   []Problem
+	incomplete map[string]bool // see report
+	partial    Config          // of the layers as far as they are right
 }
 
 // ParseEnvironment reads the environment, given as os.Environ gives it. Of a variable that is there twice, the last holds,
 // as in a Kubernetes manifest. One that is unset and one that is empty are the same: the default. The error holds every
-// problem, see Problems. Process is right as far as it was understood even beside an error; Load and Merge then return it.
+// problem, see Problems. Process is right as far as it was understood even beside an error. Load and Merge then return the
+// error too, with what is wrong with the override file.
 func ParseEnvironment(environ []string) (*Environment, error) {
 	p := &parser{values: map[string]string{}}
 	for _, e := range environ {
@@ -265,7 +269,13 @@ func ParseEnvironment(environ []string) (*Environment, error) {
 	if inline := p.values[inlineVariable]; inline != "" {
 		env.layers = append(env.layers, fromYAML(inlineVariable, []byte(inline), &p.report))
 	}
-	env.base, env.bad = build(&p.report, env.Process, env.layers...)
+	if env.partial, env.bad = build(&p.report, env.Process, env.layers...); env.bad == nil {
+		env.bad = p.report.err()
+	}
+	if env.bad == nil {
+		env.base = env.partial
+	}
+	env.problems, env.incomplete = Problems(env.bad), p.report.incomplete
 	return env, env.bad
 }
 
@@ -385,21 +395,24 @@ func (p *parser) entries(list, value, source, form string, fields []field) entri
 		values := strings.Split(text, "#")
 		if len(values) != len(fields) {
 			p.report.add(origin, "", text, fmt.Sprintf("must have the %d fields %s, and has %d", len(fields), form, len(values)))
+			p.report.lose(list)
 			continue
 		}
-		e := &entry{origin: origin, fields: make(map[string]*setting, len(fields))}
+		e := &entry{origin: origin, fields: make(map[string]*setting, len(fields)), bad: map[string]bool{}}
 		for i, f := range fields {
 			canonical, reason := f.parse(values[i])
 			if reason != "" {
 				p.report.add(origin, fmt.Sprintf("%s of %s", f.words, quote(text)), values[i], reason)
-				e.wrong = true
+				e.bad[f.name] = true
 				continue
 			}
 			e.fields[f.name] = &setting{text: canonical, origin: origin}
 		}
-		if e.key = e.text(listKeys[list]); e.key != "" {
-			all.add(list, e, &p.report)
+		if e.key = e.text(listKeys[list]); e.key == "" {
+			p.report.lose(list)
+			continue
 		}
+		all.add(list, e, &p.report)
 	}
 	return all
 }

@@ -28,10 +28,11 @@ func (s *setting) value() string {
 
 // entry is what a source says, or all sources together, about one key of a list.
 type entry struct {
-	key    string // canonical
-	origin Origin // where the key stands, the last time that it was named
-	fields map[string]*setting
-	wrong  bool // more was said, and reported
+	key     string // canonical
+	origin  Origin // where the key stands, the last time that it was named
+	fields  map[string]*setting
+	bad     map[string]bool // fields that have no valid value, which was reported
+	unknown bool            // there were unknown keys, which was reported; a missing field may be meant by one of them
 }
 
 func (e *entry) text(field string) string {
@@ -46,6 +47,11 @@ func (e *entry) list(field string) []string {
 		return s.list
 	}
 	return nil
+}
+
+// mayMean reports whether one of the fields may have been meant by something that was reported.
+func (e *entry) mayMean(fields ...string) bool {
+	return e.unknown || e.bad["remove"] || slices.ContainsFunc(fields, func(field string) bool { return e.bad[field] })
 }
 
 // removed tells that a source took the entry away.
@@ -144,23 +150,24 @@ func fromYAML(source string, content []byte, report *report) layer {
 func entriesOf(list string, objects []*object, report *report) entries {
 	all := make(entries, len(objects))
 	for _, o := range objects {
-		e := &entry{origin: o.origin, fields: make(map[string]*setting, len(o.values)), wrong: o.wrong}
+		e := &entry{origin: o.origin, fields: make(map[string]*setting, len(o.values)), bad: o.bad, unknown: o.unknown}
 		for name, v := range o.fields() {
 			e.fields[name] = v.(*setting)
 		}
 		if e.key = e.text(listKeys[list]); e.key == "" {
-			if !o.wrong {
+			if !e.unknown && !e.bad[listKeys[list]] {
 				report.add(o.origin, list, "", fmt.Sprintf("an entry needs the key %q", listKeys[list]))
 			}
+			report.lose(list)
 			continue
 		}
 		if e.removed() && len(e.fields) > 2 { // its key and remove
 			report.add(e.fields["remove"].origin, list+"["+e.key+"].remove", "true", "an entry that is removed has no other fields")
-			e.wrong = true
+			e.unknown = true
 		}
 		if list == "probes" && !e.removed() && len(e.fields) > 2 {
-			report.add(e.origin, list+"["+e.key+"]", "", "has more than one of http, tcp and grpc; leave one of them")
-			e.wrong = true
+			report.add(e.origin, list+"["+e.key+"]", "", "has more than one of http, tcp and grpc; keep only one of them")
+			e.unknown = true
 		}
 		all.add(list, e, report)
 	}
@@ -174,19 +181,20 @@ func (all entries) add(list string, e *entry, report *report) {
 		all[e.key] = e
 		return
 	}
-	if !first.wrong && !e.wrong && !first.means(e) {
+	if !first.unknown && !e.unknown && !first.means(e) {
 		report.add(e.origin, list+"["+e.key+"]", "", fmt.Sprintf("says something else than %s; leave one of them", first.origin))
 	}
 }
 
-// means reports whether both say the same; names do not count.
+// means reports whether both mean the same, as far as they are right. Names do not count.
 func (e *entry) means(other *entry) bool {
-	for _, field := range []string{"mode", "upstream", "http", "tcp", "grpc", "remove"} {
-		if e.text(field) != other.text(field) {
+	for _, field := range []string{"mode", "upstream", "http", "tcp", "grpc", "remove", "allow", "serverNames"} {
+		same := e.text(field) == other.text(field) && slices.Equal(e.list(field), other.list(field))
+		if !same && !e.bad[field] && !other.bad[field] {
 			return false
 		}
 	}
-	return slices.Equal(e.list("allow"), other.list("allow")) && slices.Equal(e.list("serverNames"), other.list("serverNames"))
+	return true
 }
 
 // merge lays layers over each other, the later over the earlier: scalars and the fields of entries one by one. The
@@ -243,12 +251,19 @@ func (e *entry) over(old *entry) *entry {
 	if old == nil {
 		return e
 	}
-	merged := &entry{key: e.key, origin: e.origin, fields: make(map[string]*setting, len(old.fields)+1), wrong: e.wrong || old.wrong}
+	merged := &entry{
+		key: e.key, origin: e.origin, fields: make(map[string]*setting, len(old.fields)+1), bad: map[string]bool{}, unknown: e.unknown || old.unknown,
+	}
 	anew := old.removed() && !e.removed()
 	if !anew {
 		maps.Copy(merged.fields, old.fields)
+		maps.Copy(merged.bad, old.bad)
 	}
+	maps.Copy(merged.bad, e.bad)
 	for name, s := range e.fields {
+		if !e.bad[name] {
+			delete(merged.bad, name)
+		}
 		under := old.fields[name]
 		if slices.Contains(probeKinds, name) {
 			for _, kind := range probeKinds {

@@ -6,15 +6,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 )
 
@@ -22,20 +18,28 @@ import (
 type Config struct {
 	Mesh Mesh
 
-	merged layer
+	merged      layer
+	link        string    // see Content
+	overlapping []Ingress // that are not in Mesh, since they overlap others of it, and that is reported
 }
 
 // Load reads the override file, where the environment names one and lets it say anything, and merges it over the
-// environment. The error holds every problem, see Problems; see IsMissing for a file that is not there.
+// environment. The error holds every problem of both, see Problems; see IsMissing for a file that is not there.
 func (e *Environment) Load() (Config, error) {
-	if !e.ReadsFile() || e.bad != nil {
+	if !e.ReadsFile() {
 		return e.base, e.bad
 	}
 	content, err := e.Read()
-	if err != nil {
+	switch {
+	case err == nil:
+		return e.MergeContent(content)
+	case e.bad == nil:
 		return Config{}, err
+	case IsMissing(err): // the daemon waits for it
+		return Config{}, e.bad
 	}
-	return e.Merge(content)
+	r := report{problems: slices.Concat(e.problems, Problems(err))}
+	return Config{}, r.err()
 }
 
 // ReadsFile reports whether there is an override file to be read.
@@ -44,8 +48,8 @@ func (e *Environment) ReadsFile() bool {
 }
 
 // Read returns the content of the override file.
-func (e *Environment) Read() ([]byte, error) {
-	// What mantlet may read for other reasons must not be told as problems of an override file that became a link to it.
+func (e *Environment) Read() (Content, error) {
+	// An override file that became a link must not reveal what mantlet may read for other purposes.
 	return readFile(e.Process.ConfigFile, e.Process.TLSDirectory, e.Process.RuntimeDirectory, "/etc", "/proc", "/sys", "/dev")
 }
 
@@ -61,99 +65,49 @@ func (e *Environment) Digest() (string, error) {
 	return hex.EncodeToString(sum[:]), nil
 }
 
-// Merge is Load for a content of the file that is there already.
-func (e *Environment) Merge(content []byte) (Config, error) {
-	if e.Process.Overrides == OverridesNone || e.bad != nil {
+// Merge is Load for a text of the override file.
+func (e *Environment) Merge(text []byte) (Config, error) { return e.MergeContent(Content{Text: text}) }
+
+// MergeContent is Load for a content that Read returned.
+func (e *Environment) MergeContent(content Content) (Config, error) {
+	if e.Process.Overrides == OverridesNone || e.bad != nil && !e.ReadsFile() {
 		return e.base, e.bad
 	}
-	var r report
-	file := e.Process.ConfigFile
-	if sum := sha256.Sum256(content); e.Process.ConfigDigest != "" && hex.EncodeToString(sum[:]) != e.Process.ConfigDigest {
-		r.add(Origin{Source: file}, "", "", fmt.Sprintf("its SHA-256 is %x, but %s pins it to %s", sum, digestVariable, e.Process.ConfigDigest))
-		return Config{}, r.err()
+	r := report{problems: slices.Clone(e.problems)}
+	config, err := e.mergeFile(content, &r)
+	if err != nil {
+		return Config{}, err
 	}
-	over := fromYAML(file, content, &r)
-	config, err := build(&r, e.Process, append(slices.Clone(e.layers), over)...)
-	if err != nil || e.Process.Overrides != OverridesTighten {
-		return config, err
+	// The environment's own problems are found again where its layers are merged again.
+	found := slices.DeleteFunc(r.problems[len(e.problems):], func(p Problem) bool { return slices.Contains(e.problems, p) })
+	if content.Link != "" {
+		found = withhold(found, content.Link)
 	}
-	tighten(e.base, config, &r)
+	r.problems = append(slices.Clone(e.problems), found...)
 	if err := r.err(); err != nil {
 		return Config{}, err
 	}
+	config.link = content.Link
 	return config, nil
 }
 
-// unread is a file that can't be read: a problem with its place, and a reason that IsMissing knows.
-type unread struct {
-	Problem
-
-	reason error
+// mergeFile merges the override file as far as it is right, and reports what is not. The error is of koanf.
+func (e *Environment) mergeFile(content Content, r *report) (Config, error) {
+	file := e.Process.ConfigFile
+	if sum := sha256.Sum256(content.Text); e.Process.ConfigDigest != "" && hex.EncodeToString(sum[:]) != e.Process.ConfigDigest {
+		r.add(Origin{Source: file}, "", "", fmt.Sprintf("its SHA-256 is %x, but %s pins it to %s", sum, digestVariable, e.Process.ConfigDigest))
+		return Config{}, nil
+	}
+	over := fromYAML(file, content.Text, r)
+	config, err := build(r, e.Process, append(slices.Clone(e.layers), over)...)
+	if err == nil && e.Process.Overrides == OverridesTighten {
+		e.tighten(config, r)
+	}
+	return config, err
 }
 
-func (u unread) Unwrap() []error { return []error{u.Problem, u.reason} }
-
-func readFile(path string, not ...string) ([]byte, error) {
-	content, err := ReadFile(path, maxFile, not...)
-	if perr, ok := errors.AsType[*fs.PathError](err); ok {
-		err = perr.Err
-	}
-	if err != nil {
-		return nil, unread{Problem{Origin: Origin{Source: path}, Reason: "can't be read: " + err.Error()}, err}
-	}
-	return content, nil
-}
-
-// ReadFile reads a file, no more of it than a byte beyond most, and nothing but a file: a pipe would never end. Where its path
-// leads into a directory among not that it does not name, the error says so. All errors are of *fs.PathError.
-func ReadFile(path string, most int64, not ...string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // else opening a pipe waits for its writer
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = f.Close() }()
-	bad := func(why string) error { return &fs.PathError{Op: "read", Path: path, Err: errors.New(why)} }
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, bad("it must be a file, and is " + kindOf(info.Mode()))
-	}
-	if len(not) > 0 {
-		real, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
-		if err != nil {
-			return nil, err
-		}
-		for _, directory := range not {
-			if within(real, directory) && !within(path, directory) {
-				return nil, bad(fmt.Sprintf("it leads to %s: what is in %s is no such file", real, directory))
-			}
-		}
-	}
-	return io.ReadAll(io.LimitReader(f, most+1))
-}
-
-// within reports whether a path is a directory's, or what a link in the place of the directory leads to.
-func within(path, directory string) bool {
-	if real, err := filepath.EvalSymlinks(directory); err == nil && strings.HasPrefix(path, real+"/") {
-		return true
-	}
-	return strings.HasPrefix(path, filepath.Clean(directory)+"/")
-}
-
-func kindOf(mode os.FileMode) string {
-	switch mode.Type() {
-	case fs.ModeDir:
-		return "a directory"
-	case fs.ModeNamedPipe:
-		return "a pipe"
-	default:
-		return "something else"
-	}
-}
-
-// build merges layers into a mesh and reports what only shows once they are together, and beside what the process is.
+// build merges layers into a mesh, as far as they are right, and reports what shows only once they are together, or beside
+// the settings of the process. The error is of koanf.
 func build(r *report, process Process, layers ...layer) (Config, error) {
 	merged, err := merge(layers...)
 	if err != nil {
@@ -178,9 +132,6 @@ func build(r *report, process Process, layers ...layer) (Config, error) {
 	}
 	timings(merged, r)
 	process.checkStatus(c, r)
-	if err := r.err(); err != nil {
-		return Config{}, err
-	}
 	return c, nil
 }
 
@@ -189,7 +140,7 @@ func timings(merged layer, r *report) {
 	const longer, shorter = "envoy.parentShutdownTime", "envoy.drainTime"
 	long, short := merged.scalar(longer), merged.scalar(shorter)
 	switch {
-	case duration(long.text) > duration(short.text) || r.within("envoy"):
+	case duration(long.text) > duration(short.text) || r.has(longer) || r.has(shorter):
 	case long.overrode == nil:
 		r.add(short.origin, shorter, short.text, fmt.Sprintf("must be less than %s, which is %s (%s)", longer, long.text, long.origin))
 	default:
@@ -228,7 +179,7 @@ func must[T any](v T, err error) T {
 // maxAllowRange bounds a range with allow: Envoy needs a filter chain for each of its ports.
 const maxAllowRange = 256
 
-func (c Config) ingress(r *report) []Ingress {
+func (c *Config) ingress(r *report) []Ingress {
 	all := c.merged.entries("ingress")
 	list := slices.Grow([]Ingress(nil), len(all))
 	for _, e := range all {
@@ -239,26 +190,30 @@ func (c Config) ingress(r *report) []Ingress {
 		if in.Mode == "" {
 			in.Mode = ModeMTLS
 		}
-		if in.Allow != nil && !e.wrong {
+		if in.Allow != nil && !e.unknown && !e.bad["mode"] {
 			in.checkAllow(e, r)
 		}
 		list = append(list, in)
 	}
 	slices.SortFunc(list, func(a, b Ingress) int { return a.Ports.compare(b.Ports) })
-	widest := 0 // the entry before that ends last
-	for i := 1; i < len(list); i++ {
-		if list[i].Ports.First <= list[widest].Ports.Last {
-			a, b := all[list[widest].Ports.String()], all[list[i].Ports.String()]
-			if a.origin.compare(b.origin) > 0 {
-				a, b = b, a
-			}
-			r.add(b.origin, "ingress["+b.key+"]", "", fmt.Sprintf("overlaps %s (%s); ranges must be the same or apart", a.key, a.origin))
+	apart := list[:0]
+	for i, widest := 0, (Ingress{}); i < len(list); i++ { // widest is the entry before that ends last
+		in := list[i]
+		if i == 0 || in.Ports.First > widest.Ports.Last {
+			apart, widest = append(apart, in), in
+			continue
 		}
-		if list[i].Ports.Last > list[widest].Ports.Last {
-			widest = i
+		a, b := all[widest.Ports.String()], all[in.Ports.String()]
+		if a.origin.compare(b.origin) > 0 {
+			a, b = b, a
+		}
+		r.add(b.origin, "ingress["+b.key+"]", "", fmt.Sprintf("overlaps %s (%s); ranges must be the same or apart", a.key, a.origin))
+		c.overlapping = append(c.overlapping, in)
+		if in.Ports.Last > widest.Ports.Last {
+			widest = in
 		}
 	}
-	return list
+	return apart
 }
 
 func (in Ingress) checkAllow(e *entry, r *report) {
@@ -274,7 +229,7 @@ func (in Ingress) checkAllow(e *entry, r *report) {
 	}
 }
 
-func (c Config) egress(r *report) []Egress {
+func (c *Config) egress(r *report) []Egress {
 	all := c.merged.entries("egress")
 	own := listeners{}
 	for key, e := range all {
@@ -294,7 +249,7 @@ func (c Config) egress(r *report) []Egress {
 			ServerNames: e.list("serverNames"),
 		}
 		switch text := e.text("upstream"); {
-		case e.wrong:
+		case text == "" && e.mayMean("upstream"):
 		case text == "":
 			r.add(e.origin, "egress["+e.key+"].upstream", "", "is missing: a new entry needs it")
 		default:
@@ -311,7 +266,7 @@ func (c Config) egress(r *report) []Egress {
 	return list
 }
 
-func (c Config) probes(r *report) []Probe {
+func (c *Config) probes(r *report) []Probe {
 	var list []Probe
 	for _, e := range c.merged.entries("probes") {
 		if e.removed() {
@@ -327,7 +282,7 @@ func (c Config) probes(r *report) []Probe {
 		if p.Kind == ProbeGRPC {
 			p.Target = strings.TrimPrefix(p.Target, "/")
 		}
-		if p.Kind == "" && !e.wrong {
+		if p.Kind == "" && !e.mayMean(probeKinds...) {
 			r.add(e.origin, "probes["+e.key+"]", "", "needs one of http, tcp and grpc, as http: 8080/healthz")
 		}
 		list = append(list, p)

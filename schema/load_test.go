@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -137,7 +138,7 @@ func TestLinkElsewhere(t *testing.T) {
 	for target, reason := range map[string]string{
 		in("tls/key.pem"): "can't be read: it leads to ", in("run/sds.json"): "can't be read: it leads to ",
 		"/etc/passwd": "can't be read: it leads to ", "/proc/self/status": "can't be read: it leads to ",
-		in("beside.yaml"): ":1:1: must be an object: keys and values", // here it may be
+		in("beside.yaml"): ":1:1: is not valid; what is wrong is withheld, since the file is a link out of its volume, to " + in("beside.yaml"),
 	} {
 		if err := os.Symlink(target, in("config/mesh.yaml")); err != nil {
 			t.Fatal(err)
@@ -247,5 +248,125 @@ func TestWarnings(t *testing.T) {
 		"/config.yaml:3:5: egress[[::1]:82].serverNames: is not set: whoever answers as [2001:db8::7]:1 is accepted, any workload of the mesh",
 	}, got); diff != "" {
 		t.Error(diff)
+	}
+}
+
+// TestLinkIsNotQuoted: a link out of the file's volume may lead to any secret. What is wrong with it has places and no values,
+// wherever it is told.
+func TestLinkIsNotQuoted(t *testing.T) {
+	base := t.TempDir()
+	volume, secret := filepath.Join(base, "volume"), filepath.Join(base, "secret.yaml")
+	for _, directory := range []string{volume, filepath.Join(volume, "..data")} {
+		if err := os.Mkdir(directory, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const text = "password: hunter2\nhunter2: x\ningress: [{port: hunter2, mode: hunter2}, {port: 2222, mode: tls, allow: [hunter2]}, {port: 80, mode: passthrough}]\n" +
+		"probes: [{name: hunter2}]\negress: [{listen: '127.0.0.1:2222', upstream: 'hunter2:2222'}]\nenvoy: {drainTime: 22m}\n"
+	for _, path := range []string{secret, filepath.Join(volume, "..data", "mesh.yaml")} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	told := func(target string, environ ...string) []string {
+		t.Helper()
+		link := filepath.Join(volume, "mesh.yaml")
+		if err := os.Symlink(target, link); err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = os.Remove(link) }()
+		env, _ := schema.ParseEnvironment(append(environ, "MANTLET_CONFIG="+link))
+		_, err := env.Load()
+		return report(err)
+	}
+	for name, environ := range map[string][]string{
+		"all": {}, "tighten": {"MANTLET_OVERRIDES=tighten"}, "another pin": {"MANTLET_CONFIG_SHA256=" + strings.Repeat("0", 64)},
+		"beside a bad environment": {"MANTLET_OVERRIDES=tighten", ingress + "web#80#no"}, "inline": {"MANTLET_CONFIG_INLINE=ingress: [{port: 2220-2223}]"},
+	} {
+		for _, line := range told(secret, environ...) {
+			for _, value := range []string{"hunter2", "password", "2222", "22m", "passthrough", "be 22"} {
+				if strings.Contains(strings.ReplaceAll(line, base, ""), value) {
+					t.Errorf("%s: %q tells %q", name, line, value)
+				}
+			}
+		}
+	}
+	if lines := told("..data/mesh.yaml"); len(lines) < 6 || !strings.Contains(strings.Join(lines, "\n"), "hunter2") {
+		t.Errorf("a link within the volume, as kubelet makes it: %q", lines)
+	}
+}
+
+// TestAllProblems: one report has all problems, whatever their sources are and whatever kind they are of.
+func TestAllProblems(t *testing.T) {
+	for name, c := range map[string]struct {
+		environ []string
+		file    string
+		want    []string
+	}{
+		"of the environment, and of the file": {
+			[]string{ingress + "web#80800#false", "EDG_INGRES_PROXY_CONFIG=x"},
+			"accessLog: sometimes\nservices: []\n",
+			[]string{"EDG_INGRESS_PROXY_CONFIG entry 1: port", "EDG_INGRES_PROXY_CONFIG: ", ":1:12: accessLog: ", `:2:1: "services": `},
+		},
+		"of the environment, told once": {
+			[]string{ingress + "a#80#true", "MANTLET_CONFIG_INLINE=ingress: [{port: 80-90}]", egress + "a#127.0.0.1:1#127.0.0.1:1", "MANTLET_ENVOY_DRAIN_TIME=20m"},
+			"ingress: [{port: 0}]\n",
+			[]string{"EDG_EGRESS_PROXY_CONFIG entry 1: egress[127.0.0.1:1].upstream", "MANTLET_CONFIG_INLINE:1:11: ingress[80-90]: overlaps", "MANTLET_ENVOY_DRAIN_TIME: ", ":1:18: ingress[item 1].port"},
+		},
+		"of the environment, and of what the file may do": {
+			[]string{ingress + "web#80#no##db#90#false", egress + "a#127.0.0.1:1#x##b#127.0.0.1:2#y:1", "MANTLET_ACCESS_LOG=x", "MANTLET_OVERRIDES=tighten"},
+			"ingress: [{port: 80, mode: tls}, {port: 90, mode: passthrough}]\naccessLog: all\n" +
+				"egress: [{listen: '127.0.0.1:1', upstream: 'z:1'}, {listen: '127.0.0.1:2', upstream: 'z:1'}]\notherProtocols: accept\n",
+			[]string{
+				"EDG_EGRESS_PROXY_CONFIG entry 1: upstream", "EDG_INGRESS_PROXY_CONFIG entry 1: disableTLS", "MANTLET_ACCESS_LOG: ",
+				":1:34: ingress[90]: MANTLET_OVERRIDES=tighten", ":3:52: egress[127.0.0.1:2]: MANTLET_OVERRIDES=tighten", ":4:17: otherProtocols: ",
+			},
+		},
+		"of merging, and of what the file may do": {
+			[]string{ingress + "web#80#false", "MANTLET_OVERRIDES=tighten"},
+			"ingress: [{port: 70-75, mode: tls}, {port: 75-79, mode: tls}, {port: 80, mode: passthrough}]\nenvoy: {drainTime: 20m}\naccessLog: x\notherProtocols: accept\n" +
+				"egress: [{listen: '127.0.0.1:1'}]\n",
+			[]string{
+				":1:11: ingress[70-75]: MANTLET_OVERRIDES=tighten", ":1:37: ingress[75-79]: overlaps", ":1:37: ingress[75-79]: MANTLET_OVERRIDES=tighten",
+				":1:63: ingress[80]: MANTLET_OVERRIDES=tighten", ":2:20: envoy.drainTime: \"20m\": must be less", ":2:20: envoy.drainTime: \"20m\": MANTLET_OVERRIDES=tighten",
+				":3:12: accessLog: \"x\": must", ":4:17: otherProtocols: ", ":5:10: egress[127.0.0.1:1].upstream: ", ":5:10: egress[127.0.0.1:1]: MANTLET_OVERRIDES=tighten",
+			},
+		},
+		"of one entry": {
+			nil, "ingress: [{mode: x}, {port: 80, name: 5, mode: tls, allow: [a]}]\negress: [{listen: '127.0.0.1:1', name: 5}]\nprobes: [{name: a, remove: true}, {http: 80}, {name: b}]\n",
+			[]string{
+				":1:11: ingress: an entry needs", ":1:18: ingress[item 1].mode: ", ":1:39: ingress[80].name: ", ":1:61: ingress[80].allow: ",
+				":2:10: egress[127.0.0.1:1].upstream: ", ":2:40: egress[127.0.0.1:1].name: ", ":3:35: probes: an entry needs", ":3:47: probes[b]: needs",
+			},
+		},
+		"of one section":               {nil, "envoy: {concurrency: 0, drainTime: 20m}\n", []string{":1:22: envoy.concurrency", ":1:36: envoy.drainTime: \"20m\": must be less"}},
+		"of the first document of two": {nil, "accessLog: x\n---\naccessLog: y\n", []string{":1:12: accessLog: ", ":2:1: "}},
+		"of a file that is not there": { // the daemon waits for it
+			[]string{ingress + "web", "MANTLET_CONFIG=/nothing/here"}, "", []string{"EDG_INGRESS_PROXY_CONFIG entry 1: "},
+		},
+		"of a file that cannot be read": {[]string{ingress + "web", "MANTLET_CONFIG=/"}, "", []string{"/: ", "EDG_INGRESS_PROXY_CONFIG entry 1: "}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := write(t, c.file)
+			env, _ := schema.ParseEnvironment(append([]string{"MANTLET_CONFIG=" + path}, c.environ...))
+			config, err := env.Load()
+			got := report(err)
+			for i, line := range got {
+				got[i] = strings.TrimPrefix(line, path)
+			}
+			slices.Sort(got) // the path of the file is another each time
+			slices.Sort(c.want)
+			for i, line := range got {
+				if i < len(c.want) && strings.HasPrefix(line, c.want[i]) {
+					got[i] = c.want[i]
+				}
+			}
+			if diff := cmp.Diff(c.want, got); diff != "" {
+				t.Error(diff)
+			}
+			if diff := cmp.Diff(schema.Mesh{}, config.Mesh); diff != "" {
+				t.Errorf("a rejected configuration leaves something: %s", diff)
+			}
+		})
 	}
 }

@@ -97,18 +97,47 @@ func Problems(err error) []Problem {
 	return []Problem{{Reason: err.Error()}}
 }
 
+// Withhold returns an error with the places of another's problems, and nothing of the text that they are about. It is for a
+// text that a link led to, out of its volume: whoever can write to the volume could make mantlet read what they must not
+// see. It returns nil for nil.
+func Withhold(err error, link string) error {
+	r := report{problems: withhold(Problems(err), link)}
+	return r.err()
+}
+
+func withhold(problems []Problem, link string) []Problem {
+	var all []Problem
+	for _, p := range problems {
+		all = append(all, Problem{Origin: p.Origin, Reason: "is not valid; what is wrong is withheld, " + withheld(link)})
+	}
+	return slices.Compact(all)
+}
+
+func withheld(link string) string {
+	return fmt.Sprintf("since the file is a link out of its volume, to %s; put the file itself there", link)
+}
+
 // report collects problems and gives them out as one error.
 type report struct {
-	problems []Problem
+	problems   []Problem
+	incomplete map[string]bool // lists some of whose entries are not known, for lack of a valid key
 }
 
 func (r *report) add(origin Origin, path, value, reason string) {
 	r.problems = append(r.problems, Problem{origin, path, value, reason})
 }
 
-// within reports whether anything was wrong with a section, so that part of it is not known.
-func (r *report) within(section string) bool {
-	return slices.ContainsFunc(r.problems, func(p Problem) bool { return strings.HasPrefix(p.Path, section) })
+// has reports whether there is a problem with a field.
+func (r *report) has(path string) bool {
+	return slices.ContainsFunc(r.problems, func(p Problem) bool { return p.Path == path })
+}
+
+// lose notes that an entry of a list is not known.
+func (r *report) lose(list string) {
+	if r.incomplete == nil {
+		r.incomplete = map[string]bool{}
+	}
+	r.incomplete[list] = true
 }
 
 // err returns nil where nothing was added. Problems are sorted by place.

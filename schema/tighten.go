@@ -19,21 +19,18 @@ import (
 // All else must stay as it is: other fields, and the egress entries there are with their upstreams. A new egress entry
 // could take an address that the pod's own server means to use.
 
-// tighten reports where config is not at least as strict as base.
-func tighten(base, config Config, r *report) {
-	tightenIngress(base, config, r)
-	tightenEgress(base, config, r)
-	tightenProbes(base, config, r)
-	refuse := func(path string) {
-		s := config.merged.scalar(path)
-		r.add(s.origin, path, s.value(), fmt.Sprintf("%s=tighten does not let the file change this; it is %s (%s)",
-			overridesVariable, base.merged.scalar(path).text, base.merged.scalar(path).origin))
-	}
+// tighten reports where config is not at least as strict as the environment alone, as far as both are right.
+func (e *Environment) tighten(config Config, r *report) {
+	e.tightenIngress(config, r)
+	e.tightenEgress(config, r)
+	e.tightenProbes(config, r)
+	base, environment := e.partial, report{problems: e.problems}
 	for path := range defaults {
-		was, is := base.merged.scalar(path).text, config.merged.scalar(path).text
-		stricter := path == "tls.minVersion" && is > was
-		if is != was && !stricter {
-			refuse(path)
+		was, is := base.merged.scalar(path), config.merged.scalar(path)
+		stricter := path == "tls.minVersion" && is.text > was.text
+		if is.text != was.text && !stricter && !environment.has(path) {
+			r.add(is.origin, path, is.value(), fmt.Sprintf("%s=tighten does not let the file change this; it is %s (%s)",
+				overridesVariable, was.text, was.origin))
 		}
 	}
 }
@@ -82,20 +79,28 @@ func PolicyOf(list []Ingress, port uint16) Policy {
 	return Policy{Mode: ModeMTLS}
 }
 
-// tightenIngress compares the policies at each port where one of the two could change.
-func tightenIngress(base, config Config, r *report) {
+// tightenIngress compares the policies at each port where one of the two could change. Of entries that overlap others it
+// compares the first port.
+func (e *Environment) tightenIngress(config Config, r *report) {
+	base := e.partial
 	reported := map[Ports]bool{}
-	for _, part := range Parts(base.Mesh.Ingress, config.Mesh.Ingress) {
-		port := part.First
-		was, is := PolicyOf(base.Mesh.Ingress, port), PolicyOf(config.Mesh.Ingress, port)
+	compare := func(port uint16, was, is Policy) {
 		at := cmp.Or(is.entry.Ports, was.entry.Ports)
-		if is.Within(was) || reported[at] {
-			continue
+		old := base.merged.entries("ingress")[was.entry.Ports.String()]
+		isKnown := old == nil && !e.incomplete["ingress"] || old != nil && !old.bad["mode"] && !old.bad["allow"]
+		if is.Within(was) || reported[at] || !isKnown {
+			return
 		}
 		reported[at] = true
-		e := config.merged.entries("ingress")[at.String()]
-		r.add(e.origin, "ingress["+at.String()+"]", "", fmt.Sprintf(
+		entry := config.merged.entries("ingress")[at.String()]
+		r.add(entry.origin, "ingress["+at.String()+"]", "", fmt.Sprintf(
 			"%s=tighten does not let the file open port %d further: it is %s, and would be %s", overridesVariable, port, was, is))
+	}
+	for _, part := range Parts(base.Mesh.Ingress, config.Mesh.Ingress) {
+		compare(part.First, PolicyOf(base.Mesh.Ingress, part.First), PolicyOf(config.Mesh.Ingress, part.First))
+	}
+	for _, in := range config.overlapping {
+		compare(in.Ports.First, PolicyOf(base.Mesh.Ingress, in.Ports.First), Policy{in.Mode, in.Allow, in})
 	}
 }
 
@@ -136,38 +141,41 @@ func Parts(a, b []Ingress) []Ports {
 	return Cut(ranges)
 }
 
-func tightenEgress(base, config Config, r *report) {
+func (e *Environment) tightenEgress(config Config, r *report) {
 	refuse := func(key, reason string) {
-		e := config.merged.entries("egress")[key]
-		r.add(e.origin, "egress["+key+"]", "", fmt.Sprintf("%s=tighten does not let the file %s", overridesVariable, reason))
+		r.add(config.merged.entries("egress")[key].origin, "egress["+key+"]", "",
+			fmt.Sprintf("%s=tighten does not let the file %s", overridesVariable, reason))
 	}
 	is := map[string]Egress{}
-	for _, e := range config.Mesh.Egress {
-		is[e.Listen.String()] = e
+	for _, entry := range config.Mesh.Egress {
+		is[entry.Listen.String()] = entry
 	}
-	for _, was := range base.Mesh.Egress {
+	for _, was := range e.partial.Mesh.Egress {
 		key := was.Listen.String()
-		e, ok := is[key]
+		bad := e.partial.merged.entries("egress")[key].bad
+		entry, ok := is[key]
 		delete(is, key)
 		switch {
 		case !ok:
 			refuse(key, "remove an entry")
-		case e.Upstream != was.Upstream:
-			refuse(key, fmt.Sprintf("change the upstream: it is %s, and would be %s", was.Upstream, e.Upstream))
-		case !isPart(e.ServerNames, was.ServerNames):
-			refuse(key, fmt.Sprintf("add server names: they are %v, and would be %v", was.ServerNames, e.ServerNames))
+		case entry.Upstream != was.Upstream && !bad["upstream"]:
+			refuse(key, fmt.Sprintf("change the upstream: it is %s, and would be %s", was.Upstream, entry.Upstream))
+		case !isPart(entry.ServerNames, was.ServerNames) && !bad["serverNames"]:
+			refuse(key, fmt.Sprintf("add server names: they are %v, and would be %v", was.ServerNames, entry.ServerNames))
 		}
 	}
 	for key := range is {
-		refuse(key, "add an entry")
+		if !e.incomplete["egress"] {
+			refuse(key, "add an entry")
+		}
 	}
 }
 
-func tightenProbes(base, config Config, r *report) {
+func (e *Environment) tightenProbes(config Config, r *report) {
 	for _, p := range config.Mesh.Probes {
-		if !slices.Contains(base.Mesh.Probes, p) {
-			e := config.merged.entries("probes")[p.Name]
-			r.add(e.origin, "probes["+p.Name+"]", "", overridesVariable+"=tighten does not let the file add a probe, or change one")
+		entry := config.merged.entries("probes")[p.Name]
+		if p.Kind != "" && !slices.Contains(e.partial.Mesh.Probes, p) && !e.incomplete["probes"] {
+			r.add(entry.origin, "probes["+p.Name+"]", "", overridesVariable+"=tighten does not let the file add a probe, or change one")
 		}
 	}
 }

@@ -29,10 +29,11 @@ type reader struct {
 
 // object is what a mapping holds: for each field of its form a *setting, an *object, a list of these, or nil.
 type object struct {
-	origin Origin
-	form   []formField
-	values []any
-	wrong  bool // something in it was reported, and is missing here
+	origin  Origin
+	form    []formField
+	values  []any
+	bad     map[string]bool // fields whose values were reported
+	unknown bool            // it has keys that were reported
 }
 
 // fields returns what the object has, by name.
@@ -104,12 +105,13 @@ func (r *reader) parse(content []byte) (*yaml.Node, bool) {
 		err = decoder.Decode(&second)
 		if err == nil {
 			r.add(&second, "", "a second document starts here, and would be ignored; there must be one")
-			return nil, false
 		}
 	}
-	if !errors.Is(err, io.EOF) {
+	if err != nil && !errors.Is(err, io.EOF) {
 		origin, line := text.last(r.source)
 		r.report.add(origin, "", strings.TrimSpace(line), noYAML(line, err))
+	}
+	if len(document.Content) == 0 {
 		return nil, false
 	}
 	root := document.Content[0]
@@ -354,15 +356,16 @@ func (r *reader) itemKey(item *yaml.Node, form reflect.Type, i int) string {
 
 func (r *reader) object(node *yaml.Node, form reflect.Type, path string) *object {
 	fields := r.fields(form)
-	before := len(r.report.problems)
-	o := &object{origin: r.origin(node), form: fields, values: make([]any, len(fields))}
+	o := &object{origin: r.origin(node), form: fields, values: make([]any, len(fields)), bad: map[string]bool{}}
 	seen := make([]int, len(fields)) // the line
 	for i := 0; i+1 < len(node.Content); i += 2 {
 		key, value := node.Content[i], node.Content[i+1]
 		k := slices.IndexFunc(fields, func(f formField) bool { return f.name == key.Value })
 		switch {
 		case !r.plain(key, path):
+			o.unknown = true
 		case key.Kind != yaml.ScalarNode || key.Tag != "!!str" || k < 0:
+			o.unknown = true
 			r.add(key, path, "is no key that is known here"+nearKey(key.Value, fields))
 		default:
 			at := key.Value
@@ -371,13 +374,15 @@ func (r *reader) object(node *yaml.Node, form reflect.Type, path string) *object
 			}
 			if line := seen[k]; line != 0 {
 				r.report.add(r.origin(key), at, "", fmt.Sprintf("stands in line %d already; leave one of them", line))
+				o.bad[key.Value] = true
 				continue
 			}
 			seen[k] = key.Line
-			o.values[k] = r.value(value, fields[k], at)
+			if o.values[k] = r.value(value, fields[k], at); o.values[k] == nil {
+				o.bad[key.Value] = true
+			}
 		}
 	}
-	o.wrong = len(r.report.problems) > before
 	return o
 }
 

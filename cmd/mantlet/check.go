@@ -126,10 +126,15 @@ func findings(ctx context.Context, environ []string) []finding {
 			tryCertificates(process.TLSDirectory),
 		},
 	)
-	for _, problem := range schema.Problems(err) {
-		all = append(all, tried("environment", "", problem, "mantlet render --explain shows what mantlet reads"))
-	}
 	if err != nil {
+		_, err = env.Load() // which tells what is wrong with the override file, too
+		for _, problem := range schema.Problems(err) {
+			if problem.Origin.Source == process.ConfigFile {
+				all = append(all, triedOverrides(problem))
+			} else {
+				all = append(all, tried("environment", "", problem, "mantlet render --explain shows what mantlet reads"))
+			}
+		}
 		return all
 	}
 	all = append(all, tried("environment", "", nil, ""))
@@ -390,9 +395,13 @@ func tryOverrides(env *schema.Environment, err error) []finding {
 	}
 	var all []finding
 	for _, problem := range schema.Problems(err) {
-		all = append(all, tried(need, "", problem, "mantlet schema describes the file"))
+		all = append(all, triedOverrides(problem))
 	}
 	return all
+}
+
+func triedOverrides(problem schema.Problem) finding {
+	return tried("override file", "", problem, "mantlet schema describes the file")
 }
 
 // lookupLimit is what a resolver gets that asks a second server after five seconds.

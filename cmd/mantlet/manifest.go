@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+
+	"mantlet/schema"
 )
 
 // The parts of Kubernetes' objects that tell a sidecar's configuration. They are read leniently: whether the manifest is
@@ -138,7 +140,7 @@ type manifest struct {
 
 // readManifest returns the configuration of each container of a name.
 func readManifest(file, name string) ([]subject, error) {
-	text, err := os.ReadFile(file)
+	text, link, err := readManifestFile(file)
 	if err != nil {
 		return nil, fmt.Errorf("reading the manifest: %w", err)
 	}
@@ -162,13 +164,23 @@ func readManifest(file, name string) ([]subject, error) {
 			if err != nil {
 				return nil, fmt.Errorf("reading the manifest %s: %s: %w", file, p.name, err)
 			}
-			all = append(all, subject{name: p.name, environ: environ, file: func(path string) ([]byte, bool) { return m.file(p, c, path) }})
+			all = append(all, subject{name: p.name, environ: environ, link: link, file: func(path string) ([]byte, bool) { return m.file(p, c, path) }})
 		}
 	}
 	if len(all) == 0 {
 		return nil, fmt.Errorf("reading the manifest %s: no container is named %q; --container names another", file, name)
 	}
 	return all, nil
+}
+
+func readManifestFile(path string) (text []byte, link string, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, "", err
+	}
+	defer func() { _ = f.Close() }()
+	text, err = io.ReadAll(f)
+	return text, schema.Link(f), err
 }
 
 // concerns tells whether it matters that an object has fields of other types than expected: those of other kinds may.

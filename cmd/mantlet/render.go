@@ -21,12 +21,10 @@ import (
 	"mantlet/schema"
 )
 
-// load reads the environment and the override file that it names. The error is an invalid, unless the file can't be read.
+// load reads the environment and the override file that it names. The error is an invalid with the problems of both, unless
+// the environment is valid and the file cannot be read.
 func load(environ []string) (*schema.Environment, schema.Config, error) {
-	env, err := schema.ParseEnvironment(environ)
-	if err != nil {
-		return nil, schema.Config{}, invalid{err}
-	}
+	env, _ := schema.ParseEnvironment(environ) // Load returns its error, too
 	config, err := env.Load()
 	switch {
 	case errors.As(err, new(syscall.Errno)):

@@ -103,6 +103,7 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 	defer func() { _ = table.Close() }()
 	env, err := schema.ParseEnvironment(os.Environ())
 	if err != nil {
+		_, err = env.Load() // which tells what is wrong with the override file, too
 		return invalid{err}
 	}
 	if err := level.UnmarshalText([]byte(env.Process.LogLevel)); err != nil {

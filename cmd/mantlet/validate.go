@@ -24,6 +24,7 @@ type subject struct {
 	environ []string
 	named   bool                             // the override file is, by a flag
 	file    func(path string) ([]byte, bool) // looks the override file up in a manifest; nil: it is where it is said to be
+	link    string                           // where links led to from the env file or the manifest, see schema.Content
 }
 
 func validateCommand() *cobra.Command {
@@ -44,8 +45,12 @@ func validateCommand() *cobra.Command {
 		var verdicts []verdict
 		for _, s := range subjects {
 			v := verdict{subject: s}
-			if v.config, v.warnings, v.err = s.load(); v.err != nil && !errors.As(v.err, new(invalid)) {
+			v.config, v.warnings, v.err = s.load()
+			if v.err != nil && !errors.As(v.err, new(invalid)) {
 				return v.err
+			}
+			if v.err != nil && s.link != "" {
+				v.err = invalid{schema.Withhold(v.err, s.link)}
 			}
 			verdicts = append(verdicts, v)
 		}
@@ -137,7 +142,7 @@ func (c checked) subjects() ([]subject, error) {
 	var err error
 	switch {
 	case c.envFile != "":
-		all[0].environ, err = readEnvFile(c.envFile)
+		all[0].environ, all[0].link, err = readEnvFile(c.envFile)
 	case c.manifest != "":
 		all, err = readManifest(c.manifest, c.container)
 	}
@@ -164,12 +169,14 @@ func (s subject) load() (schema.Config, []schema.Problem, error) {
 		return config, config.Warnings(), err
 	}
 	env, err := schema.ParseEnvironment(s.environ)
-	if err != nil {
-		return schema.Config{}, nil, invalid{err}
-	}
 	config := env.Base()
 	content, known := s.file(env.Process.ConfigFile)
 	switch {
+	case err != nil:
+		if known {
+			_, err = env.Merge(content) // which tells what is wrong with the file, too
+		}
+		return schema.Config{}, nil, invalid{err}
 	case env.Process.ConfigFile == "" || env.Process.Overrides == schema.OverridesNone:
 	case !known:
 		return config, append(config.Warnings(), schema.Problem{
@@ -193,29 +200,48 @@ func unread(env *schema.Environment) error {
 }
 
 // readEnvFile reads lines NAME=VALUE, as `docker run --env-file` does: empty lines and those that start with # are left
-// out, and quotes mean themselves.
-func readEnvFile(path string) ([]string, error) {
+// out, and quotes are part of the value. It returns where a link led to, too. The error has all lines that are wrong.
+func readEnvFile(path string) (environ []string, link string, err error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return nil, fmt.Errorf("reading the env file: %w", err)
+		return nil, "", fmt.Errorf("reading the env file: %w", err)
 	}
 	defer func() { _ = f.Close() }()
-	var environ []string
+	link = schema.Link(f)
 	scanner := bufio.NewScanner(f)
 	const longest = 4 << 20 // far above what a process may be given in one variable
 	scanner.Buffer(nil, longest)
+	var wrong []error
 	for number := 1; scanner.Scan(); number++ {
 		line := strings.TrimSuffix(scanner.Text(), "\r")
 		if line == "" || strings.HasPrefix(line, "#") {
 			continue
 		}
-		if name, _, ok := strings.Cut(line, "="); !ok || name == "" || strings.ContainsAny(name, " \t") {
-			return nil, fmt.Errorf("reading the env file: %s:%d: %q is not NAME=VALUE", path, number, line)
+		if reason := misread(line); reason != "" {
+			if link == "" {
+				reason = fmt.Sprintf("%q %s", line, reason)
+			}
+			wrong = append(wrong, fmt.Errorf("reading the env file: %s:%d: %s", path, number, reason))
+			continue
 		}
 		environ = append(environ, line)
 	}
 	if err := scanner.Err(); err != nil {
-		return nil, fmt.Errorf("reading the env file: %w", err)
+		wrong = append(wrong, fmt.Errorf("reading the env file: %w", err))
 	}
-	return environ, nil
+	return environ, link, errors.Join(wrong...)
+}
+
+// misread returns why a line of an env file does not set the variable that it seems to set.
+func misread(line string) string {
+	name, _, ok := strings.Cut(line, "=")
+	switch {
+	case strings.HasPrefix(line, "\ufeff"):
+		return "starts with a byte order mark (BOM), which would be part of the name; save the file as UTF-8 without a BOM"
+	case strings.HasPrefix(line, "export "):
+		return "is not NAME=VALUE; leave out export, and quotes around the value"
+	case !ok || name == "" || strings.ContainsAny(name, " \t"):
+		return "is not NAME=VALUE"
+	}
+	return ""
 }
