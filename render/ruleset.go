@@ -358,6 +358,9 @@ func ReadBack(r Ruleset) (ingress []schema.Ingress, g Generations, ok bool) {
 		return nil, g, false
 	}
 	for _, rule := range r.Chains[i].Rules {
+		if len(rule) == 0 { // a live rule can be empty
+			continue
+		}
 		if v, isVerdict := rule[len(rule)-1].(Verdict); isVerdict {
 			if p, isPolicy := parsePolicy(v.Goto); isPolicy {
 				g.Default, ok = p.generation, true

@@ -1,8 +1,10 @@
 package render
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
+	"strconv"
 	"strings"
 )
 
@@ -86,7 +88,7 @@ var protocolNames = map[uint8]string{ICMP: "icmp", TCP: "tcp", UDP: "udp", ICMPv
 func (p Protocol) Text() string {
 	var names []string
 	for _, n := range p.Numbers {
-		names = append(names, protocolNames[n])
+		names = append(names, cmp.Or(protocolNames[n], strconv.Itoa(int(n)))) // a live rule may have any
 	}
 	return "meta l4proto " + p.Op.infix() + oneOrSet(names)
 }

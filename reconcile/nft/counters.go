@@ -216,6 +216,9 @@ func ask(kind uint16, flags netlink.HeaderFlags, each func(*netlink.AttributeDec
 	buffer := make([]byte, 64<<10) // the kernel fills at most 32 KiB of it
 	for {
 		n, _, err := unix.Recvfrom(fd, buffer, 0)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
 		if err != nil {
 			return os.NewSyscallError("recvfrom", err)
 		}
@@ -227,17 +230,25 @@ func ask(kind uint16, flags netlink.HeaderFlags, each func(*netlink.AttributeDec
 			if done, err := last(m); done || err != nil {
 				return err
 			}
-			const header = 4 // struct nfgenmsg
-			d, err := netlink.NewAttributeDecoder(m.Data[header:])
-			if err != nil {
-				return err
-			}
-			d.ByteOrder = binary.BigEndian
-			if err := each(d); err != nil {
+			if err := decode(m.Data, each); err != nil {
 				return err
 			}
 		}
 	}
+}
+
+// decode calls each for the attributes of a message.
+func decode(data []byte, each func(*netlink.AttributeDecoder) error) error {
+	const header = 4 // struct nfgenmsg
+	if len(data) < header {
+		return errCut
+	}
+	d, err := netlink.NewAttributeDecoder(data[header:])
+	if err != nil {
+		return err
+	}
+	d.ByteOrder = binary.BigEndian
+	return each(d)
 }
 
 // last reports whether a message is the end of an answer.

@@ -102,20 +102,19 @@ func (m *monitor) receive(ctx context.Context, conn subscription) {
 // take reads messages, the last of which need not be a transaction's last.
 func (m *monitor) take(messages []netlink.Message) {
 	const (
-		header        = 4 // struct nfgenmsg
 		newGeneration = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWGEN
 		table         = 1 // NFTA_CHAIN_TABLE, NFTA_RULE_TABLE and so on
 	)
 	for _, message := range messages {
-		if message.Header.PID == m.own || len(message.Data) < header {
+		if message.Header.PID == m.own {
 			continue
 		}
-		a, err := unpack(message.Data[header:])
+		family, a, err := unpackMessage(message.Data)
 		if err != nil {
 			continue
 		}
 		if message.Header.Type != newGeneration {
-			m.touched = m.touched || message.Data[0] == unix.NFPROTO_INET && a.text(table) == render.Table
+			m.touched = m.touched || family == unix.NFPROTO_INET && a.text(table) == render.Table
 			continue
 		}
 		who := ""

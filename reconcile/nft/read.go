@@ -44,13 +44,16 @@ func (t *Table) Check() error {
 }
 
 // differences returns what the table has otherwise than Replace put it there last. While the kernel numbers no further
-// transaction, whosever, it needs no second look.
+// transaction, whosever, it needs no second look. Content that cannot be read is a difference.
 func (t *Table) differences() ([]string, error) {
 	now, err := t.generation()
 	if err != nil || now == t.intact {
 		return nil, err
 	}
 	have, at, err := t.read()
+	if odd, ok := errors.AsType[unreadable](err); ok {
+		return []string{odd.Error()}, nil
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -68,7 +71,7 @@ func (t *Table) read() (render.Ruleset, uint32, error) {
 		if err != nil {
 			return render.Ruleset{}, 0, err
 		}
-		r, err := t.dump()
+		r, err := t.safeDump()
 		if err != nil {
 			return render.Ruleset{}, 0, err
 		}
@@ -86,13 +89,32 @@ func (t *Table) read() (render.Ruleset, uint32, error) {
 // generation returns the number of the last transaction in this network namespace, whosever. It is never 0.
 func (t *Table) generation() (generation uint32, err error) {
 	err = t.request(unix.NFT_MSG_GETGEN, netlink.Request, nil, func(a attributes) error {
-		generation = binary.BigEndian.Uint32(a[unix.NFTA_GEN_ID])
+		generation = a.u32(unix.NFTA_GEN_ID)
 		return nil
 	})
+	if err == nil && generation == 0 {
+		err = errors.New("the kernel does not number its transactions")
+	}
 	if errors.Is(err, unix.EINVAL) { // the request has nothing else that could be wrong: nobody took it
 		err = fmt.Errorf("%w: the kernel has no nftables (CONFIG_NF_TABLES)", err)
 	}
 	return generation, err
+}
+
+// unreadable is content of a table that Read does not understand: not that there was no answer.
+type unreadable struct{ reason any }
+
+func (u unreadable) Error() string { return fmt.Sprintf("the content is not readable: %v", u.reason) }
+
+// safeDump is dump. Where that panics, the error is unreadable: whatever another process put into the table, it must not end
+// mantlet, which then would not close the pod.
+func (t *Table) safeDump() (r render.Ruleset, err error) {
+	defer func() {
+		if reason := recover(); reason != nil {
+			err = unreadable{reason}
+		}
+	}()
+	return t.dump()
 }
 
 // dump reads the table in raw attributes: the library leaves out what it does not know when it reads rules, tproxy and
@@ -210,17 +232,26 @@ func (t *Table) ask(
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return err
 	}
-	const header = 4 // struct nfgenmsg
 	for _, r := range replies {
-		a, err := unpack(r.Data[header:])
-		if err != nil {
-			return err
+		family, a, err := unpackMessage(r.Data)
+		if err == nil {
+			err = each(family, a)
 		}
-		if err := each(r.Data[0], a); err != nil {
-			return err
+		if err != nil {
+			return unreadable{err}
 		}
 	}
 	return nil
+}
+
+// unpackMessage returns the family and the attributes of a message of nfnetlink.
+func unpackMessage(data []byte) (family byte, a attributes, err error) {
+	const header = 4 // struct nfgenmsg
+	if len(data) < header {
+		return 0, nil, errCut
+	}
+	a, err = unpack(data[header:])
+	return data[0], a, err
 }
 
 // reader collects what the kernel tells of the table.
@@ -265,10 +296,8 @@ func (r *reader) ruleset() render.Ruleset {
 		switch m, ok := s.asMap(); {
 		case ok:
 			rules.Maps = append(rules.Maps, m)
-			for _, e := range s.elements {
-				if e.more {
-					rules.Others = append(rules.Others, fmt.Sprintf("map %s, element %x: it has more than a verdict", s.name, e.key))
-				}
+			for _, key := range s.odd {
+				rules.Others = append(rules.Others, fmt.Sprintf("map %s, element %s: more or less than a port and a verdict", s.name, key))
 			}
 		case s.flags&unix.NFT_SET_ANONYMOUS == 0:
 			rules.Others = append(rules.Others, "set "+s.name)
@@ -296,10 +325,12 @@ func (r *reader) addOther(kind string, name uint16) func(attributes) error {
 	}
 }
 
-// chainFlags is NFTA_CHAIN_FLAGS (include/uapi/linux/netfilter/nf_tables.h); chainBase is the one that a hook brings along.
+// chainFlags is NFTA_CHAIN_FLAGS (include/uapi/linux/netfilter/nf_tables.h); chainBase is the one that a hook brings along, and
+// chainBinding that of a chain which goes with the one rule that leads to it.
 const (
-	chainFlags = 10
-	chainBase  = 1
+	chainFlags   = 10
+	chainBase    = 1
+	chainBinding = 4
 )
 
 func (r *reader) addChain(a attributes) error {
@@ -365,13 +396,13 @@ type set struct {
 	flags, keyLen      uint32
 	keyType, valueType uint32
 	elements           []element
+	odd                []string // keys of elements that no rendered set has: catch-all elements, or such with a timeout or a limit
 }
 
 type element struct {
-	key     []byte
-	end     bool // of an interval: the key is the first after it
+	key     []byte // of the set's length
+	end     bool   // of an interval: the key is the first after it
 	verdict render.Verdict
-	more    bool // than a key and a verdict: a timeout, a limit
 }
 
 func (r *reader) addSet(a attributes) error {
@@ -388,15 +419,21 @@ func (s *set) addElements(a attributes) error {
 		if err != nil {
 			return err
 		}
-		e := element{
-			key:     fields["1.1"],
-			end:     fields.u32("3")&unix.NFT_SET_ELEM_INTERVAL_END != 0,
-			verdict: fields.verdict("2.2"),
-		}
+		key, flags := fields["1.1"], fields.u32("3")
+		plain := len(key) == int(s.keyLen) && flags&^unix.NFT_SET_ELEM_INTERVAL_END == 0
 		for path := range fields {
-			e.more = e.more || !slices.Contains([]string{"1.1", "2.2.1", "2.2.2", "3", elementComment}, path)
+			plain = plain && slices.Contains([]string{"1.1", "2.2.1", "2.2.2", "3", elementComment}, path)
 		}
-		s.elements = append(s.elements, e)
+		switch {
+		case plain:
+		case key == nil:
+			s.odd = append(s.odd, "*")
+		default:
+			s.odd = append(s.odd, fmt.Sprintf("%#x", key))
+		}
+		if len(key) == int(s.keyLen) {
+			s.elements = append(s.elements, element{key, flags&unix.NFT_SET_ELEM_INTERVAL_END != 0, fields.verdict("2.2")})
+		}
 		return nil
 	})
 }
@@ -441,7 +478,7 @@ func start(e element) int {
 // protocols returns the content of an anonymous set of transport protocols, ascending.
 func (r *reader) protocols(name string) []uint8 {
 	i := slices.IndexFunc(r.sets, func(s *set) bool { return s.name == name })
-	if i < 0 || r.sets[i].flags != unix.NFT_SET_ANONYMOUS|unix.NFT_SET_CONSTANT || r.sets[i].keyLen != 1 {
+	if i < 0 || r.sets[i].flags != unix.NFT_SET_ANONYMOUS|unix.NFT_SET_CONSTANT || r.sets[i].keyLen != 1 || len(r.sets[i].odd) > 0 {
 		return nil
 	}
 	var numbers []uint8

@@ -303,23 +303,32 @@ func (t *Table) clear() error {
 		t.conn.AddTable(t.table)
 		return nil
 	}
-	chains, err := t.conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
-	if err != nil {
-		return fmt.Errorf("listing chains: %w", err)
-	}
-	sets, err := t.conn.GetSets(t.table)
-	if err != nil {
-		return fmt.Errorf("listing maps: %w", err)
-	}
 	t.conn.FlushTable(t.table)
-	for _, s := range sets {
-		if !s.Anonymous {
-			t.conn.DelSet(s)
-		}
-	}
-	for _, c := range chains {
-		if c.Table.Name == render.Table {
-			t.conn.DelChain(c)
+	// In raw attributes: the library fails at types and user data that it does not know. What holds others goes before them.
+	for _, part := range []struct {
+		of, table uint16
+		remove    func(attributes)
+	}{
+		{unix.NFT_MSG_GETSET, unix.NFTA_SET_TABLE, func(a attributes) {
+			if a.u32(unix.NFTA_SET_FLAGS)&unix.NFT_SET_ANONYMOUS == 0 {
+				t.conn.DelSet(&nftables.Set{Table: t.table, Name: a.text(unix.NFTA_SET_NAME)})
+			}
+		}},
+		{unix.NFT_MSG_GETOBJ, unix.NFTA_OBJ_TABLE, func(a attributes) {
+			kind := nftables.ObjType(a.u32(unix.NFTA_OBJ_TYPE))
+			t.conn.DeleteObject(&nftables.NamedObj{Table: t.table, Name: a.text(unix.NFTA_OBJ_NAME), Type: kind})
+		}},
+		{unix.NFT_MSG_GETFLOWTABLE, flowtableTable, func(a attributes) {
+			t.conn.DelFlowtable(&nftables.Flowtable{Table: t.table, Name: a.text(flowtableName)})
+		}},
+		{unix.NFT_MSG_GETCHAIN, unix.NFTA_CHAIN_TABLE, func(a attributes) {
+			if a.u32(chainFlags)&chainBinding == 0 {
+				t.conn.DelChain(&nftables.Chain{Table: t.table, Name: a.text(unix.NFTA_CHAIN_NAME)})
+			}
+		}},
+	} {
+		if err := t.list(part.of, part.table, func(a attributes) error { part.remove(a); return nil }); err != nil {
+			return fmt.Errorf("listing what is in the table: %w", err)
 		}
 	}
 	return nil
