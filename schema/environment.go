@@ -95,11 +95,11 @@ func (p *Process) EnvoyDirectory() string { return filepath.Join(p.RuntimeDirect
 
 func (p *Process) variables() map[string]processVariable {
 	return map[string]processVariable{
-		"MANTLET_ENVOY_PATH": {&p.EnvoyPath, anyText},
+		"MANTLET_ENVOY_PATH": {&p.EnvoyPath, program},
 		"MANTLET_ENVOY_UID": {new(string), func(text string) (string, string) {
 			uid, err := strconv.ParseUint(text, 10, 31)
 			if err != nil {
-				return "", "must be a user's number: from 0 to 2147483647"
+				return "", "must be a numeric user ID from 0 to 2147483647"
 			}
 			p.EnvoyUID = int(uid)
 			return text, ""
@@ -129,6 +129,14 @@ type processVariable struct {
 
 func anyText(text string) (string, string) { return text, "" }
 
+// program reads a path, or a name that is looked up on PATH.
+func program(text string) (string, string) {
+	if strings.TrimSpace(text) != text || strings.Trim(text, `"'`) != text {
+		return "", "must be a path, or a name to look up on PATH"
+	}
+	return text, ""
+}
+
 func absolute(text string) (string, string) {
 	if !filepath.IsAbs(text) {
 		return "", "must be an absolute path"
@@ -150,14 +158,14 @@ func SocketPath(text string) (canonical, reason string) {
 
 func ipAddress(text string) (string, string) {
 	if _, err := netip.ParseAddr(text); err != nil {
-		return "", "must be an IP address, as the downward API gives it"
+		return "", "must be an IP address, as the downward API provides it"
 	}
 	return text, ""
 }
 
 // listenAnywhere reads an address of the pod's own, or all of them, and a port that is nobody else's.
 func listenAnywhere(text string) (string, string) {
-	const right = "must be :port, or an IP address and a port, as :9901 or [::1]:9901"
+	const right = "must be a port, or an IP address and a port, for example :9901 or [::1]:9901"
 	host, portText, err := net.SplitHostPort(text)
 	if err != nil {
 		return "", right
@@ -202,7 +210,7 @@ func (p Process) checkStatus(c Config, r *report) {
 	if !ok {
 		return
 	}
-	taken := fmt.Sprintf("port %d is where mantlet's own status is served (%s); choose another for one of them", own.Port(), statusVariable)
+	taken := fmt.Sprintf("port %d is already used by mantlet's own status (%s); choose another port for one of them", own.Port(), statusVariable)
 	for _, in := range c.Mesh.Ingress {
 		if in.Ports.Contains(own.Port()) {
 			key := in.Ports.String()
@@ -301,7 +309,7 @@ func (p *parser) process(variables map[string]processVariable) {
 		if p.values[name] == "" {
 			continue
 		}
-		canonical, reason := v.parse(p.values[name])
+		canonical, reason := parse(v.parse, p.values[name])
 		if reason != "" {
 			p.report.add(Origin{Source: name}, "", p.values[name], reason)
 			continue
@@ -309,7 +317,7 @@ func (p *parser) process(variables map[string]processVariable) {
 		*v.field = canonical
 	}
 	if p.values[digestVariable] != "" && p.values[fileVariable] == "" {
-		p.report.add(Origin{Source: digestVariable}, "", "", "pins the content of a file, but "+fileVariable+" names none")
+		p.report.add(Origin{Source: digestVariable}, "", "", "pins the content of the override file, but "+fileVariable+" does not name one")
 	}
 }
 
@@ -320,7 +328,7 @@ func (p *parser) variables() layer {
 		if p.values[name] == "" {
 			continue
 		}
-		canonical, reason := v.kind.parse(p.values[name])
+		canonical, reason := parse(v.kind.parse, p.values[name])
 		if reason != "" {
 			p.report.add(Origin{Source: name}, v.path, p.values[name], reason)
 			continue
@@ -340,7 +348,7 @@ func (p *parser) spelled(name, newer string) (value, source string) {
 		return renamed, newer
 	case old != renamed:
 		p.report.add(Origin{Source: newer}, "", renamed,
-			fmt.Sprintf("%s is set too, to something else (%s); set one of them, or both to the same", name, quote(old)))
+			fmt.Sprintf("%s is also set, to a different value (%s); set only one of them, or both to the same value", name, quote(old)))
 	}
 	return renamed, newer
 }
@@ -362,7 +370,7 @@ func (p *parser) ingress() entries {
 			case "false":
 				return string(ModeTLS), ""
 			default:
-				return "", `must be "true" (not wrapped at all) or "false" (TLS without client certificates)`
+				return "", `must be "true" (passthrough, no TLS) or "false" (TLS without client certificates)`
 			}
 		}},
 	})
@@ -394,13 +402,17 @@ func (p *parser) entries(list, value, source, form string, fields []field) entri
 		origin := Origin{Source: source, Entry: i + 1}
 		values := strings.Split(text, "#")
 		if len(values) != len(fields) {
-			p.report.add(origin, "", text, fmt.Sprintf("must have the %d fields %s, and has %d", len(fields), form, len(values)))
+			reason := fmt.Sprintf("must have %d fields, %s, but has %d", len(fields), form, len(values))
+			if len(values) > len(fields) {
+				reason += "; separate entries with ##"
+			}
+			p.report.add(origin, "", text, reason)
 			p.report.lose(list)
 			continue
 		}
 		e := &entry{origin: origin, fields: make(map[string]*setting, len(fields)), bad: map[string]bool{}}
 		for i, f := range fields {
-			canonical, reason := f.parse(values[i])
+			canonical, reason := parse(f.parse, values[i])
 			if reason != "" {
 				p.report.add(origin, fmt.Sprintf("%s of %s", f.words, quote(text)), values[i], reason)
 				e.bad[f.name] = true

@@ -166,13 +166,13 @@ type environmentProblem struct {
 // environmentProblems has every way in which a variable can be wrong, and what an operator reads then.
 func environmentProblems() map[string]environmentProblem {
 	const (
-		port     = "must be a port: a decimal number from 1 to 65535"
-		listen   = "must be a loopback address and a port, as 127.137.0.1:8081 or [::1]:8081"
-		upstream = "must be a host and a port, as billing-svc:8080, 192.0.2.7:8080 or [2001:db8::7]:8080"
-		disable  = `must be "true" (not wrapped at all) or "false" (TLS without client certificates)`
-		in       = "must have the 3 fields name#port#disableTLS, and has "
-		out      = "must have the 3 fields name#listen-ip:listen-port#host-or-ip:port, and has "
-		duration = "must be a duration from 1s to 24h in hours, minutes and seconds, as 10s or 1h30m"
+		port     = "must be a port number from 1 to 65535"
+		listen   = "must be a loopback address and a port, for example 127.137.0.1:8081 or [::1]:8081"
+		upstream = "must be a host and a port, for example billing-svc:8080, 192.0.2.7:8080 or [2001:db8::7]:8080"
+		disable  = `must be "true" (passthrough, no TLS) or "false" (TLS without client certificates)`
+		in       = "must have 3 fields, name#port#disableTLS, but has "
+		out      = "must have 3 fields, name#listen-ip:listen-port#host-or-ip:port, but has "
+		duration = "must be a duration from 1s to 24h in hours, minutes and seconds, for example 10s or 1h30m"
 		known    = "ACCESS_LOG, CONFIG, CONFIG_INLINE, CONFIG_SHA256, ENVOY_CONCURRENCY, ENVOY_DRAIN_TIME, ENVOY_LOG_LEVEL, " +
 			"ENVOY_PARENT_SHUTDOWN_TIME, ENVOY_PATH, ENVOY_UID, GATE_SOCKET, HOST_IP, LOG_LEVEL, OTHER_PROTOCOLS, OVERRIDES, POD_IP, RUNTIME_DIRECTORY, STATUS_ADDRESS, TLS_DIRECTORY, TLS_MIN_VERSION"
 	)
@@ -188,7 +188,7 @@ func environmentProblems() map[string]environmentProblem {
 				` entry 3: port of "c#-1#true": "-1": ` + port,
 				` entry 4: port of "d#abc#true": "abc": ` + port,
 				` entry 5: port of "e#+80#true": "+80": ` + port,
-				` entry 6: port of "f# 80#true": " 80": ` + port,
+				` entry 6: port of "f# 80#true": " 80": starts with a space: remove it`,
 				` entry 7: port of "g#080#true": "080": ` + port,
 				` entry 8: port of "h#80-90#true": "80-90": ` + port,
 				` entry 9: port of "i#0x50#true": "0x50": ` + port,
@@ -208,8 +208,8 @@ func environmentProblems() map[string]environmentProblem {
 			[]string{
 				` entry 3: port of "#a#80": "a": ` + port,
 				` entry 3: disableTLS of "#a#80": "80": ` + disable,
-				` entry 4: "b#80#true#x": ` + in + "4",
-				` entry 5: "c#81#true#": ` + in + "4",
+				` entry 4: "b#80#true#x": ` + in + "4; separate entries with ##",
+				` entry 5: "c#81#true#": ` + in + "4; separate entries with ##",
 			},
 		},
 		"disableTLS": {
@@ -218,8 +218,8 @@ func environmentProblems() map[string]environmentProblem {
 				` entry 1: disableTLS of "a#80#True": "True": ` + disable,
 				` entry 2: disableTLS of "b#81#yes": "yes": ` + disable,
 				` entry 3: disableTLS of "c#82#1": "1": ` + disable,
-				` entry 4: disableTLS of "d#83#true ": "true ": ` + disable,
-				` entry 5: disableTLS of "e#84#false\n": "false\n": ` + disable,
+				` entry 4: disableTLS of "d#83#true ": "true ": ends with a space: remove it`,
+				` entry 5: disableTLS of "e#84#false\n": "false\n": ends with a line break: remove it`,
 			},
 		},
 		"several in one entry, behind empty ones": {
@@ -232,8 +232,8 @@ func environmentProblems() map[string]environmentProblem {
 		"the same port, another mode": {
 			[]string{ingress + "a#80#true##b#80#false##c#80#true##d#80#false"},
 			[]string{
-				` entry 2: ingress[80]: says something else than EDG_INGRESS_PROXY_CONFIG entry 1; leave one of them`,
-				` entry 4: ingress[80]: says something else than EDG_INGRESS_PROXY_CONFIG entry 1; leave one of them`,
+				` entry 2: ingress[80]: differs from the entry at EDG_INGRESS_PROXY_CONFIG entry 1; keep only one of them`,
+				` entry 4: ingress[80]: differs from the entry at EDG_INGRESS_PROXY_CONFIG entry 1; keep only one of them`,
 			},
 		},
 		"a long name": {
@@ -252,19 +252,19 @@ func environmentProblems() map[string]environmentProblem {
 			[]string{egress + "a#10.0.0.1:80#x:1##b#::1:80#x:1##c#127.0.0.1#x:1##d#127.0.0.1:0#x:1##e#[127.0.0.1]:80#x:1##f#localhost:80#x:1##" +
 				"g#127.255.255.255:80#x:1##h#127.0.0.1:15006#x:1##i#[::2]:80#x:1##j#[::ffff:127.0.0.1]:80#x:1##k#127.0.0.01:80#x:1##l#0.0.0.0:80#x:1##m#[::1%lo]:80#x:1##n#:80#x:1"},
 			[]string{
-				` entry 1: listen address of "a#10.0.0.1:80#x:1": "10.0.0.1:80": lies outside of 127.0.0.0/8 and [::1], where others than the workload could use it; ` + listen,
+				` entry 1: listen address of "a#10.0.0.1:80#x:1": "10.0.0.1:80": is outside 127.0.0.0/8 and [::1], so others than the workload could connect to it; ` + listen,
 				` entry 2: listen address of "b#::1:80#x:1": "::1:80": ` + listen,
 				` entry 3: listen address of "c#127.0.0.1#x:1": "127.0.0.1": ` + listen,
 				` entry 4: listen address of "d#127.0.0.1:0#x:1": "127.0.0.1:0": ` + listen,
 				` entry 5: listen address of "e#[127.0.0.1]:80#x:1": "[127.0.0.1]:80": ` + listen,
 				` entry 6: listen address of "f#localhost:80#x:1": "localhost:80": ` + listen,
-				` entry 7: listen address of "g#127.255.255.255:80#x:1": "127.255.255.255:80": is loopback's broadcast address, which nothing can connect to; ` + listen,
+				` entry 7: listen address of "g#127.255.255.255:80#x:1": "127.255.255.255:80": is the broadcast address of loopback, which nothing can connect to; ` + listen,
 				` entry 8: listen address of "h#127.0.0.1:15006#x:1": "127.0.0.1:15006": ports 15006 and 15007 are mantlet's own listeners; leave them out`,
-				` entry 9: listen address of "i#[::2]:80#x:1": "[::2]:80": lies outside of 127.0.0.0/8 and [::1], where others than the workload could use it; ` + listen,
-				` entry 10: listen address of "j#[::ffff:127.0.0.1]:80#x:1": "[::ffff:127.0.0.1]:80": lies outside of 127.0.0.0/8 and [::1], where others than the workload could use it; ` + listen,
+				` entry 9: listen address of "i#[::2]:80#x:1": "[::2]:80": is outside 127.0.0.0/8 and [::1], so others than the workload could connect to it; ` + listen,
+				` entry 10: listen address of "j#[::ffff:127.0.0.1]:80#x:1": "[::ffff:127.0.0.1]:80": is outside 127.0.0.0/8 and [::1], so others than the workload could connect to it; ` + listen,
 				` entry 11: listen address of "k#127.0.0.01:80#x:1": "127.0.0.01:80": ` + listen,
-				` entry 12: listen address of "l#0.0.0.0:80#x:1": "0.0.0.0:80": lies outside of 127.0.0.0/8 and [::1], where others than the workload could use it; ` + listen,
-				` entry 13: listen address of "m#[::1%lo]:80#x:1": "[::1%lo]:80": lies outside of 127.0.0.0/8 and [::1], where others than the workload could use it; ` + listen,
+				` entry 12: listen address of "l#0.0.0.0:80#x:1": "0.0.0.0:80": is outside 127.0.0.0/8 and [::1], so others than the workload could connect to it; ` + listen,
+				` entry 13: listen address of "m#[::1%lo]:80#x:1": "[::1%lo]:80": is outside 127.0.0.0/8 and [::1], so others than the workload could connect to it; ` + listen,
 				` entry 14: listen address of "n#:80#x:1": ":80": ` + listen,
 			},
 		},
@@ -274,24 +274,24 @@ func environmentProblems() map[string]environmentProblem {
 				"m#127.0.0.1:13#[2001:db8::7:80##n#127.0.0.1:14#tcp://b:80##o#127.0.0.1:15#a..b:80##p#127.0.0.1:16#10.007:80##q#127.0.0.1:17#224.0.0.1:80##r#127.0.0.1:18#b :80##s#127.0.0.1:19#bücher:80##t#127.0.0.1:20#"},
 			[]string{
 				` entry 1: upstream of "a#127.0.0.1:1#b": "b": ` + upstream,
-				` entry 2: upstream of "b#127.0.0.1:2#b:0": "b:0": its port "0" ` + port,
+				` entry 2: upstream of "b#127.0.0.1:2#b:0": "b:0": the port "0" ` + port,
 				` entry 3: upstream of "c#127.0.0.1:3#2001:db8::7:80": "2001:db8::7:80": ` + upstream,
 				` entry 4: upstream of "d#127.0.0.1:4#[b]:80": "[b]:80": ` + upstream,
 				` entry 5: upstream of "e#127.0.0.1:5#[192.0.2.7]:80": "[192.0.2.7]:80": ` + upstream,
 				` entry 6: upstream of "f#127.0.0.1:6#:80": ":80": ` + upstream,
-				` entry 7: upstream of "g#127.0.0.1:7#[fe80::1%eth0]:80": "[fe80::1%eth0]:80": must be the address of one host, without a zone`,
-				` entry 8: upstream of "h#127.0.0.1:8#0.0.0.0:80": "0.0.0.0:80": must be the address of one host, without a zone`,
-				` entry 9: upstream of "i#127.0.0.1:9#b:x": "b:x": its port "x" ` + port,
+				` entry 7: upstream of "g#127.0.0.1:7#[fe80::1%eth0]:80": "[fe80::1%eth0]:80": must be the address of a single host, without a zone`,
+				` entry 8: upstream of "h#127.0.0.1:8#0.0.0.0:80": "0.0.0.0:80": must be the address of a single host, without a zone`,
+				` entry 9: upstream of "i#127.0.0.1:9#b:x": "b:x": the port "x" ` + port,
 				` entry 10: upstream of "j#127.0.0.1:10#10.0.0.300:80": "10.0.0.300:80": "10.0.0.300" is neither an IP address nor a host name`,
-				` entry 11: upstream of "k#127.0.0.1:11#-b:80": "-b:80": "-b" is no host name: each part between dots has 1 to 63 letters, digits and inner hyphens`,
+				` entry 11: upstream of "k#127.0.0.1:11#-b:80": "-b:80": "-b" is not a host name: each part between dots must have 1 to 63 letters, digits, hyphens or underscores, with no hyphen at either end`,
 				` entry 12: upstream of "l#127.0.0.1:12#` + long[:105] + `"… (274 bytes): "` + long[:120] + `"… (259 bytes): the host name is longer than 253 characters`,
 				` entry 13: upstream of "m#127.0.0.1:13#[2001:db8::7:80": "[2001:db8::7:80": ` + upstream,
 				` entry 14: upstream of "n#127.0.0.1:14#tcp://b:80": "tcp://b:80": ` + upstream,
-				` entry 15: upstream of "o#127.0.0.1:15#a..b:80": "a..b:80": "a..b" is no host name: each part between dots has 1 to 63 letters, digits and inner hyphens`,
+				` entry 15: upstream of "o#127.0.0.1:15#a..b:80": "a..b:80": "a..b" is not a host name: each part between dots must have 1 to 63 letters, digits, hyphens or underscores, with no hyphen at either end`,
 				` entry 16: upstream of "p#127.0.0.1:16#10.007:80": "10.007:80": "10.007" is neither an IP address nor a host name`,
-				` entry 17: upstream of "q#127.0.0.1:17#224.0.0.1:80": "224.0.0.1:80": must be the address of one host, without a zone`,
-				` entry 18: upstream of "r#127.0.0.1:18#b :80": "b :80": "b " is no host name: each part between dots has 1 to 63 letters, digits and inner hyphens`,
-				` entry 19: upstream of "s#127.0.0.1:19#bücher:80": "bücher:80": "bücher" is no host name: each part between dots has 1 to 63 letters, digits and inner hyphens`,
+				` entry 17: upstream of "q#127.0.0.1:17#224.0.0.1:80": "224.0.0.1:80": must be the address of a single host, without a zone`,
+				` entry 18: upstream of "r#127.0.0.1:18#b :80": "b :80": "b " is not a host name: each part between dots must have 1 to 63 letters, digits, hyphens or underscores, with no hyphen at either end`,
+				` entry 19: upstream of "s#127.0.0.1:19#bücher:80": "bücher:80": "bücher" is not a host name: each part between dots must have 1 to 63 letters, digits, hyphens or underscores, with no hyphen at either end`,
 				` entry 20: upstream of "t#127.0.0.1:20#": ` + upstream,
 			},
 		},
@@ -299,37 +299,37 @@ func environmentProblems() map[string]environmentProblem {
 			[]string{egress + "a#127.0.0.1:1##b#127.0.0.1:2#x:1#y"},
 			[]string{
 				` entry 1: "a#127.0.0.1:1": ` + out + "2",
-				` entry 2: "b#127.0.0.1:2#x:1#y": ` + out + "4",
+				` entry 2: "b#127.0.0.1:2#x:1#y": ` + out + "4; separate entries with ##",
 			},
 		},
 		"the same listen address, another upstream": {
 			[]string{egress + "a#127.0.0.1:1#x:1##b#127.0.0.1:1#x:2##c#[::1]:1#x:1##d#[0::1]:1#y:1"},
 			[]string{
-				` entry 2: egress[127.0.0.1:1]: says something else than EDG_EGRESS_PROXY_CONFIG entry 1; leave one of them`,
-				` entry 4: egress[[::1]:1]: says something else than EDG_EGRESS_PROXY_CONFIG entry 3; leave one of them`,
+				` entry 2: egress[127.0.0.1:1]: differs from the entry at EDG_EGRESS_PROXY_CONFIG entry 1; keep only one of them`,
+				` entry 4: egress[[::1]:1]: differs from the entry at EDG_EGRESS_PROXY_CONFIG entry 3; keep only one of them`,
 			},
 		},
 		"a circle": {
 			[]string{egress + "a#127.0.0.1:1#127.0.0.1:1##b#[::1]:1#[0::1]:1"},
 			[]string{
-				` entry 1: egress[127.0.0.1:1].upstream: "127.0.0.1:1": is the entry's own listen address: connections would go round in a circle`,
-				` entry 2: egress[[::1]:1].upstream: "[::1]:1": is the entry's own listen address: connections would go round in a circle`,
+				` entry 1: egress[127.0.0.1:1].upstream: "127.0.0.1:1": is the entry's own listen address: connections would loop back to mantlet`,
+				` entry 2: egress[[::1]:1].upstream: "[::1]:1": is the entry's own listen address: connections would loop back to mantlet`,
 			},
 		},
 		"a circle of several": {
 			[]string{egress + "a#127.0.0.1:1#127.0.0.2:2##b#127.0.0.2:2#127.0.0.1:1##c#127.0.0.1:3#LocalHost.:3##d#127.0.0.1:4#127.0.0.1:15006##e#127.0.0.1:5#127.0.0.1:6"},
 			[]string{
-				` entry 1: egress[127.0.0.1:1].upstream: "127.0.0.2:2": is the listen address of egress[127.0.0.2:2]: connections would go round in a circle`,
-				` entry 2: egress[127.0.0.2:2].upstream: "127.0.0.1:1": is the listen address of egress[127.0.0.1:1]: connections would go round in a circle`,
-				` entry 3: egress[127.0.0.1:3].upstream: "LocalHost.:3": is the listen address of egress[127.0.0.1:3]: connections would go round in a circle`,
-				` entry 4: egress[127.0.0.1:4].upstream: "127.0.0.1:15006": is mantlet's own listener: connections would go round in a circle`,
+				` entry 1: egress[127.0.0.1:1].upstream: "127.0.0.2:2": is the listen address of egress[127.0.0.2:2]: connections would loop back to mantlet`,
+				` entry 2: egress[127.0.0.2:2].upstream: "127.0.0.1:1": is the listen address of egress[127.0.0.1:1]: connections would loop back to mantlet`,
+				` entry 3: egress[127.0.0.1:3].upstream: "LocalHost.:3": is the listen address of egress[127.0.0.1:3]: connections would loop back to mantlet`,
+				` entry 4: egress[127.0.0.1:4].upstream: "127.0.0.1:15006": is mantlet's own listener: connections would loop back to mantlet`,
 			},
 		},
 		"spellings differ": {
 			[]string{"CONTRAST_INGRESS_PROXY_CONFIG=a#80#true", ingress + "a#80#false", "CONTRAST_EGRESS_PROXY_CONFIG=##", egress + "a#127.0.0.1:80#x:1"},
 			[]string{
-				`CONTRAST_EGRESS_PROXY_CONFIG: "##": EDG_EGRESS_PROXY_CONFIG is set too, to something else ("a#127.0.0.1:80#x:1"); set one of them, or both to the same`,
-				`CONTRAST_INGRESS_PROXY_CONFIG: "a#80#true": EDG_INGRESS_PROXY_CONFIG is set too, to something else ("a#80#false"); set one of them, or both to the same`,
+				`CONTRAST_EGRESS_PROXY_CONFIG: "##": EDG_EGRESS_PROXY_CONFIG is also set, to a different value ("a#127.0.0.1:80#x:1"); set only one of them, or both to the same value`,
+				`CONTRAST_INGRESS_PROXY_CONFIG: "a#80#true": EDG_INGRESS_PROXY_CONFIG is also set, to a different value ("a#80#false"); set only one of them, or both to the same value`,
 			},
 		},
 		"the newer spelling is named": {
@@ -342,11 +342,11 @@ func environmentProblems() map[string]environmentProblem {
 				"MANTLET_overrides=none", "MANTLET_=",
 			},
 			[]string{
-				`MANTLET_: mantlet has no such variable; known are MANTLET_…: ` + known,
+				`MANTLET_: mantlet has no such variable; known variables: MANTLET_… ` + known,
 				`MANTLET_ACCESSLOG: mantlet has no such variable; did you mean MANTLET_ACCESS_LOG?`,
 				`MANTLET_CONFIG_FILE: "/x": mantlet has no such variable; did you mean MANTLET_CONFIG?`,
 				`MANTLET_CONFIG_SHA: mantlet has no such variable; did you mean MANTLET_CONFIG_SHA256?`,
-				`MANTLET_FOO: "a\nb=c": mantlet has no such variable; known are MANTLET_…: ` + known,
+				`MANTLET_FOO: "a\nb=c": mantlet has no such variable; known variables: MANTLET_… ` + known,
 				`MANTLET_TLS_MINVERSION: mantlet has no such variable; did you mean MANTLET_TLS_MIN_VERSION?`,
 				`MANTLET_TLS_MIN_VERSON: "1.3": mantlet has no such variable; did you mean MANTLET_TLS_MIN_VERSION?`,
 				`MANTLET_overrides: "none": mantlet has no such variable; did you mean MANTLET_OVERRIDES?`,
@@ -387,7 +387,7 @@ func environmentProblems() map[string]environmentProblem {
 				`MANTLET_ENVOY_DRAIN_TIME: envoy.drainTime: "10": ` + duration, // and nothing of the other, which 5s may be longer than
 				`MANTLET_ENVOY_LOG_LEVEL: envoy.logLevel: "warn": must be one of trace, debug, info, warning, error, critical, off; did you mean warning?`,
 				`MANTLET_OTHER_PROTOCOLS: otherProtocols: "Drop": must be one of drop, accept; did you mean drop?`,
-				`MANTLET_TLS_MIN_VERSION: tls.minVersion: "1.1": must be one of 1.2, 1.3; did you mean 1.2?`,
+				`MANTLET_TLS_MIN_VERSION: tls.minVersion: "1.1": must be one of 1.2, 1.3`,
 			},
 		},
 		"threads":         {[]string{"MANTLET_ENVOY_CONCURRENCY=257"}, []string{`MANTLET_ENVOY_CONCURRENCY: envoy.concurrency: "257": must be a number of worker threads from 1 to 256`}},
@@ -403,6 +403,27 @@ func environmentProblems() map[string]environmentProblem {
 		"both times": {
 			[]string{"MANTLET_ENVOY_PARENT_SHUTDOWN_TIME=3600s", "MANTLET_ENVOY_DRAIN_TIME=60m"},
 			[]string{`MANTLET_ENVOY_PARENT_SHUTDOWN_TIME: envoy.parentShutdownTime: "1h": must be more than envoy.drainTime, which is 1h (MANTLET_ENVOY_DRAIN_TIME)`},
+		},
+		"quotes": { // as a shell would remove them, and an env file does not
+			[]string{
+				ingress + `"web#8080#false"`, egress + `'a#127.0.0.1:1#b:1'`, `MANTLET_TLS_DIRECTORY="/tls"`, `MANTLET_ACCESS_LOG='all'`, `MANTLET_ENVOY_PATH="envoy"`,
+				"MANTLET_ENVOY_UID=\"1337\n\"",
+			},
+			[]string{
+				`EDG_EGRESS_PROXY_CONFIG entry 1: upstream of "'a#127.0.0.1:1#b:1'": "b:1'": the quotes are part of the value: remove them`,
+				` entry 1: disableTLS of "\"web#8080#false\"": "false\"": the quotes are part of the value: remove them`,
+				`MANTLET_ACCESS_LOG: accessLog: "'all'": the quotes are part of the value: remove them`,
+				`MANTLET_ENVOY_PATH: "\"envoy\"": the quotes are part of the value: remove them`,
+				`MANTLET_ENVOY_UID: "\"1337\n\"": must be a numeric user ID from 0 to 2147483647`,
+				`MANTLET_TLS_DIRECTORY: "\"/tls\"": the quotes are part of the value: remove them`,
+			},
+		},
+		"one # between entries": {
+			[]string{ingress + "a#1#true#b#2#true", egress + "a#127.0.0.1:1#x:1#b#127.0.0.1:2#x:1"},
+			[]string{
+				`EDG_EGRESS_PROXY_CONFIG entry 1: "a#127.0.0.1:1#x:1#b#127.0.0.1:2#x:1": ` + out + "6; separate entries with ##",
+				` entry 1: "a#1#true#b#2#true": ` + in + "6; separate entries with ##",
+			},
 		},
 		"the process": {
 			[]string{
@@ -420,7 +441,7 @@ func environmentProblems() map[string]environmentProblem {
 		},
 		"a pin with the end of its line": {
 			[]string{"MANTLET_CONFIG=/x", "MANTLET_CONFIG_SHA256=" + pin + "\r\n"},
-			[]string{`MANTLET_CONFIG_SHA256: "` + pin + `\r\n": must be a SHA-256 digest: 64 hexadecimal digits and nothing else`},
+			[]string{`MANTLET_CONFIG_SHA256: "` + pin + `\r\n": ends with a line break: remove it`},
 		},
 		"a pin as sha256sum prints it": {
 			[]string{"MANTLET_CONFIG=/x", "MANTLET_CONFIG_SHA256=" + pin + "  x"},
@@ -428,15 +449,15 @@ func environmentProblems() map[string]environmentProblem {
 		},
 		"a user by name": {
 			[]string{"MANTLET_ENVOY_UID=nobody"},
-			[]string{`MANTLET_ENVOY_UID: "nobody": must be a user's number: from 0 to 2147483647`},
+			[]string{`MANTLET_ENVOY_UID: "nobody": must be a numeric user ID from 0 to 2147483647`},
 		},
 		"the user that means none": {
 			[]string{"MANTLET_ENVOY_UID=4294967295"},
-			[]string{`MANTLET_ENVOY_UID: "4294967295": must be a user's number: from 0 to 2147483647`},
+			[]string{`MANTLET_ENVOY_UID: "4294967295": must be a numeric user ID from 0 to 2147483647`},
 		},
 		"a pin of no file": {
 			[]string{"MANTLET_CONFIG=", "MANTLET_CONFIG_SHA256=" + pin},
-			[]string{"MANTLET_CONFIG_SHA256: pins the content of a file, but MANTLET_CONFIG names none"},
+			[]string{"MANTLET_CONFIG_SHA256: pins the content of the override file, but MANTLET_CONFIG does not name one"},
 		},
 		"one mistake, one problem": { // not that the upstream is missing
 			[]string{egress + "a#127.0.0.1:1#x", "MANTLET_CONFIG_INLINE=egress: [{listen: '127.0.0.1:1', serverNames: [y]}]"},
@@ -448,16 +469,16 @@ func environmentProblems() map[string]environmentProblem {
 				egress + "a#10.0.0.1:80#x:1", ingress + "a#443-444#x##b#86#true", "MANTLET_ACCESS_LOG=x", "MANTLET_X=1",
 			},
 			[]string{
-				`EDG_EGRESS_PROXY_CONFIG entry 1: listen address of "a#10.0.0.1:80#x:1": "10.0.0.1:80": lies outside of 127.0.0.0/8 and [::1], where others than the workload could use it; ` + listen,
+				`EDG_EGRESS_PROXY_CONFIG entry 1: listen address of "a#10.0.0.1:80#x:1": "10.0.0.1:80": is outside 127.0.0.0/8 and [::1], so others than the workload could connect to it; ` + listen,
 				`EDG_INGRESS_PROXY_CONFIG entry 1: port of "a#443-444#x": "443-444": ` + port,
 				`EDG_INGRESS_PROXY_CONFIG entry 1: disableTLS of "a#443-444#x": "x": ` + disable,
 				`MANTLET_ACCESS_LOG: accessLog: "x": must be one of none, refused, all`,
-				`MANTLET_CONFIG_INLINE:2:5: ingress[80-90]: overlaps 86 (EDG_INGRESS_PROXY_CONFIG entry 2); ranges must be the same or apart`,
+				`MANTLET_CONFIG_INLINE:2:5: ingress[80-90]: overlaps 86 (EDG_INGRESS_PROXY_CONFIG entry 2); ranges must be identical or disjoint`,
 				`MANTLET_CONFIG_INLINE:3:11: ingress[80-90].mode: "x": must be one of mtls, tls, passthrough`,
-				`MANTLET_CONFIG_INLINE:4:5: ingress[85]: overlaps 80-90 (MANTLET_CONFIG_INLINE:2:5); ranges must be the same or apart`,
-				`MANTLET_CONFIG_INLINE:8:5: egress[127.0.0.1:1]: "upstrem": is no key that is known here; did you mean upstream?`,
+				`MANTLET_CONFIG_INLINE:4:5: ingress[85]: overlaps 80-90 (MANTLET_CONFIG_INLINE:2:5); ranges must be identical or disjoint`,
+				`MANTLET_CONFIG_INLINE:8:5: egress[127.0.0.1:1]: "upstrem": unknown key; did you mean upstream?`,
 				`MANTLET_CONFIG_INLINE:9:5: egress[127.0.0.1:2].upstream: is missing: a new entry needs it`,
-				`MANTLET_X: "1": mantlet has no such variable; known are MANTLET_…: ` + known,
+				`MANTLET_X: "1": mantlet has no such variable; known variables: MANTLET_… ` + known,
 			},
 		},
 	}
@@ -592,8 +613,8 @@ func TestProblems(t *testing.T) {
 func TestReport(t *testing.T) {
 	_, err := schema.ParseEnvironment([]string{ingress + "a##b"})
 	want := "2 problems:\n" +
-		"  EDG_INGRESS_PROXY_CONFIG entry 1: \"a\": must have the 3 fields name#port#disableTLS, and has 1\n" +
-		"  EDG_INGRESS_PROXY_CONFIG entry 2: \"b\": must have the 3 fields name#port#disableTLS, and has 1"
+		"  EDG_INGRESS_PROXY_CONFIG entry 1: \"a\": must have 3 fields, name#port#disableTLS, but has 1\n" +
+		"  EDG_INGRESS_PROXY_CONFIG entry 2: \"b\": must have 3 fields, name#port#disableTLS, but has 1"
 	if diff := cmp.Diff(want, err.Error()); diff != "" {
 		t.Error(diff)
 	}

@@ -12,7 +12,7 @@ func JSONSchema() ([]byte, error) {
 	reflector := jsonschema.Reflector{Anonymous: true, DoNotReference: true}
 	s := reflector.Reflect(&fileForm{})
 	s.Title = "mantlet override file"
-	s.Description = "What mantlet shall do, beside or instead of what its environment says. Everything is optional."
+	s.Description = "The configuration that adds to what mantlet's environment variables say, or overrides it. Everything is optional."
 	text, err := json.MarshalIndent(s, "", "  ")
 	if err != nil {
 		return nil, fmt.Errorf("marshalling the JSON Schema: %w", err)

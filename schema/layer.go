@@ -162,7 +162,7 @@ func entriesOf(list string, objects []*object, report *report) entries {
 			continue
 		}
 		if e.removed() && len(e.fields) > 2 { // its key and remove
-			report.add(e.fields["remove"].origin, list+"["+e.key+"].remove", "true", "an entry that is removed has no other fields")
+			report.add(e.fields["remove"].origin, list+"["+e.key+"].remove", "true", "an entry with remove: true must not have other fields")
 			e.unknown = true
 		}
 		if list == "probes" && !e.removed() && len(e.fields) > 2 {
@@ -182,7 +182,7 @@ func (all entries) add(list string, e *entry, report *report) {
 		return
 	}
 	if !first.unknown && !e.unknown && !first.means(e) {
-		report.add(e.origin, list+"["+e.key+"]", "", fmt.Sprintf("says something else than %s; leave one of them", first.origin))
+		report.add(e.origin, list+"["+e.key+"]", "", fmt.Sprintf("differs from the entry at %s; keep only one of them", first.origin))
 	}
 }
 

@@ -227,29 +227,29 @@ func TestMergeProblems(t *testing.T) {
 			[]string{ingress + "a#80#true##b#85#true"},
 			"ingress: [{port: 80-90}]\n",
 			[]string{
-				"1:11: ingress[80-90]: overlaps 80 (EDG_INGRESS_PROXY_CONFIG entry 1); ranges must be the same or apart",
-				"1:11: ingress[80-90]: overlaps 85 (EDG_INGRESS_PROXY_CONFIG entry 2); ranges must be the same or apart",
+				"1:11: ingress[80-90]: overlaps 80 (EDG_INGRESS_PROXY_CONFIG entry 1); ranges must be identical or disjoint",
+				"1:11: ingress[80-90]: overlaps 85 (EDG_INGRESS_PROXY_CONFIG entry 2); ranges must be identical or disjoint",
 			},
 		},
 		"an overlap with what stands inline": {
 			[]string{"MANTLET_CONFIG_INLINE=ingress: [{port: 80-90}]"},
 			"ingress: [{port: 90-91}]\n",
-			[]string{"1:11: ingress[90-91]: overlaps 80-90 (MANTLET_CONFIG_INLINE:1:11); ranges must be the same or apart"},
+			[]string{"1:11: ingress[90-91]: overlaps 80-90 (MANTLET_CONFIG_INLINE:1:11); ranges must be identical or disjoint"},
 		},
 		"an overlap with what was changed": {
 			[]string{ingress + "a#80#true"},
 			"ingress:\n  - {port: 79-80}\n  - {port: 80, mode: tls}\n",
-			[]string{"3:5: ingress[80]: overlaps 79-80 (/config.yaml:2:5); ranges must be the same or apart"},
+			[]string{"3:5: ingress[80]: overlaps 79-80 (/config.yaml:2:5); ranges must be identical or disjoint"},
 		},
 		"allow, of a mode that comes from elsewhere": {
 			[]string{ingress + "a#80#true"},
 			"ingress: [{port: 80, allow: [x]}]\n",
-			[]string{`1:30: ingress[80].allow: "[x]": needs mode mtls, and the mode is passthrough (EDG_INGRESS_PROXY_CONFIG entry 1): without client certificates there is nobody to tell apart`},
+			[]string{`1:30: ingress[80].allow: "[x]": requires mode mtls, but the mode is passthrough (EDG_INGRESS_PROXY_CONFIG entry 1): without client certificates, clients cannot be told apart`},
 		},
 		"a mode, of an allow that comes from elsewhere": {
 			[]string{"MANTLET_CONFIG_INLINE=ingress: [{port: 80, allow: [x]}]"},
 			"ingress: [{port: 80, mode: tls}]\n",
-			[]string{`MANTLET_CONFIG_INLINE:1:30: ingress[80].allow: "[x]": needs mode mtls, and the mode is tls (/config.yaml:1:28): without client certificates there is nobody to tell apart`},
+			[]string{`MANTLET_CONFIG_INLINE:1:30: ingress[80].allow: "[x]": requires mode mtls, but the mode is tls (/config.yaml:1:28): without client certificates, clients cannot be told apart`},
 		},
 		"part of an entry that is nowhere": {
 			[]string{egress + "a#127.0.0.1:1#x:1"},
@@ -264,7 +264,7 @@ func TestMergeProblems(t *testing.T) {
 		"a circle by two sources": {
 			[]string{egress + "a#127.0.0.1:1#x:1"},
 			"egress: [{listen: '127.0.0.1:1', upstream: '127.0.0.1:1'}]\n",
-			[]string{`1:44: egress[127.0.0.1:1].upstream: "127.0.0.1:1": is the entry's own listen address: connections would go round in a circle`},
+			[]string{`1:44: egress[127.0.0.1:1].upstream: "127.0.0.1:1": is the entry's own listen address: connections would loop back to mantlet`},
 		},
 		"times": {
 			[]string{"MANTLET_ENVOY_DRAIN_TIME=20m", "MANTLET_ENVOY_PARENT_SHUTDOWN_TIME=1h"},
@@ -274,11 +274,11 @@ func TestMergeProblems(t *testing.T) {
 		"a probe of nothing": {
 			[]string{"MANTLET_CONFIG_INLINE=probes: [{name: web, tcp: 80}]"},
 			"probes:\n  - {name: db}\n  - {name: web}\n",
-			[]string{"2:5: probes[db]: needs one of http, tcp and grpc, as http: 8080/healthz"},
+			[]string{"2:5: probes[db]: needs one of http, tcp and grpc, for example http: 8080/healthz"},
 		},
 		"both ends of one entry": {
 			nil, "ingress: [{port: 80, mode: tls}, {port: 80, remove: true}]\n",
-			[]string{"1:34: ingress[80]: says something else than /config.yaml:1:11; leave one of them"},
+			[]string{"1:34: ingress[80]: differs from the entry at /config.yaml:1:11; keep only one of them"},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

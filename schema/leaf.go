@@ -37,12 +37,51 @@ type yamlType struct {
 }
 
 var (
-	yamlString = yamlType{"text", []string{"!!str"}}
+	yamlString = yamlType{"a string", []string{"!!str"}}
 	yamlNumber = yamlType{"a number", []string{"!!int"}}
 	yamlBool   = yamlType{"true", []string{"!!bool"}}
 	yamlPorts  = yamlType{"a port or a range", []string{"!!int", "!!str"}}
-	yamlProbe  = yamlType{"a port, or text that starts with one", []string{"!!int", "!!str"}}
+	yamlProbe  = yamlType{"a port, or a string that starts with one", []string{"!!int", "!!str"}}
 )
+
+// parse reads a text by a parser. Where only what surrounds the value is wrong, the reason says so.
+func parse(parser func(string) (string, string), text string) (canonical, reason string) {
+	canonical, reason = parser(text)
+	if reason == "" {
+		return canonical, ""
+	}
+	bare := strings.TrimSpace(text)
+	isGood := func(text string) bool {
+		_, reason := parser(text)
+		return text != "" && reason == ""
+	}
+	switch unquoted := strings.Trim(bare, `"'`); {
+	case bare != text && isGood(bare):
+		return "", surrounded(text)
+	case unquoted != bare && isGood(unquoted):
+		return "", "the quotes are part of the value: remove them"
+	}
+	return "", reason
+}
+
+// surrounded says what blanks are at the ends of a text.
+func surrounded(text string) string {
+	at, end := "starts", strings.TrimRight(text, " \t\r\n")
+	blanks := strings.TrimSuffix(text, strings.TrimLeft(text, " \t\r\n"))
+	if end != text {
+		at, blanks = "ends", strings.TrimPrefix(text, end)
+	}
+	what := "white space"
+	switch {
+	case strings.ContainsAny(blanks, "\r\n"):
+		what = "a line break"
+	case strings.Trim(blanks, " ") == "":
+		what = "a space"
+	case strings.Trim(blanks, "\t") == "":
+		what = "a tab"
+	}
+	return at + " with " + what + ": remove it"
+}
 
 // Patterns of the JSON Schema, for editors. The parsers decide.
 const (
@@ -61,7 +100,7 @@ func parseNumber(text string) (uint16, bool) {
 func parsePort(text string) (uint16, string) {
 	port, ok := parseNumber(text)
 	if !ok {
-		return 0, "must be a port: a decimal number from 1 to 65535"
+		return 0, "must be a port number from 1 to 65535"
 	}
 	return port, ""
 }
@@ -72,7 +111,7 @@ type portsText string
 func (portsText) scalar() yamlType { return yamlPorts }
 
 func (portsText) parse(text string) (string, string) {
-	const right = "must be a port from 1 to 65535 or a range as 8000-8099"
+	const right = "must be a port from 1 to 65535 or a range, for example 8000-8099"
 	first, last, isRange := strings.Cut(text, "-")
 	p, reason := parsePort(first)
 	if reason != "" {
@@ -132,16 +171,16 @@ var loopback4 = netip.MustParsePrefix("127.0.0.0/8")
 func (listenText) scalar() yamlType { return yamlString }
 
 func (listenText) parse(text string) (string, string) {
-	const right = "must be a loopback address and a port, as 127.137.0.1:8081 or [::1]:8081"
+	const right = "must be a loopback address and a port, for example 127.137.0.1:8081 or [::1]:8081"
 	host, port, ok := cutPort(text)
 	addr, err := netip.ParseAddr(host)
 	switch {
 	case !ok || err != nil:
 		return "", right
 	case !loopback4.Contains(addr) && addr != netip.IPv6Loopback():
-		return "", "lies outside of 127.0.0.0/8 and [::1], where others than the workload could use it; " + right
+		return "", "is outside 127.0.0.0/8 and [::1], so others than the workload could connect to it; " + right
 	case addr == netip.AddrFrom4([4]byte{127, 255, 255, 255}):
-		return "", "is loopback's broadcast address, which nothing can connect to; " + right
+		return "", "is the broadcast address of loopback, which nothing can connect to; " + right
 	}
 	p, reason := parsePort(port)
 	switch {
@@ -169,18 +208,18 @@ func (upstreamText) scalar() yamlType { return yamlString }
 func (upstreamText) parse(text string) (string, string) {
 	host, port, ok := cutPort(text)
 	if !ok {
-		return "", "must be a host and a port, as billing-svc:8080, 192.0.2.7:8080 or [2001:db8::7]:8080"
+		return "", "must be a host and a port, for example billing-svc:8080, 192.0.2.7:8080 or [2001:db8::7]:8080"
 	}
 	p, reason := parsePort(port)
 	if reason != "" {
-		return "", fmt.Sprintf("its port %s %s", quote(port), reason)
+		return "", fmt.Sprintf("the port %s %s", quote(port), reason)
 	}
 	addr, err := netip.ParseAddr(host)
 	switch {
 	case err != nil:
 		return Upstream{host, p}.String(), hostReason(host)
 	case addr.IsUnspecified() || addr.IsMulticast() || addr.Zone() != "":
-		return "", "must be the address of one host, without a zone"
+		return "", "must be the address of a single host, without a zone"
 	default:
 		return Upstream{addr.Unmap().String(), p}.String(), ""
 	}
@@ -208,7 +247,7 @@ func hostReason(host string) string {
 	labels := strings.Split(name, ".")
 	for _, l := range labels {
 		if !label.MatchString(l) {
-			return fmt.Sprintf("%s is no host name: each part between dots has 1 to 63 letters, digits and inner hyphens", quote(host))
+			return fmt.Sprintf("%s is not a host name: each part between dots must have 1 to 63 letters, digits, hyphens or underscores, with no hyphen at either end", quote(host))
 		}
 	}
 	if strings.Trim(labels[len(labels)-1], "0123456789") == "" { // what resolvers take for an address, 10.0.0.300 and 10.007 too
@@ -251,7 +290,7 @@ func (sanText) scalar() yamlType { return yamlString }
 func (sanText) parse(text string) (string, string) {
 	if IsURI(text) {
 		if !uri.MatchString(text) {
-			return "", "is no URI as certificates have them, as spiffe://mesh/ns/shop/sa/cart"
+			return "", "is not a valid URI SAN; write it like spiffe://mesh/ns/shop/sa/cart"
 		}
 		return text, ""
 	}
@@ -260,7 +299,7 @@ func (sanText) parse(text string) (string, string) {
 		return text, ""
 	}
 	if reason := hostReason(name); reason != "" || strings.HasSuffix(name, ".") {
-		return "", "must be a name as certificates have them: DNS, as frontend or *.shop.svc, or a URI, as spiffe://mesh/ns/shop/sa/cart"
+		return "", "must be a SAN: a DNS name, for example frontend or *.shop.svc, or a URI, for example spiffe://mesh/ns/shop/sa/cart"
 	}
 	return text, ""
 }
@@ -276,7 +315,7 @@ func (serverNameText) scalar() yamlType { return yamlString }
 
 func (serverNameText) parse(text string) (string, string) {
 	if strings.Contains(text, "*") && !IsURI(text) {
-		return "", "must name one endpoint; a wildcard in the endpoint's certificate covers it"
+		return "", "must name one endpoint, without a wildcard; a wildcard in the endpoint's certificate matches it"
 	}
 	return sanText.parse("", text)
 }
@@ -292,7 +331,7 @@ func (probeName) scalar() yamlType { return yamlString }
 
 func (probeName) parse(text string) (string, string) {
 	if len(text) < 1 || len(text) > 63 || !consists(text, lower+digits+"-") || strings.Trim(text, "-") != text {
-		return "", "must be a DNS label: 1 to 63 lower-case letters, digits and inner hyphens"
+		return "", "must be a DNS label: 1 to 63 lower-case letters, digits or hyphens, with no hyphen at either end"
 	}
 	return text, ""
 }
@@ -359,13 +398,13 @@ func (httpProbeText) parse(text string) (string, string) {
 	port, target, reason := cutTarget(text)
 	switch {
 	case port == 0:
-		return "", "must be a port, or a port and a path, as 8080/healthz"
+		return "", "must be a port, or a port and a path, for example 8080/healthz"
 	case reason != "":
 		return "", reason
 	case target == "":
 		target = "/"
 	case !isPath(target):
-		return "", "its path must be as URLs have it: other characters are written as %20"
+		return "", "its path has characters that a URL must escape, for example a space as %20"
 	case len(target) > maxPath:
 		return "", fmt.Sprintf("its path is longer than %d bytes", maxPath)
 	}
@@ -382,7 +421,7 @@ func (portText) scalar() yamlType { return yamlProbe }
 func (portText) parse(text string) (string, string) {
 	port, target, reason := cutTarget(text)
 	if target != "" {
-		reason = "must be a port alone, as 5432"
+		reason = "must be a port and nothing else, for example 5432"
 	}
 	return Probe{Kind: ProbeTCP, Port: port}.String(), reason
 }
@@ -401,7 +440,7 @@ func (grpcProbeText) parse(text string) (string, string) {
 	case reason != "" && port != 0:
 		return "", reason
 	case port == 0 || target == "/" || len(service) > maxService || !consists(service, alphabet+"._-"):
-		return "", "must be a port, as 9000, or a port and a service, as 9000/my.Service"
+		return "", "must be a port, or a port and a service, for example 9000/my.Service"
 	}
 	return Probe{Kind: ProbeGRPC, Port: port, Target: service}.String(), ""
 }
@@ -439,7 +478,7 @@ func (durationText) scalar() yamlType { return yamlString }
 func (durationText) parse(text string) (string, string) {
 	d, err := time.ParseDuration(text)
 	if err != nil || d < time.Second || d > 24*time.Hour || !wholeSeconds.MatchString(text) {
-		return "", "must be a duration from 1s to 24h in hours, minutes and seconds, as 10s or 1h30m"
+		return "", "must be a duration from 1s to 24h in hours, minutes and seconds, for example 10s or 1h30m"
 	}
 	text = d.String() // with all of its units
 	if strings.HasSuffix(text, "m0s") {
@@ -462,7 +501,7 @@ func (removeText) scalar() yamlType { return yamlBool }
 
 func (removeText) parse(text string) (string, string) {
 	if text != "true" {
-		return "", "must be true, or be left out"
+		return "", "must be true; to keep the entry, remove this key"
 	}
 	return text, ""
 }
@@ -503,7 +542,6 @@ func (AccessLog) choices() []string {
 }
 
 func (m Mode) parse(text string) (string, string)           { return oneOf(text, m.choices()) }
-func (v TLSVersion) parse(text string) (string, string)     { return oneOf(text, v.choices()) }
 func (l EnvoyLogLevel) parse(text string) (string, string)  { return oneOf(text, l.choices()) }
 func (o OtherProtocols) parse(text string) (string, string) { return oneOf(text, o.choices()) }
 func (a AccessLog) parse(text string) (string, string)      { return oneOf(text, a.choices()) }
@@ -513,6 +551,20 @@ func (TLSVersion) scalar() yamlType     { return yamlString }
 func (EnvoyLogLevel) scalar() yamlType  { return yamlString }
 func (OtherProtocols) scalar() yamlType { return yamlString }
 func (AccessLog) scalar() yamlType      { return yamlString }
+
+// parse suggests no other number: a version that does not exist says nothing about which one was meant.
+func (v TLSVersion) parse(text string) (string, string) {
+	if slices.Contains(v.choices(), text) {
+		return text, ""
+	}
+	reason := "must be one of " + strings.Join(v.choices(), ", ")
+	for _, choice := range v.choices() {
+		if spelled := strings.Trim(text, "TLSVtlsv _-"); spelled == choice || strings.NewReplacer("_", "", ".", "", ",", "").Replace(spelled) == strings.ReplaceAll(choice, ".", "") {
+			reason += "; did you mean " + choice + "?"
+		}
+	}
+	return "", reason
+}
 
 // JSONSchema lists the choices.
 func (m Mode) JSONSchema() *jsonschema.Schema { return enum(m.choices()) }

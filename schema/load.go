@@ -207,7 +207,7 @@ func (c *Config) ingress(r *report) []Ingress {
 		if a.origin.compare(b.origin) > 0 {
 			a, b = b, a
 		}
-		r.add(b.origin, "ingress["+b.key+"]", "", fmt.Sprintf("overlaps %s (%s); ranges must be the same or apart", a.key, a.origin))
+		r.add(b.origin, "ingress["+b.key+"]", "", fmt.Sprintf("overlaps %s (%s); ranges must be identical or disjoint", a.key, a.origin))
 		c.overlapping = append(c.overlapping, in)
 		if in.Ports.Last > widest.Ports.Last {
 			widest = in
@@ -221,11 +221,11 @@ func (in Ingress) checkAllow(e *entry, r *report) {
 	switch {
 	case in.Mode != ModeMTLS:
 		r.add(s.origin, "ingress["+e.key+"].allow", s.value(), fmt.Sprintf(
-			"needs mode mtls, and the mode is %s (%s): without client certificates there is nobody to tell apart",
+			"requires mode mtls, but the mode is %s (%s): without client certificates, clients cannot be told apart",
 			in.Mode, e.fields["mode"].origin))
 	case int(in.Ports.Last)-int(in.Ports.First) >= maxAllowRange:
 		r.add(s.origin, "ingress["+e.key+"].allow", s.value(), fmt.Sprintf(
-			"a range with allow has at most %d ports; split it", maxAllowRange))
+			"a range with allow can have at most %d ports; split it", maxAllowRange))
 	}
 }
 
@@ -257,7 +257,7 @@ func (c *Config) egress(r *report) []Egress {
 			out.Upstream = Upstream{Host: host, Port: uint16(number(port))}
 			if to := own.loop(out); to != "" {
 				r.add(e.fields["upstream"].origin, "egress["+e.key+"].upstream", text,
-					fmt.Sprintf("is %s: connections would go round in a circle", to))
+					fmt.Sprintf("is %s: connections would loop back to mantlet", to))
 			}
 		}
 		list = append(list, out)
@@ -283,7 +283,7 @@ func (c *Config) probes(r *report) []Probe {
 			p.Target = strings.TrimPrefix(p.Target, "/")
 		}
 		if p.Kind == "" && !e.mayMean(probeKinds...) {
-			r.add(e.origin, "probes["+e.key+"]", "", "needs one of http, tcp and grpc, as http: 8080/healthz")
+			r.add(e.origin, "probes["+e.key+"]", "", "needs one of http, tcp and grpc, for example http: 8080/healthz")
 		}
 		list = append(list, p)
 	}

@@ -34,7 +34,7 @@ func (p *parser) checkNames(variables map[string]processVariable) {
 		if near != "" {
 			reason += "; did you mean " + near + "?"
 		} else {
-			reason += "; known are " + ownPrefix + "…: " + strings.ReplaceAll(strings.Join(known, ", "), ownPrefix, "")
+			reason += "; known variables: " + ownPrefix + "… " + strings.ReplaceAll(strings.Join(known, ", "), ownPrefix, "")
 		}
 		p.report.add(Origin{Source: name}, "", value, reason)
 	}

@@ -18,7 +18,7 @@ type Content struct {
 	Link string // where links led to, out of the file's volume; empty where they did not. See Withhold
 }
 
-// unread is a file that can't be read: a problem with its place, and a reason that IsMissing knows.
+// unread is a file that cannot be read: a problem with its place, and a reason that IsMissing knows.
 type unread struct {
 	Problem
 
@@ -33,7 +33,7 @@ func readFile(path string, not ...string) (Content, error) {
 		err = perr.Err
 	}
 	if err != nil {
-		return Content{}, unread{Problem{Origin: Origin{Source: path}, Reason: "can't be read: " + err.Error()}, err}
+		return Content{}, unread{Problem{Origin: Origin{Source: path}, Reason: "cannot be read: " + err.Error()}, err}
 	}
 	return content, nil
 }
@@ -67,7 +67,7 @@ func ReadContent(path string, most int64, not ...string) (Content, error) {
 	}
 	for _, directory := range not {
 		if within(real, directory) && !within(path, directory) {
-			return Content{}, unfit(path, fmt.Sprintf("it leads to %s: what is in %s is no such file", real, directory))
+			return Content{}, unfit(path, fmt.Sprintf("it is a link to %s, and no file in %s is read as an override file", real, directory))
 		}
 	}
 	content := Content{Link: outside(path, real)}
@@ -113,7 +113,7 @@ func open(path string) (*os.File, error) {
 	}
 	info, err := f.Stat()
 	if err == nil && !info.Mode().IsRegular() {
-		err = unfit(path, "it must be a file, and is "+kindOf(info.Mode()))
+		err = unfit(path, "it must be a regular file, but is "+kindOf(info.Mode()))
 	}
 	if err != nil {
 		_ = f.Close()

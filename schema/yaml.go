@@ -64,10 +64,10 @@ func (r *reader) read(content []byte, form reflect.Type) *object {
 // unreadable finds the first place that is no text for YAML, before a parser makes something of it.
 func unreadable(content []byte) (reason string, line, column int) {
 	if len(content) > maxFile {
-		return fmt.Sprintf("is longer than %d bytes; no more is read", maxFile), 0, 0
+		return fmt.Sprintf("is longer than %d bytes, which is the limit", maxFile), 0, 0
 	}
 	if bytes.HasPrefix(content, []byte("\xff\xfe")) || bytes.HasPrefix(content, []byte("\xfe\xff")) {
-		return "is UTF-16; write it in UTF-8", 0, 0
+		return "is encoded in UTF-16; save it as UTF-8", 0, 0
 	}
 	line, column = 1, 1
 	for len(content) > 0 {
@@ -76,11 +76,11 @@ func unreadable(content []byte) (reason string, line, column int) {
 		case char == '\n':
 			line, column = line+1, 0
 		case char == utf8.RuneError && size == 1:
-			return fmt.Sprintf("holds the byte %#x, which is no UTF-8", content[0]), line, column
+			return fmt.Sprintf("contains the byte %#x, which is not valid UTF-8", content[0]), line, column
 		case char == 0:
-			return "holds a NUL byte; it must be text in UTF-8", line, column
+			return "contains a NUL byte; it must be UTF-8 text", line, column
 		case unicode.IsControl(char) && !strings.ContainsRune("\t\r\u0085", char):
-			return fmt.Sprintf("holds the control character %U, which YAML does not allow", char), line, column
+			return fmt.Sprintf("contains the control character %U, which YAML does not allow", char), line, column
 		}
 		content, column = content[size:], column+1
 	}
@@ -104,12 +104,12 @@ func (r *reader) parse(content []byte) (*yaml.Node, bool) {
 	if err == nil {
 		err = decoder.Decode(&second)
 		if err == nil {
-			r.add(&second, "", "a second document starts here, and would be ignored; there must be one")
+			r.add(&second, "", "a second YAML document starts here and would be ignored; the file must have only one")
 		}
 	}
 	if err != nil && !errors.Is(err, io.EOF) {
 		origin, line := text.last(r.source)
-		r.report.add(origin, "", strings.TrimSpace(line), noYAML(line, err))
+		r.report.add(origin, "", strings.TrimSpace(line), notYAML(line, err))
 	}
 	if len(document.Content) == 0 {
 		return nil, false
@@ -156,26 +156,49 @@ var (
 	bareIPv6  = regexp.MustCompile(`: *\[[0-9A-Fa-f:.]+\]:`)
 )
 
-// noYAML is the reason for an error of the YAML parser, in the words of those who made it where they are known.
-func noYAML(line string, err error) string {
+// unrendered is the reason against what Helm has not rendered.
+const unrendered = "a template that is not rendered: run helm template first"
+
+// parserWords has errors of the YAML parser, and what they say in plain words.
+var parserWords = []struct{ part, words string }{
+	{"unexpected end of stream", "a quote is not closed"},
+	{"incompatible YAML document", "remove the line that starts with %YAML"},
+	{"mapping values are not allowed", `a ":" is not allowed here: check the indentation, or put the value in quotes`},
+	{"could not find expected ':'", `a key has no ":" after it, on this line or the one before`},
+	{"expected node content", "a bracket is not closed, or a value is missing"},
+	{"expected ',' or", "a bracket is not closed, or a comma is missing"},
+	{"expected key", "a key was expected: check the indentation"},
+	{"expected '-' indicator", "an item that starts with - was expected: check the indentation"},
+	{"cannot start any token", "a value cannot start with this character: put it in quotes"},
+	{"unknown anchor", "anchors and aliases are not supported; write the value out"},
+	{"exceeded max depth", "it is nested too deeply"},
+}
+
+// notYAML is the reason for an error of the YAML parser, which stopped in a line.
+func notYAML(line string, err error) string {
 	text := regexp.MustCompile(`^yaml: (line \d+: )?`).ReplaceAllString(err.Error(), "")
 	switch {
+	case strings.Contains(line, "{{"):
+		text = unrendered
 	case tabIndent.MatchString(line):
 		text = "indent with spaces, not tabs"
 	case bareIPv6.MatchString(line):
-		text = "an address in brackets must stand in quotes"
-	case strings.Contains(text, "unexpected end of stream"):
-		text = "a quote is not closed"
-	case strings.Contains(text, "incompatible YAML document"):
-		text = "leave the line out that starts with %YAML"
-	case strings.Contains(text, "mapping values are not allowed"):
-		text = `a ":" can't stand here: check the indentation, or quote the value`
-	case strings.Contains(text, "could not find expected ':'"):
-		text = `a key lacks its ":", here or in the line before`
-	case strings.Contains(text, "expected key"), strings.Contains(text, "expected '-' indicator"):
-		text += "; check the indentation"
+		text = "an address in brackets must be in quotes"
+	default:
+		for _, p := range parserWords {
+			if strings.Contains(text, p.part) {
+				text = p.words
+				break
+			}
+		}
 	}
-	return "is no YAML: " + text
+	return "not valid YAML: " + text
+}
+
+// isTemplate reports whether a node is what {{ … }} is to YAML: a mapping whose key is a mapping.
+func isTemplate(node *yaml.Node) bool {
+	isFlow := func(n *yaml.Node) bool { return n.Kind == yaml.MappingNode && n.Style&yaml.FlowStyle != 0 }
+	return isFlow(node) && len(node.Content) > 0 && isFlow(node.Content[0])
 }
 
 func (r *reader) origin(node *yaml.Node) Origin {
@@ -235,11 +258,11 @@ func (r *reader) value(node *yaml.Node, f formField, path string) any {
 	case kind == reflect.Struct && node.Kind == yaml.MappingNode:
 		return r.object(node, f.form, path)
 	case node.Tag == "!!null":
-		r.add(node, path, "has no value; give it one, or leave the key out")
+		r.add(node, path, "has no value; set one or remove the key")
 	case kind == reflect.Slice:
 		r.add(node, path, "must be a list")
 	default:
-		r.add(node, path, "must be an object: keys and values")
+		r.add(node, path, "must be a mapping of keys to values")
 	}
 	return nil
 }
@@ -249,8 +272,10 @@ func (r *reader) plain(node *yaml.Node, path string) bool {
 	switch {
 	case node.Kind == yaml.AliasNode || node.Anchor != "":
 		r.add(node, path, "anchors and aliases are not supported; write the value out")
+	case isTemplate(node):
+		r.add(node, path, unrendered)
 	case node.Style&yaml.TaggedStyle != 0:
-		r.add(node, path, fmt.Sprintf("tags are not supported; leave %s out", quote(node.Tag)))
+		r.add(node, path, fmt.Sprintf("tags are not supported; remove %s", quote(node.Tag)))
 	default:
 		return true
 	}
@@ -267,10 +292,12 @@ func (r *reader) scalar(node *yaml.Node, kind leaf, path string) *setting {
 	case node.Tag == "!!null":
 		reason = "has no value; it must be " + want.words
 	default:
-		if text, reason = kind.parse(node.Value); reason == "" && !slices.Contains(want.tags, node.Tag) {
-			reason = "is " + yamlWords(node.Tag) + " to YAML, and must be " + want.words
-			if node.Tag != "!!str" {
-				reason += fmt.Sprintf("; write it in quotes, as %q", node.Value)
+		if text, reason = parse(kind.parse, node.Value); reason == "" && !slices.Contains(want.tags, node.Tag) {
+			reason = "is " + yamlWords(node.Tag) + " in YAML and must be " + want.words
+			if node.Tag == "!!str" {
+				reason += "; remove the quotes"
+			} else {
+				reason += fmt.Sprintf("; put it in quotes: %q", node.Value)
 			}
 		}
 	}
@@ -285,11 +312,11 @@ func (r *reader) scalar(node *yaml.Node, kind leaf, path string) *setting {
 func yamlWords(tag string) string {
 	switch tag {
 	case "!!str":
-		return "text"
+		return "a string"
 	case "!!int", "!!float":
 		return "a number"
 	case "!!bool":
-		return "true or false"
+		return "a boolean"
 	case "!!timestamp":
 		return "a date"
 	default:
@@ -316,7 +343,7 @@ func (r *reader) list(node *yaml.Node, item formField, path string) any {
 // texts reads allow and serverNames. It returns nil where one of them is wrong.
 func (r *reader) texts(node *yaml.Node, kind leaf, path string) *setting {
 	if len(node.Content) == 0 {
-		r.add(node, path, "is an empty list, which could mean nobody or anybody; name somebody or leave the key out")
+		r.add(node, path, "is an empty list, which could mean nobody or anybody; list at least one name or remove the key")
 		return nil
 	}
 	all, good := &setting{list: []string{}, origin: r.origin(node.Content[0])}, true
@@ -356,6 +383,10 @@ func (r *reader) itemKey(item *yaml.Node, form reflect.Type, i int) string {
 
 func (r *reader) object(node *yaml.Node, form reflect.Type, path string) *object {
 	fields := r.fields(form)
+	if path == "" && isManifest(node) {
+		r.add(node, "", "this is a Kubernetes manifest: use --manifest to check it; the override file is the value of a key of a ConfigMap")
+		return nil
+	}
 	o := &object{origin: r.origin(node), form: fields, values: make([]any, len(fields)), bad: map[string]bool{}}
 	seen := make([]int, len(fields)) // the line
 	for i := 0; i+1 < len(node.Content); i += 2 {
@@ -366,14 +397,14 @@ func (r *reader) object(node *yaml.Node, form reflect.Type, path string) *object
 			o.unknown = true
 		case key.Kind != yaml.ScalarNode || key.Tag != "!!str" || k < 0:
 			o.unknown = true
-			r.add(key, path, "is no key that is known here"+nearKey(key.Value, fields))
+			r.add(key, path, "unknown key"+r.place(key.Value, fields, path))
 		default:
 			at := key.Value
 			if path != "" {
 				at = path + "." + at
 			}
 			if line := seen[k]; line != 0 {
-				r.report.add(r.origin(key), at, "", fmt.Sprintf("stands in line %d already; leave one of them", line))
+				r.report.add(r.origin(key), at, "", fmt.Sprintf("already set on line %d; keep only one of them", line))
 				o.bad[key.Value] = true
 				continue
 			}
@@ -386,13 +417,64 @@ func (r *reader) object(node *yaml.Node, form reflect.Type, path string) *object
 	return o
 }
 
-func nearKey(word string, fields []formField) string {
-	var names []string
-	for _, f := range fields {
-		names = append(names, f.name)
+// isManifest reports whether a file is what Kubernetes is given.
+func isManifest(root *yaml.Node) bool {
+	for i := 0; i < len(root.Content); i += 2 {
+		if key := root.Content[i].Value; key == "apiVersion" || key == "kind" {
+			return true
+		}
+	}
+	return false
+}
+
+// place says where a key belongs that is unknown among the fields at a path, or which of them is meant.
+func (r *reader) place(word string, fields []formField, path string) string {
+	if owner := r.owner(word); owner != "" && path == "" {
+		return "; it belongs to " + owner + ": indent it"
+	} else if owner != "" {
+		return "; it belongs to " + owner
+	}
+	if path != "" && slices.ContainsFunc(r.fields(reflect.TypeFor[fileForm]()), func(f formField) bool { return f.name == word }) {
+		return "; it belongs to the top level of the file: do not indent it"
+	}
+	if section, field, _ := strings.Cut(word, "."); field != "" && r.owner(field) == section {
+		return fmt.Sprintf("; write it as %s: {%s: …}", section, field)
+	}
+	names := make([]string, len(fields))
+	for i, f := range fields {
+		names[i] = f.name
 	}
 	if near := didYouMean(word, names); near != "" {
 		return near
 	}
-	return "; known are " + strings.Join(names, ", ")
+	return "; known keys: " + strings.Join(names, ", ")
+}
+
+// owner returns what has a key below the top level of the file: an entry of a list, or a section.
+func (r *reader) owner(word string) string {
+	var entries []string
+	section := ""
+	for _, f := range r.fields(reflect.TypeFor[fileForm]()) {
+		isList := f.form.Kind() == reflect.Slice
+		form := f.form
+		if isList {
+			form = form.Elem()
+		}
+		if form.Kind() != reflect.Struct || !slices.ContainsFunc(r.fields(form), func(f formField) bool { return f.name == word }) {
+			continue
+		}
+		if isList {
+			entries = append(entries, f.name)
+		} else {
+			section = f.name
+		}
+	}
+	switch len(entries) {
+	case 0:
+		return section
+	case 1:
+		return map[string]string{"ingress": "an ingress entry", "egress": "an egress entry", "probes": "a probe"}[entries[0]]
+	default:
+		return "an entry of " + strings.Join(entries[:len(entries)-1], ", ") + " or " + entries[len(entries)-1]
+	}
 }

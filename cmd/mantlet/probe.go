@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -21,7 +22,7 @@ func probeCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:       "probe {ready|live}",
 		Short:     "Ask the running mantlet, for exec probes: exit 0 yes, 1 no",
-		Args:      cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs),
+		Args:      isProbe,
 		ValidArgs: []string{"ready", "live"},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			env, err := schema.ParseEnvironment(os.Environ())
@@ -44,6 +45,20 @@ func probeCommand() *cobra.Command {
 		},
 	}
 	return cmd
+}
+
+// isProbe accepts the one argument that a probe has.
+func isProbe(cmd *cobra.Command, args []string) error {
+	const question = "ready or live?"
+	switch {
+	case len(args) == 0:
+		return fmt.Errorf("the probe is missing: %s", question)
+	case len(args) > 1:
+		return fmt.Errorf("one probe at a time: %s", question)
+	case !slices.Contains(cmd.ValidArgs, args[0]):
+		return fmt.Errorf("invalid argument %q: %s", args[0], question)
+	}
+	return nil
 }
 
 // probe asks for a path of the status socket and returns whether the answer was 200, and its text.

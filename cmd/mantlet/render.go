@@ -35,6 +35,20 @@ func load(environ []string) (*schema.Environment, schema.Config, error) {
 	return env, config, nil
 }
 
+// noArgs rejects arguments. A remedy says what takes them, by their name.
+func noArgs(remedy string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return nil
+		}
+		reason := fmt.Sprintf("%s takes no arguments, but got %q", cmd.CommandPath(), args[0])
+		if remedy != "" {
+			reason += "; " + remedy
+		}
+		return errors.New(reason)
+	}
+}
+
 // outputFlag adds the flag -o, whose value is one of the formats, by default the first.
 func outputFlag(cmd *cobra.Command, usage string, formats ...string) *string {
 	f := &format{formats[0], formats}
@@ -71,12 +85,12 @@ func renderCommand() *cobra.Command {
 			"  envoy  the bootstrap, as `envoy -c` takes it\n" +
 			"  json   all of it: the merged mesh in the form of the override file, rules, bootstrap, its digest\n" +
 			"  yaml   the same as YAML",
-		Args: cobra.NoArgs,
+		Args: noArgs("MANTLET_CONFIG names the override file"),
 	}
 	output := outputFlag(cmd, "what to print:", "text", "nft", "envoy", "json", "yaml")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if explain && (*output == "nft" || *output == "envoy") {
-			return fmt.Errorf("--explain has no --output %s; it has text, json and yaml", *output)
+			return fmt.Errorf("--explain has no --output %s; use text, json or yaml", *output)
 		}
 		env, config, err := load(os.Environ())
 		if err != nil {
@@ -178,7 +192,7 @@ func schemaCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "schema",
 		Short: "Print the JSON Schema of the override file",
-		Args:  cobra.NoArgs,
+		Args:  noArgs(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			text, err := schema.JSONSchema()
 			if err != nil {

@@ -34,7 +34,7 @@ func validateCommand() *cobra.Command {
 		Short: "Report all problems of the configuration; exit 0 if there are none, 1 if there are",
 		Long: "Report all problems of the configuration, each with its place, and warn of what is valid but may not be meant.\n" +
 			"Without flags it is the current environment's. Exit 0: valid; 1: not valid; 2: it could not be read.",
-		Args: cobra.NoArgs,
+		Args: noArgs("use --file for an override file, --manifest for a Kubernetes manifest, or --env-file"),
 	}
 	output := outputFlag(cmd, "how to report:", "text", "json")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
