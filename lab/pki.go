@@ -96,6 +96,17 @@ func (a *Authority) Renew() (*Authority, error) {
 	return &Authority{key: a.key, mesh: mesh, intermediate: a.intermediate}, err
 }
 
+// Subordinate returns an authority with a key of its own, whose intermediate the authority signs: peers trust the same mesh CA,
+// and leaves verify only with the intermediate.
+func (a *Authority) Subordinate(name string) (*Authority, error) {
+	key, err := newKey()
+	if err != nil {
+		return nil, err
+	}
+	intermediate, err := sign(authorityTemplate(name), a.mesh, key, a.key)
+	return &Authority{key: key, mesh: a.mesh, intermediate: intermediate}, err
+}
+
 // sign makes a certificate for key.
 func sign(template, parent *x509.Certificate, key, signer *ecdsa.PrivateKey) (*x509.Certificate, error) {
 	der, err := x509.CreateCertificate(rand.Reader, template, parent, key.Public(), signer)

@@ -150,6 +150,15 @@ func TestHandshake(t *testing.T) {
 	server := issue(t, mesh, lab.Leaf{DNSNames: []string{"web"}})
 	member := issue(t, mesh, lab.Leaf{DNSNames: []string{"*"}})
 	expired := issue(t, mesh, lab.Leaf{DNSNames: []string{"*"}, NotAfter: time.Now().Add(-time.Minute)})
+	subordinate, err := mesh.Subordinate("intermediate")
+	if err != nil {
+		t.Fatal(err)
+	}
+	below := issue(t, subordinate, lab.Leaf{DNSNames: []string{"*"}})
+	alone := below.ClientConfig("web")
+	alone.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		return &tls.Certificate{Certificate: [][]byte{below.Leaf.Raw}, PrivateKey: below.Key}, nil
+	}
 	stranger := issue(t, foreign, lab.Leaf{DNSNames: []string{"*"}})
 	strangerThatTrusts := stranger.ClientConfig("web")
 	strangerThatTrusts.RootCAs = mesh.Pool()
@@ -165,6 +174,8 @@ func TestHandshake(t *testing.T) {
 			{"member", member.ClientConfig("web"), true, true},
 			{"member without a name", member.ClientConfig(""), true, true},
 			{"member with another name", member.ClientConfig("shop"), false, false},
+			{"member below an intermediate", below.ClientConfig("web"), true, true},
+			{"member without its intermediate", alone, false, false},
 			{"expired member", expired.ClientConfig("web"), false, false},
 			{"stranger", stranger.ClientConfig("web"), false, false},
 			{"stranger without a name", stranger.ClientConfig(""), false, false},

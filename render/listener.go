@@ -141,6 +141,7 @@ func (r *renderer) accessLog(direction, peer string) []*accesslogv3.AccessLog {
 		"destination": "%DOWNSTREAM_LOCAL_ADDRESS%",
 		"upstream":    "%UPSTREAM_HOST%",
 		"attempts":    "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
+		"certificate": "%" + peer + "_PEER_CERT%",
 		"dns_sans":    "%" + peer + "_PEER_DNS_SAN%",
 		"uri_sans":    "%" + peer + "_PEER_URI_SAN%",
 		"tls_version": "%" + peer + "_TLS_VERSION%",

@@ -41,6 +41,7 @@ type pod struct {
 	mesh     *lab.Authority
 	identity *lab.Identity // in the TLS directory, once written
 	client   *lab.Identity // somebody else of the mesh
+	twin     tls.Certificate // of one of two CAs with the same name, if the mesh has them
 	sidecar  *lab.Sidecar
 	log      *journal
 

@@ -1,19 +1,27 @@
 package main
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+	"unicode"
 
 	"mantlet/lab"
 	"mantlet/reconcile"
@@ -62,8 +70,43 @@ var refusals = []struct {
 	sans               []string
 }{
 	{"no certificate", "no_client_certificate", "no client certificate", mtlsPort, speakTLS(nil), nil},
-	{"a foreign CA", "unknown_ca", "unknown CA: the client's certificate is not of the mesh CA", mtlsPort, speakTLS(foreign), []string{"stranger"}},
-	{"a foreign CA, for a port with a list", "unknown_ca", "unknown CA: the client's certificate is not of the mesh CA", listedPort, speakTLS(foreign), []string{"stranger"}},
+	{"a foreign CA", "unknown_ca", "unknown CA: the client's certificate does not lead to the mesh CA", mtlsPort, speakTLS(foreign), []string{"stranger"}},
+	{"a foreign CA, for a port with a list", "unknown_ca", "unknown CA: the client's certificate does not lead to the mesh CA", listedPort, speakTLS(foreign), []string{"stranger"}},
+	{
+		"no intermediate", "incomplete_chain", "incomplete chain: the client sent its certificate without the intermediate that signed it", mtlsPort,
+		speakTLS(func(p *pod, config *tls.Config) { show(config, alone(p.client)) }),
+		[]string{"client"},
+	},
+	{
+		"no intermediate, of a foreign CA", "unknown_ca", "unknown CA: the client's certificate does not lead to the mesh CA", mtlsPort,
+		speakTLS(func(p *pod, config *tls.Config) { show(config, alone(stranger(p))) }),
+		[]string{"stranger"},
+	},
+	{
+		"a CA whose name is that of another mesh CA", "bad_certificate", "the client's certificate does not verify", mtlsPort,
+		speakTLS(func(p *pod, config *tls.Config) { show(config, p.twin) }),
+		[]string{"twin"},
+	},
+	{
+		"a SAN of 90 KB", "san_not_allowed", "SAN not in allow: no name in the client's certificate is allowed", listedPort,
+		speakTLS(of(lab.Leaf{CommonName: "long", DNSNames: []string{strings.Repeat("x", 90_000)}})),
+		[]string{strings.Repeat("x", 256) + "… (90000 bytes)"},
+	},
+	{
+		"a SAN of 90 KB of control characters", "san_not_allowed", "SAN not in allow: no name in the client's certificate is allowed", listedPort,
+		speakTLS(of(lab.Leaf{CommonName: "long", DNSNames: []string{strings.Repeat("\x01", 90_000)}})),
+		[]string{strings.Repeat("\x01", 256) + "… (90000 bytes)"},
+	},
+	{
+		"15,000 SANs", "san_not_allowed", "SAN not in allow: no name in the client's certificate is allowed", listedPort,
+		speakTLS(of(lab.Leaf{CommonName: "many", DNSNames: slices.Repeat([]string{"name"}, 15_000)})),
+		append(slices.Repeat([]string{"name"}, 10), "… and 14990 more"),
+	},
+	{
+		"a SAN that is made to look like more", "san_not_allowed", "SAN not in allow: no name in the client's certificate is allowed", listedPort,
+		speakTLS(of(lab.Leaf{CommonName: "forged", DNSNames: []string{"a\x1b[2J\n\x00\"b,frontend]:TLS_error_end"}})),
+		[]string{"a\x1b[2J\n\x00\"b,frontend]:TLS_error_end"},
+	},
 	{
 		"another SAN", "san_not_allowed", "SAN not in allow: no name in the client's certificate is allowed", listedPort,
 		speakTLS(of(lab.Leaf{DNSNames: []string{"cart", "cart.shop.svc"}, URIs: []string{"spiffe://mesh/cart"}})),
@@ -147,12 +190,52 @@ func of(leaf lab.Leaf) func(*pod, *tls.Config) {
 }
 
 // foreign has a client show a certificate of a CA that calls itself what the mesh CA is called.
-func foreign(p *pod, config *tls.Config) {
+func foreign(p *pod, config *tls.Config) { show(config, stranger(p).Certificate()) }
+
+// stranger returns an identity of a mesh whose CAs are called what those of the pod's mesh are.
+func stranger(p *pod) *lab.Identity {
 	authority, err := lab.NewAuthority("mesh")
+	p.must(err)
+	authority, err = authority.Subordinate("intermediate")
 	p.must(err)
 	identity, err := authority.Issue(lab.Leaf{DNSNames: []string{"stranger"}})
 	p.must(err)
-	show(config, identity.Certificate())
+	return identity
+}
+
+// alone returns a certificate without its chain.
+func alone(identity *lab.Identity) tls.Certificate {
+	certificate := identity.Certificate()
+	certificate.Certificate = certificate.Certificate[:1]
+	return certificate
+}
+
+// twins returns two CAs of one name without key identifiers, as PEM, and a leaf that the second signed.
+func twins(p *pod) (cas []byte, leaf tls.Certificate) {
+	sign := func(template, parent *x509.Certificate, key, signer *ecdsa.PrivateKey) *x509.Certificate {
+		der, err := x509.CreateCertificate(rand.Reader, template, parent, key.Public(), signer)
+		p.must(err)
+		certificate, err := x509.ParseCertificate(der)
+		p.must(err)
+		return certificate
+	}
+	for range 2 {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		p.must(err)
+		ca := &x509.Certificate{
+			SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "twins"},
+			NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+			// With IsCA the package would add a key identifier.
+			ExtraExtensions: []pkix.Extension{{Id: []int{2, 5, 29, 19}, Critical: true, Value: []byte("\x30\x03\x01\x01\xff")}}, // basicConstraints: CA
+		}
+		ca = sign(ca, ca, key, key)
+		cas = append(cas, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.Raw})...)
+		leaf.PrivateKey, leaf.Leaf = key, sign(&x509.Certificate{
+			SerialNumber: big.NewInt(2), DNSNames: []string{"twin"}, NotBefore: ca.NotBefore, NotAfter: ca.NotAfter,
+		}, ca, key, key)
+	}
+	leaf.Certificate = [][]byte{leaf.Leaf.Raw}
+	return cas, leaf
 }
 
 func speakTLS(change func(*pod, *tls.Config)) func(*pod, net.Conn) {
@@ -231,7 +314,14 @@ func speakPlain(text string) func(*pod, net.Conn) {
 func TestRefusals(t *testing.T) {
 	t.Parallel()
 	p := newPod(t, web, "MANTLET_CONFIG_INLINE=ingress: [{port: 9091, allow: [frontend]}]")
+	var err error
+	p.mesh, err = p.mesh.Subordinate("intermediate")
+	p.must(err)
+	p.identity, p.client = p.issue("pod"), p.issue("client")
+	cas, twin := twins(p)
+	p.twin = twin
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.must(os.WriteFile(filepath.Join(p.sidecar.TLSDirectory, lab.CAFile), slices.Concat(cas, p.mesh.CAPEM()), 0o644))
 	p.run()
 	p.protect(mtlsPort)
 	p.protect(tlsPort)
@@ -257,8 +347,9 @@ func TestRefusals(t *testing.T) {
 		}
 	})
 	// Who was silent is refused last, after ten seconds.
-	if _, text, _ := p.mantlet("status"); !strings.Contains(text, "the TLS handshake was not finished in time (handshake_timeout)") {
-		t.Errorf("mantlet status shows no refusal:\n%s", text)
+	if _, text, _ := p.mantlet("status"); !strings.Contains(text, "the TLS handshake was not finished in time (handshake_timeout)") ||
+		strings.ContainsFunc(text, func(r rune) bool { return unicode.IsControl(r) && r != '\n' }) {
+		t.Errorf("mantlet status shows no refusal, or control characters:\n%q", text)
 	}
 	status := p.status()
 	for _, r := range status.Refused {
@@ -418,7 +509,7 @@ type egressRefusal struct {
 }
 
 var egressRefusals = []egressRefusal{
-	{"unknown_ca", "unknown CA: the endpoint's certificate is not of the mesh CA", "peers:8001", nil},
+	{"unknown_ca", "unknown CA: the endpoint's certificate does not lead to the mesh CA", "peers:8001", nil},
 	{"expired", "expired: the endpoint's certificate, or the CA's, is not valid any more", "peers:8002", nil},
 	{"san_not_allowed", "SAN not in serverNames: no name in the endpoint's certificate is allowed", "peers:8003", []string{"peers", "peers.shop.svc"}},
 	{"plaintext", "no TLS: plaintext", "peers:8004", nil},

@@ -84,6 +84,7 @@ func (s *Secrets) Update(ctx context.Context) (revoked bool, err error) {
 	s.mu.Lock()
 	s.published = read
 	s.mu.Unlock()
+	s.Runner.refused.own.Store(read)
 	s.Log.Info("certificates published", "subject", read.certs[0].Subject.String(), "sans", read.certs[0].DNSNames, "expires", read.expires)
 	if client, server := ends(read.certs[0]); !client || !server {
 		s.Log.Warn("peers accept the certificate at one end only", "client", client, "server", server,

@@ -3,7 +3,6 @@ package envoy
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"io"
 	"log/slog"
@@ -88,14 +87,17 @@ func (l *logs) lastError() string {
 // access relays the access log, which Envoy writes to standard output as JSON.
 func (l *logs) access(from io.Reader) {
 	for text := range lines(from, longestAccess) {
-		var c accessLine
-		if json.Unmarshal([]byte(text), &c) != nil {
+		c, err := parseAccessLine(text)
+		if err != nil {
 			if leftOut, ok := l.refused.admit("", time.Now()); ok { // whoever makes lines that are too long must not fill the log
 				l.to.Info("Envoy says", "text", short(text), "left_out_before", leftOut)
 			}
 			continue
 		}
 		reason := c.reason()
+		if reason == UnknownCA {
+			reason = l.refused.own.Load().untrusted(c.leaf, time.Now())
+		}
 		if reason == "" && c.Log == string(schema.AccessLogRefused) {
 			continue
 		}
@@ -120,10 +122,11 @@ func (l *logs) access(from io.Reader) {
 	}
 }
 
-// The longest lines that are taken whole. A peer's certificate, of 100 KiB at the most, comes twice in its access line.
+// The longest lines that are taken whole. An access line can have a peer's names twice, six characters for each byte of them, and
+// its certificate in URL encoding. All of that is a part of the 100 KiB of certificates that BoringSSL takes.
 const (
 	longestMessage = 64 << 10
-	longestAccess  = 512 << 10
+	longestAccess  = 2 << 20
 )
 
 // lines yields lines until the stream ends, those that are too long in parts. It goes on reading whatever comes: a full pipe

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"net/url"
 	"os"
 	"slices"
 	"strings"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"mantlet/lab"
 	"mantlet/reconcile"
 )
 
@@ -72,7 +74,7 @@ func TestAccessLog(t *testing.T) {
 	want := []map[string]any{
 		{
 			"level": "INFO", "msg": "connection", "direction": "ingress", "peer": "192.0.2.1:1", "destination": "192.0.2.2:9000",
-			"peer_sans": []any{"a", "b", "spiffe://c"}, "tls_version": "1.3", "curve": "X25519", "bytes_in": 1.0, "bytes_out": 2.0, "duration_ms": 3.0,
+			"peer_sans": []any{"a,b", "spiffe://c"}, "tls_version": "1.3", "curve": "X25519", "bytes_in": 1.0, "bytes_out": 2.0, "duration_ms": 3.0,
 		},
 		{"level": "INFO", "msg": "Envoy says", "text": "no JSON", "left_out_before": 0.0},
 		{
@@ -172,12 +174,20 @@ func TestFloodOfRefusals(t *testing.T) {
 
 // TestLongCertificates shows that what a stranger writes into a certificate fills neither log nor memory.
 func TestLongCertificates(t *testing.T) {
-	sans := strings.Repeat("x", 1000) + strings.Repeat(",abcdefgh", 10_000)
-	line := strings.Replace(refusedLine("ingress", "192.0.2.1:1"), `"destination"`, `"dns_sans": "`+sans+`", "destination"`, 1)
-	longer := strings.Replace(line, "x", strings.Repeat("x", longestAccess), 1)
+	identity, err := lab.NewIdentity(slices.Concat([]string{strings.Repeat("x", 1000)}, slices.Repeat([]string{"abcdefgh"}, 10_000))...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certificate := url.PathEscape(string(identity.ChainPEM()))
+	line := strings.Replace(refusedLine("ingress", "192.0.2.1:1"), `"destination"`, `"certificate": "`+certificate+`", "destination"`, 1)
+	longer := strings.Replace(line, "certificate", strings.Repeat("x", longestAccess), 1)
 	got, l := relayed(t, func(l *logs) { l.access(strings.NewReader(line + longer)) })
-	if len(got) < 2 || got[0]["code"] != "no_client_certificate" || len(got[0]["peer_sans"].([]any)) != maxSANs+1 {
-		t.Errorf("the first line is %v", got[0])
+	if len(got) < 2 || got[0]["code"] != "no_client_certificate" {
+		t.Fatalf("the first line is %v", got[0])
+	}
+	names := append([]any{strings.Repeat("x", maxText) + "… (1000 bytes)"}, slices.Repeat([]any{"abcdefgh"}, maxSANs-1)...)
+	if diff := cmp.Diff(append(names, "… and 9991 more"), got[0]["peer_sans"]); diff != "" {
+		t.Error(diff)
 	}
 	for _, fields := range got {
 		if text := fmt.Sprint(fields); len(text) > 1000 {
@@ -222,8 +232,10 @@ func TestReasons(t *testing.T) {
 		verify + "X509_verify_cert:_certificate_verification_error_at_depth_0:_unsupported_certificate_purpose:TLS_error_end":        BadCertificate,
 		verify + "something new:TLS_error_end": BadCertificate,
 		"TLS_error:|436207716:ECDSA_routines:OPENSSL_internal:BAD_SIGNATURE|268435570:SSL_routines:OPENSSL_internal:BAD_SIGNATURE:TLS_error_end": WrongKey,
-		"TLS_error:|268435703:SSL_routines:OPENSSL_internal:WRONG_CURVE:TLS_error_end":                                                           NoSharedAlgorithm,
-		"TLS_error:|1:SSL_routines:OPENSSL_internal:SOMETHING_NEW:TLS_error_end":                                                                 HandshakeFailed,
+		"TLS_error:|436207716:ECDSA_routines:OPENSSL_internal:BAD_SIGNATURE|184549382:X.509_certificate_routines:OPENSSL_internal:BAD|268435581:SSL_routines:OPENSSL_internal:" +
+			"CERTIFICATE_VERIFY_FAILED:verify_cert_failed:_X509_verify_cert:_certificate_verification_error_at_depth_0:_certificate_signature_failure:TLS_error_end": UnknownCA,
+		"TLS_error:|268435703:SSL_routines:OPENSSL_internal:WRONG_CURVE:TLS_error_end": NoSharedAlgorithm,
+		"TLS_error:|1:SSL_routines:OPENSSL_internal:SOMETHING_NEW:TLS_error_end":       HandshakeFailed,
 		"something new": HandshakeFailed,
 	} {
 		if got := (accessLine{Refused: detail}).reason(); got != want {

@@ -2,13 +2,18 @@ package envoy
 
 import (
 	"cmp"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"log/slog"
 	"maps"
 	"net/netip"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -23,6 +28,7 @@ type Reason string
 const (
 	NoClientCertificate    Reason = "no_client_certificate"
 	UnknownCA              Reason = "unknown_ca"
+	IncompleteChain        Reason = "incomplete_chain"
 	SANNotAllowed          Reason = "san_not_allowed"
 	Expired                Reason = "expired"
 	NotYetValid            Reason = "not_yet_valid"
@@ -43,7 +49,8 @@ const (
 // words says reasons to people. PEER is the client or the endpoint, LIST the key of the entry that names who is allowed.
 var words = map[Reason]string{
 	NoClientCertificate:    "no client certificate",
-	UnknownCA:              "unknown CA: the PEER's certificate is not of the mesh CA",
+	UnknownCA:              "unknown CA: the PEER's certificate does not lead to the mesh CA",
+	IncompleteChain:        "incomplete chain: the PEER sent its certificate without the intermediate that signed it",
 	SANNotAllowed:          "SAN not in LIST: no name in the PEER's certificate is allowed",
 	Expired:                "expired: the PEER's certificate, or the CA's, is not valid any more",
 	NotYetValid:            "not yet valid: the PEER's certificate is from the future, or a clock is wrong",
@@ -69,6 +76,7 @@ type accessLine struct {
 	Destination string `json:"destination"` // that the peer dialled
 	Upstream    string `json:"upstream"`    // that Envoy dialled
 	Attempts    int64  `json:"attempts"`    // to connect to an upstream; for ingress none is made before the handshake is done
+	Certificate string `json:"certificate"` // the peer's, as PEM in URL encoding; for egress only where it verified
 	DNSSANs     string `json:"dns_sans"`    // joined by commas
 	URISANs     string `json:"uri_sans"`
 	TLSVersion  string `json:"tls_version"`
@@ -80,6 +88,22 @@ type accessLine struct {
 	BytesIn     int64  `json:"bytes_in"`
 	BytesOut    int64  `json:"bytes_out"`
 	DurationMS  int64  `json:"duration_ms"`
+
+	leaf *x509.Certificate // Certificate, parsed; nil where there is none, or one that Go does not take
+}
+
+// parseAccessLine parses a line of the access log.
+func parseAccessLine(text string) (c accessLine, err error) {
+	if err := json.Unmarshal([]byte(text), &c); err != nil {
+		return c, err
+	}
+	// The certificate may be malformed: Envoy's parser is not Go's. Then the other fields tell what they can.
+	if plain, err := url.PathUnescape(c.Certificate); err == nil {
+		if block, _ := pem.Decode([]byte(plain)); block != nil {
+			c.leaf, _ = x509.ParseCertificate(block.Bytes)
+		}
+	}
+	return c, nil
 }
 
 const egress = "egress" // a direction
@@ -117,19 +141,18 @@ func (c accessLine) looked() bool {
 	return c.Curve == "" && strings.HasSuffix(c.Refused, ":"+reset+":TLS_error_end")
 }
 
-// tlsReason returns what a TLS error means here: TLS_error:|NUMBER:LIBRARY:OPENSSL_internal:REASON, and more after a colon
-// or a bar. A peer's SANs may be among that, so no more of it is looked at than the beginning.
+// tlsReason returns what a TLS error means here: the first of the errors that it is made of, unless the verifier has the last.
 func tlsReason(detail string) Reason {
-	_, text, _ := strings.Cut(detail, ":OPENSSL_internal:")
-	reason, more := text, ""
-	if end := strings.IndexAny(text, ":|"); end >= 0 {
-		reason, more = text[:end], text[end:]
+	reasons, more := tlsErrors(detail)
+	if len(reasons) == 0 {
+		return HandshakeFailed
 	}
-	switch reason {
+	if reasons[len(reasons)-1] == "CERTIFICATE_VERIFY_FAILED" { // those before it are what the verifier met
+		return verifierReason(strings.TrimPrefix(more, ":verify_cert_failed:_"))
+	}
+	switch reasons[0] {
 	case "PEER_DID_NOT_RETURN_A_CERTIFICATE":
 		return NoClientCertificate
-	case "CERTIFICATE_VERIFY_FAILED":
-		return verifierReason(strings.TrimPrefix(more, ":verify_cert_failed:_"))
 	case "BAD_SIGNATURE":
 		return WrongKey
 	case "WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST":
@@ -146,6 +169,24 @@ func tlsReason(detail string) Reason {
 		return BrokenOff
 	default:
 		return HandshakeFailed
+	}
+}
+
+// tlsErrors returns the reasons of a TLS error, and what follows them: TLS_error: and for each of them
+// |NUMBER:LIBRARY:OPENSSL_internal:REASON. A peer's SANs may be in what follows, so no reason is looked for there.
+func tlsErrors(detail string) (reasons []string, more string) {
+	more, _ = strings.CutPrefix(detail, "TLS_error:")
+	for {
+		next, ok := strings.CutPrefix(more, "|")
+		fields := strings.SplitN(next, ":", 4)
+		if !ok || len(fields) < 4 || fields[2] != "OPENSSL_internal" {
+			return reasons, more
+		}
+		reason := fields[3]
+		if end := strings.IndexAny(reason, ":|"); end >= 0 {
+			reason = reason[:end]
+		}
+		reasons, more = append(reasons, reason), fields[3][len(reason):]
 	}
 }
 
@@ -170,38 +211,42 @@ func verifierReason(text string) Reason {
 	}
 }
 
-// What a stranger put into a certificate is neither logged nor kept without a bound.
+// What a stranger put into a certificate is neither logged nor kept without a bound. What is cut off is told by words that no
+// SAN can have: those of the kinds that are looked at are ASCII (RFC 5280, section 4.2.1.6).
 const (
 	maxSANs = 10
 	maxText = 256
 )
 
-// sans returns the first names in the peer's certificate. Where verifying an endpoint's failed, only the error tells them.
+// sans returns the first names in the peer's certificate. Where Go does not take the certificate, the names stand as Envoy joins
+// them: a comma may be a part of one. Where verifying an endpoint's failed, only the error tells them.
 func (c accessLine) sans() []string {
 	var all []string
-	for _, list := range []string{c.DNSSANs, c.URISANs} {
-		if list != "" {
-			all = append(all, strings.Split(list, ",")...)
-		}
+	_, list, failed := strings.Cut(c.Failed, "_SAN_matcher,_certificate_SANs_are_[")
+	switch {
+	case failed && c.Direction == egress:
+		all = strings.Split(strings.TrimSuffix(list, "]:TLS_error_end"), ",_")
+	case c.leaf != nil:
+		all = sans(c.leaf)
+	default:
+		all = slices.DeleteFunc([]string{c.DNSSANs, c.URISANs}, func(list string) bool { return list == "" })
 	}
-	if _, list, ok := strings.Cut(c.Failed, "_SAN_matcher,_certificate_SANs_are_["); ok && c.Direction == egress {
-		list, _, _ = strings.Cut(list, "]:TLS_error_end")
-		all = strings.Split(list, ",_")
-	}
-	if more := len(all) - maxSANs; more > 0 {
-		all = append(all[:maxSANs:maxSANs], fmt.Sprintf("and %d more", more))
-	}
+	more := len(all) - maxSANs
+	all = all[:min(len(all), maxSANs)]
 	for i := range all {
 		all[i] = short(all[i])
 	}
-	return all
+	if more > 0 {
+		all = append(all, fmt.Sprintf("… and %d more", more))
+	}
+	return slices.Clip(all)
 }
 
 func short(text string) string {
 	if len(text) <= maxText {
 		return text
 	}
-	return strings.Clone(text[:maxText]) + "…" // not to keep the whole
+	return fmt.Sprintf("%s… (%d bytes)", strings.ToValidUTF8(text[:maxText], ""), len(text)) // not to keep the whole
 }
 
 // attrs returns what a line of the log says of every connection.
@@ -210,13 +255,38 @@ func (c accessLine) attrs() []slog.Attr {
 	if c.Upstream != "" && c.Upstream != c.Destination {
 		all = append(all, slog.String("upstream", c.Upstream))
 	}
-	if sans := c.sans(); sans != nil {
+	if sans := c.sans(); len(sans) > 0 {
 		all = append(all, slog.Any("peer_sans", sans))
 	}
 	if c.Curve != "" { // until a curve is agreed on, Envoy calls every connection TLS 1.2
 		all = append(all, slog.String("tls_version", strings.TrimPrefix(c.TLSVersion, "TLSv")), slog.String("curve", c.Curve))
 	}
 	return append(all, slog.Int64("bytes_in", c.BytesIn), slog.Int64("bytes_out", c.BytesOut), slog.Int64("duration_ms", c.DurationMS))
+}
+
+// untrusted returns why Envoy found no way from a peer's certificate to the mesh CA.
+func (c *Certificates) untrusted(leaf *x509.Certificate, now time.Time) Reason {
+	if c == nil || leaf == nil {
+		return UnknownCA
+	}
+	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
+	for _, anchor := range c.anchors {
+		roots.AddCert(anchor)
+	}
+	for _, cert := range c.certs[1:] {
+		intermediates.AddCert(cert)
+	}
+	ways, err := leaf.Verify(x509.VerifyOptions{
+		Roots: roots, Intermediates: intermediates, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
+	})
+	switch {
+	case err != nil:
+		return UnknownCA
+	case slices.ContainsFunc(ways, func(way []*x509.Certificate) bool { return len(way) == 2 }):
+		return BadCertificate // a mesh CA signed it, and Envoy took another one of that name
+	default:
+		return IncompleteChain
+	}
 }
 
 func (c accessLine) refusal(reason Reason) reconcile.Refusal {
@@ -252,6 +322,8 @@ const lastRefusals = 20
 
 // refusals counts and keeps refusals of all epochs. The zero value is ready.
 type refusals struct {
+	own atomic.Pointer[Certificates] // what Envoy was given; nil for nothing
+
 	mu     sync.Mutex
 	last   []reconcile.Refusal            // the newest last
 	counts map[reconcile.RefusalCount]int // each with Count 0
