@@ -112,6 +112,9 @@ type Daemon struct {
 	Secrets     Secrets
 	Proxy       Proxy
 	Log         *slog.Logger
+	// LogLost returns how many lines of the log were dropped, and for how long whoever reads it has taken none; 0 while they
+	// do. Where it is nil, none are.
+	LogLost func() (lines uint64, unread time.Duration)
 
 	mu       sync.Mutex
 	want     *desired  // the last good configuration; nil until an override file that is named could be read

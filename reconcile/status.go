@@ -37,6 +37,8 @@ type Status struct {
 	Repairs   []Repair  `json:"repairs"`  // of the rules: the last ones, the newest last
 	Repaired  int       `json:"repaired"` // how many there were
 	Conntrack Conntrack `json:"conntrack"`
+	// LogDropped counts the lines of the log that were dropped, since nobody read standard error.
+	LogDropped uint64 `json:"logDropped"`
 }
 
 // Inbound is how many connections from outside are open at a port.
@@ -287,7 +289,17 @@ func (d *Daemon) Notes() []error {
 	for _, line := range d.foreign {
 		notes = append(notes, located{checkRules, errors.New(line)})
 	}
+	if lines, unread := d.logLost(); unread > 0 {
+		notes = append(notes, fmt.Errorf("nobody has read standard error for %s: %d lines of the log were dropped", unread.Round(time.Second), lines))
+	}
 	return slices.DeleteFunc(notes, func(err error) bool { return err == nil })
+}
+
+func (d *Daemon) logLost() (lines uint64, unread time.Duration) {
+	if d.LogLost == nil {
+		return 0, 0
+	}
+	return d.LogLost()
 }
 
 // Status tries everything that there is to be said.
@@ -315,6 +327,7 @@ func (d *Daemon) Status(ctx context.Context) Status {
 	d.count(ctx, &s)
 	s.Repairs, s.Repaired = d.Repairs()
 	s.Repairs = append([]Repair{}, s.Repairs...)
+	s.LogDropped, _ = d.logLost()
 	d.locked(func() {
 		s.Started = d.started
 		s.Desired, s.Applied = d.want.summary(), d.have.summary()

@@ -437,7 +437,8 @@ func TestLogIsForItsReader(t *testing.T) {
 	}
 	defer file.Close()
 	for to, want := range map[*os.File]any{terminal: &slog.TextHandler{}, file: &slog.JSONHandler{}} {
-		if got := newLogger(to, slog.LevelInfo).Handler(); reflect.TypeOf(got) != reflect.TypeOf(want) {
+		log, _ := logTo(to, slog.LevelInfo)
+		if got := log.Handler().(logHandler).Handler; reflect.TypeOf(got) != reflect.TypeOf(want) {
 			t.Errorf("%s gets %T, want %T", to.Name(), got, want)
 		}
 	}

@@ -21,7 +21,6 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
-	"golang.org/x/term"
 
 	"mantlet/reconcile"
 	"mantlet/reconcile/envoy"
@@ -38,8 +37,9 @@ func runCommand() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			level := new(slog.LevelVar)
-			log := newLogger(os.Stderr, level)
-			err := run(cmd.Context(), log, level)
+			log, queue := logTo(unblock(), level)
+			defer queue.flush(flushLimit)
+			err := run(cmd.Context(), log, queue, level)
 			if err == nil {
 				return nil
 			}
@@ -68,18 +68,9 @@ type unclosed struct {
 
 func (u unclosed) Unwrap() error { return u.error }
 
-// newLogger writes text to a terminal and JSON elsewhere.
-func newLogger(to *os.File, level slog.Leveler) *slog.Logger {
-	options := &slog.HandlerOptions{Level: level}
-	if term.IsTerminal(int(to.Fd())) {
-		return slog.New(slog.NewTextHandler(to, options))
-	}
-	return slog.New(slog.NewJSONHandler(to, options))
-}
-
 // run closes the pod before it reads a single setting, if it is a pod. From then on nothing but the desired state opens it, however run
 // ends.
-func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
+func run(ctx context.Context, log *slog.Logger, queue *logQueue, level *slog.LevelVar) error {
 	collectLater()
 	warm()
 	signal.Ignore(syscall.SIGPIPE) // the end of whoever reads the log must not be mantlet's
@@ -139,6 +130,7 @@ func run(ctx context.Context, log *slog.Logger, level *slog.LevelVar) error {
 		Secrets:     &envoy.Secrets{TLSDirectory: env.Process.TLSDirectory, RuntimeDirectory: directory, Runner: runner, Log: log},
 		Proxy:       proxy{runner},
 		Log:         log,
+		LogLost:     func() (uint64, time.Duration) { return queue.lost(time.Now()) },
 	})
 	return errors.Join(err, runner.Close())
 }
