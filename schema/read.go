@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+
+	"mantlet/files"
 )
 
 // Content is what was read of a file.
@@ -38,15 +40,17 @@ func readFile(path string, not ...string) (Content, error) {
 	return content, nil
 }
 
-// ReadFile reads a file, no more of it than a byte beyond most, and nothing but a file: a pipe would never end. All errors
-// are of *fs.PathError.
+// ReadFile reads a file, no more of it than a byte beyond most, and nothing but a file: a pipe would never end. It waits no
+// longer than files.Limit. All errors are of *fs.PathError.
 func ReadFile(path string, most int64) ([]byte, error) {
-	f, err := open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = f.Close() }()
-	return io.ReadAll(io.LimitReader(f, most+1))
+	return files.Do("read", path, func() ([]byte, error) {
+		f, err := open(path)
+		if err != nil {
+			return nil, err
+		}
+		defer func() { _ = f.Close() }()
+		return io.ReadAll(io.LimitReader(f, most+1))
+	})
 }
 
 // ReadContent is ReadFile for a file whose text may be quoted: it tells where links led to. Where that is a directory among
@@ -56,6 +60,10 @@ func ReadContent(path string, most int64, not ...string) (Content, error) {
 	if err != nil {
 		return Content{}, &fs.PathError{Op: "find", Path: path, Err: err}
 	}
+	return files.Do("read", path, func() (Content, error) { return readContent(path, most, not) })
+}
+
+func readContent(path string, most int64, not []string) (Content, error) {
 	f, err := open(path)
 	if err != nil {
 		return Content{}, err
