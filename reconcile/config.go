@@ -10,42 +10,65 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/google/renameio/v2"
 
+	"mantlet/files"
 	"mantlet/render"
 	"mantlet/schema"
 )
 
-// watchConfig watches the directory of the override file, if there is one.
-func (d *Daemon) watchConfig(ctx context.Context) <-chan struct{} {
+// configure reads the configuration, and again whenever it may have changed or a note on reload asks for it, until ctx ends.
+// A note on reload is passed on to the reader of the certificates. Nothing of what it reads holds up the loop.
+func (d *Daemon) configure(ctx context.Context, reload <-chan struct{}, reread chan<- struct{}) {
+	changed := make(chan struct{}, 1)
+	var watching sync.WaitGroup
+	defer watching.Wait()
 	if d.Environment.ReadsFile() {
-		return watch(ctx, filepath.Dir(d.Environment.Process.ConfigFile), d.Log)
+		watching.Go(func() { watch(ctx, filepath.Dir(d.Environment.Process.ConfigFile), changed, d.Log) })
+		watching.Go(func() { d.keepAll(ctx) })
 	}
-	return nil
+	for {
+		d.watchdog.begin(configurer, "reading the configuration", configLimit)
+		d.readConfig()
+		d.watchdog.idle(configurer)
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
+		case <-reload:
+			notify(reread)
+		}
+	}
 }
 
-// readConfig takes a configuration that is good. Of a bad one it says what is wrong, and the last good one stays: also that
-// of a mantlet before this one, if the environment is the same.
+// parsed is what was made of the content of an override file.
+type parsed struct {
+	digest [sha256.Size]byte
+	link   string // see schema.Content
+	err    error
+}
+
+// readConfig offers a configuration that is good to the loop, unless the same content was offered last. Of a bad one it says
+// what is wrong, and the last good one stays: also that of a mantlet before this one, if the environment is the same.
 func (d *Daemon) readConfig() {
-	content, next, err := d.load()
+	err := d.load()
 	if err == nil {
 		d.settle(&d.badConfig, "configuration accepted again")
-		d.accept(next)
-		d.keep(content)
 		return
 	}
-	if d.want == nil {
+	if !d.configured {
 		if last, restoreErr := d.restore(); restoreErr == nil {
 			d.Log.Warn("going on with the last good override file, of a mantlet before this one")
-			d.accept(last)
+			d.offer(last)
 		} else if !errors.Is(restoreErr, os.ErrNotExist) {
 			d.Log.Warn("the last good override file is of no use", "error", restoreErr)
 		}
 	}
 	what := "the override file was rejected; the last good state stays in force"
-	if d.want == nil {
+	if !d.configured {
 		what = notConfigured
 	}
 	if d.complain(&d.badConfig, "configuration rejected", what, err) {
@@ -53,18 +76,47 @@ func (d *Daemon) readConfig() {
 	}
 }
 
-// load reads the override file, if there is one to read, and renders what it makes of the environment.
-func (d *Daemon) load() (content []byte, next *desired, err error) {
+// load reads the override file, if there is one to read, and offers what it makes of the environment.
+func (d *Daemon) load() error {
 	if !d.Environment.ReadsFile() {
-		next, err = d.render(d.Environment.Load())
-		return nil, next, err
+		next, err := d.render(d.Environment.Load())
+		if err == nil {
+			d.offer(next)
+		}
+		return err
 	}
-	read, err := d.Environment.Read()
+	content, err := d.Environment.Read()
 	if err != nil {
-		return nil, nil, err
+		return err
 	}
-	next, err = d.merge(read)
-	return read.Text, next, err
+	now := parsed{digest: sha256.Sum256(content.Text), link: content.Link}
+	if d.parsed != nil && d.parsed.digest == now.digest && d.parsed.link == now.link {
+		return d.parsed.err
+	}
+	var next *desired
+	if next, now.err = d.merge(content); now.err == nil {
+		d.offer(next)
+		d.locked(func() { d.unkept = content.Text })
+		notify(d.keeps)
+	}
+	d.parsed = &now
+	return now.err
+}
+
+// offer leaves a good configuration to the loop. One that it has not taken yet is replaced.
+func (d *Daemon) offer(next *desired) {
+	d.configured = true
+	d.locked(func() { d.offered = next })
+	notify(d.news)
+}
+
+// take makes the configuration that was offered last, if there is one, the wanted one.
+func (d *Daemon) take() {
+	var next *desired
+	d.locked(func() { next, d.offered = d.offered, nil })
+	if next != nil {
+		d.accept(next)
+	}
 }
 
 // merge renders what a content of the override file makes of the environment.
@@ -119,40 +171,85 @@ type kept struct {
 	Content     []byte `json:"content"`
 }
 
+// maxKept is more than the largest override file takes in base64.
+const maxKept = 8 << 20
+
 func (d *Daemon) keptPath() string {
 	return filepath.Join(d.Environment.Process.RuntimeDirectory, "last-good.json")
 }
 
-// keep writes an accepted file down, if it is not there already. Where it can't, the file is unkept, and to be kept later.
-func (d *Daemon) keep(content []byte) {
-	if !d.Environment.ReadsFile() {
+// keepAll keeps each good file for a restart of mantlet, until ctx ends. What can't be kept is tried again: a full disk gives
+// no event when it has room.
+func (d *Daemon) keepAll(ctx context.Context) {
+	for {
+		var retry <-chan time.Time
+		d.locked(func() {
+			if d.unkept != nil {
+				retry = time.After(retryInputs)
+			}
+		})
+		select {
+		case <-ctx.Done():
+			return
+		case <-d.keeps:
+		case <-retry:
+		}
+		d.keep()
+	}
+}
+
+// keep writes down what is to be kept, if it is not there already.
+func (d *Daemon) keep() {
+	var content []byte
+	d.locked(func() { content = d.unkept })
+	if content == nil {
 		return
 	}
-	before := d.unkept
-	d.unkept = nil
-	digest, err := d.Environment.Digest()
-	if err == nil {
-		var text []byte
-		if text, err = json.Marshal(kept{digest, content}); err == nil {
-			if have, readErr := os.ReadFile(d.keptPath()); readErr == nil && string(have) == string(text) {
-				return
-			}
-			err = renameio.WriteFile(d.keptPath(), text, 0o600, renameio.WithTempDir(d.Environment.Process.RuntimeDirectory))
+	err := d.write(content)
+	if err != nil && !same(err, d.notKept) {
+		d.Log.Warn("the override file could not be kept for a restart of mantlet; it is tried again", "error", err)
+	}
+	d.notKept = err
+	d.locked(func() {
+		if err == nil && bytes.Equal(content, d.unkept) { // else there is a newer one already
+			d.unkept = nil
 		}
+	})
+}
+
+func (d *Daemon) write(content []byte) error {
+	digest, err := d.Environment.Digest()
+	if err != nil {
+		return err
+	}
+	text, err := json.Marshal(kept{digest, content})
+	if err != nil {
+		return err
+	}
+	path := d.keptPath()
+	isThere := func() bool {
+		have, err := schema.ReadFile(path, int64(len(text)))
+		return err == nil && bytes.Equal(have, text)
+	}
+	if isThere() {
+		return nil
+	}
+	_, err = files.Do("write", path, func() (any, error) {
+		return nil, renameio.WriteFile(path, text, 0o600, renameio.WithTempDir(filepath.Dir(path)))
+	})
+	if err == nil && !isThere() {
+		err = errors.New("an earlier file was still being written")
 	}
 	if err != nil {
-		// One before it may be looser: a mantlet that starts beside a bad file then waits for a good one.
-		_ = os.Remove(d.keptPath())
-		if !bytes.Equal(before, content) {
-			d.Log.Warn("the override file could not be kept for a restart of mantlet; it is tried again", "error", err)
-		}
-		d.unkept = content
+		// What is there may be looser: a mantlet that starts beside a bad file then waits for a good one.
+		_, _ = files.Do("remove", path, func() (any, error) { return nil, os.Remove(path) })
 	}
+	return err
 }
 
 // restore returns what the last good file makes of the environment. The error is os.ErrNotExist where none was kept.
 func (d *Daemon) restore() (*desired, error) {
-	text, err := os.ReadFile(d.keptPath())
+	text, err := schema.ReadFile(d.keptPath(), maxKept)
 	if err != nil {
 		return nil, err
 	}

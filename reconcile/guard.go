@@ -38,8 +38,9 @@ func (d *Daemon) guard(ctx context.Context) {
 	warned := map[string]bool{}
 	look := time.NewTicker(resync)
 	defer look.Stop()
+	defer d.watchdog.idle(guard)
 	for {
-		d.locked(func() { d.looked = time.Now() })
+		d.watchdog.idle(guard)
 		select {
 		case <-ctx.Done():
 			return
@@ -55,6 +56,7 @@ func (d *Daemon) guard(ctx context.Context) {
 
 // survey warns, once of each, of what undermines the rules from other tables. They are their owners' business.
 func (d *Daemon) survey(warned map[string]bool) {
+	d.watchdog.begin(guard, "looking at other tables", kernelLimit)
 	found, err := d.Kernel.Undermining()
 	if err != nil {
 		return // mend can't look at the rules either, and says so
@@ -85,6 +87,7 @@ func (d *Daemon) heed(now time.Time) {
 
 // mend puts the rules back where somebody changed them.
 func (d *Daemon) mend(who string) {
+	d.watchdog.begin(guard, "looking at the rules", kernelLimit)
 	found, err := d.Kernel.Mend()
 	if len(found) == 0 {
 		if err != nil && !same(err, d.unmended) {

@@ -46,8 +46,9 @@ type Secrets interface {
 	// Update gives Envoy the generation that is in the TLS directory, and reports whether it lacks a mesh CA that the one
 	// before had. Where the generation is not good the error says why, and Envoy keeps what it has. It is idempotent.
 	Update(ctx context.Context) (revoked bool, err error)
-	// Renew gives Envoy what it has once more, which ends all TLS session tickets. Where it has nothing, it does nothing.
-	Renew() error
+	// Renew gives Envoy what it has once more, which ends all TLS session tickets, and returns once Envoy has read it, as far
+	// as Envoy tells. Where it has nothing, it does nothing.
+	Renew(ctx context.Context) error
 	// Expires returns when what Envoy has expires; the zero time where it has nothing.
 	Expires() time.Time
 	// Valid returns why peers do not accept, at a time, what Envoy has; nil where they do, or where it has nothing.
@@ -68,7 +69,7 @@ type Process interface {
 // Proxy runs Envoys.
 type Proxy interface {
 	// Start executes Envoy for a state and returns it once it is live with that. It takes over from the one that serves;
-	// where that fails, whatever served goes on, but may not answer any more.
+	// where that fails, whatever served goes on, but may not answer any more. It calls Daemon.Progress at each step.
 	Start(context.Context, render.State, schema.Envoy) (Process, error)
 	// Connections returns how many connections would be cut if all that Start made were stopped now.
 	Connections(context.Context) (int, error)
@@ -125,13 +126,32 @@ type Daemon struct {
 	handover bool      // to another Envoy: meanwhile the one that serves does not answer
 	stopping bool
 
+	watchdog watchdog
+
+	// What the reader of the configuration has alone.
+	parsed     *parsed
+	configured bool  // there was a good configuration
+	notKept    error // why the last good override file could not be kept
+	// What it hands over: a good configuration to the loop, with a note on news, and the file to be kept, with a note on keeps.
+	offered *desired
+	unkept  []byte
+	keeps   chan struct{}
+
+	// What the reader of the certificates has alone.
+	given  []Certificate // that Envoy has
+	unread bool          // an Envoy was starting while a mesh CA was taken away, and may have read the files of before
+
+	news    chan struct{} // for the loop: another configuration, or other certificates
+	started chan struct{} // for the reader of the certificates: an Envoy was started, or could not be
+	starts  int           // how many were begun
+	revoked bool          // a mesh CA was taken away, and the rules do not end its connections yet
+
+	// What the loop has alone.
 	raises    raises
-	unkept    []byte        // the last good override file, where it could not be kept; Run's loop alone has it
-	given     []Certificate // that Envoy has
-	revoked   bool          // a mesh CA was taken away, and the rules do not end its connections yet
-	pause     backoff       // of starts that fail, and of Envoys that die
-	notBefore time.Time     // the next start
-	drained   time.Time     // until then the connections of the epoch before have their drain time
+	spent     bool      // the generations of a port are used up
+	pause     backoff   // of starts that fail, and of Envoys that die
+	notBefore time.Time // the next start
+	drained   time.Time // until then the connections of the epoch before have their drain time
 
 	repairs  []Repair // the last ones
 	repaired int      // how many there were
@@ -145,7 +165,7 @@ type Daemon struct {
 	badConfig, badCertificates, expiring, down error
 
 	// What Status tells beside that.
-	started   time.Time
+	since     time.Time // it runs
 	turned    time.Time // when the last turn of Run's loop began
 	looked    time.Time // and the last one of guard's
 	accepted  uint64    // how many configurations were
@@ -178,52 +198,32 @@ const retryInputs = time.Second
 
 // Run brings the desired state about and keeps it until ctx ends; then it lets connections end, for at most the drain
 // time or until abort is closed, and stops Envoy. The rules stay whatever happens. A note on reload makes it read its inputs.
+//
+// Reading the inputs, publishing certificates and looking after the rules go on beside the loop, each in a goroutine of its
+// own: none of them waits for an Envoy that starts, nor for a file that hangs.
 func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
-	d.locked(func() { d.started, d.turned = time.Now(), time.Now() })
-	var first sync.WaitGroup // each takes as long as a tenth of Envoy's own start; a watch that begins later tells to read again
-	first.Go(d.readConfig)
-	first.Go(func() { d.readCertificates(ctx) })
-	watching, stopWatching := context.WithCancel(context.Background())
-	var guarding sync.WaitGroup
-	guarding.Go(func() { d.guard(watching) })
-	defer guarding.Wait()
-	defer stopWatching()
-	certificates := watch(watching, d.Environment.Process.TLSDirectory, d.Log)
-	config := d.watchConfig(watching)
-	tickets := time.NewTicker(ticketLife)
-	defer tickets.Stop()
-	first.Wait()
+	d.news, d.started, d.keeps = make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{}, 1)
+	d.locked(func() { d.since = time.Now() })
+	beside, stop := context.WithCancel(context.WithoutCancel(ctx))
+	reread := make(chan struct{}, 1)
+	var running sync.WaitGroup
+	running.Go(func() { d.guard(beside) })
+	running.Go(func() { d.configure(beside, reload, reread) })
+	running.Go(func() { d.certify(beside, reread) })
+	defer running.Wait()
+	defer stop()
+	defer d.watchdog.idle(loop)
 	for {
-		d.locked(func() { d.turned = time.Now() })
-		var again, retry, keep <-chan time.Time
+		var again <-chan time.Time
 		if wait := d.converge(ctx); wait > 0 {
 			again = time.After(wait)
 		}
-		if d.badCertificates != nil {
-			retry = time.After(retryInputs)
-		}
-		if d.unkept != nil {
-			keep = time.After(retryInputs)
-		}
+		d.watchdog.idle(loop)
 		select {
 		case <-ctx.Done():
 			d.stop(abort)
 			return
-		case <-config:
-			d.readConfig()
-		case <-certificates:
-			d.readCertificates(ctx)
-		case <-retry:
-			d.readCertificates(ctx)
-		case <-keep:
-			d.keep(d.unkept)
-		case <-reload:
-			d.readConfig()
-			d.readCertificates(ctx)
-		case <-tickets.C:
-			if err := d.Secrets.Renew(); err != nil {
-				d.Log.Error("session tickets live on", "error", err)
-			}
+		case <-d.news:
 		case <-d.exited():
 			d.ended()
 		case <-again:
@@ -234,20 +234,22 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 // converge takes what steps it takes from what is in force to what is wanted, and returns how long to wait until it is to
 // be called again, if at all.
 func (d *Daemon) converge(ctx context.Context) time.Duration {
-	if ctx.Err() != nil || d.want == nil || d.expires.IsZero() {
+	d.watchdog.begin(loop, "its turn", turnLimit)
+	d.take()
+	var certified bool
+	d.locked(func() { certified = !d.expires.IsZero() })
+	if ctx.Err() != nil || d.want == nil || !certified {
 		return 0
 	}
-	if d.revoked && d.have != nil { // that waits for no Envoy
-		if err := d.enforce(d.have); err != nil {
-			d.Log.Error("connections by a mesh CA that was taken away live on", "error", err)
-		}
-	}
+	d.revoke()
+	d.renew()
 	want, err := d.next()
 	if err == nil {
 		if wait := d.hold(time.Now(), want); wait > 0 {
 			return wait
 		}
 		err = d.apply(ctx, want)
+		d.renew()
 	}
 	if err == nil && want != d.want {
 		return atOnce
@@ -320,12 +322,17 @@ func (d *Daemon) apply(ctx context.Context, want *desired) error {
 }
 
 // enforce puts a state's rules in force, in generations that end what it does not let in any more.
-func (d *Daemon) enforce(want *desired) error {
+func (d *Daemon) enforce(want *desired) (err error) {
+	var revoked bool
+	d.locked(func() { revoked, d.revoked = d.revoked, false })
+	defer func() {
+		d.locked(func() { d.revoked = d.revoked || revoked && err != nil })
+	}()
 	next := *want
 	if d.have != nil {
-		next.generations = advance(d.have.generations, d.have.mesh, want.mesh, d.revoked)
+		next.generations = advance(d.have.generations, d.have.mesh, want.mesh, revoked)
 	} else if before, generations, ok := loosest(d.Found, want.mesh); ok {
-		next.generations = advance(generations, before, want.mesh, d.revoked)
+		next.generations = advance(generations, before, want.mesh, revoked)
 	}
 	next.state.Ruleset = render.Rules(want.mesh, next.generations)
 	if d.have == nil || next.state.Ruleset.Text() != d.have.state.Ruleset.Text() {
@@ -334,18 +341,40 @@ func (d *Daemon) enforce(want *desired) error {
 		}
 		d.Log.Info("rules are in force", "ingress_entries", len(want.mesh.Ingress), "egress_entries", len(want.mesh.Egress))
 	}
-	exhausted := d.have != nil && d.raises.add(time.Now(), d.have.generations, next.generations)
-	d.locked(func() { d.have, d.revoked = &next, false })
-	if exhausted {
-		d.Log.Warn("one port came to forbid what is open there so often that its generations are used up: Envoy is started anew")
-		d.Proxy.Stop()
-	}
+	d.spent = d.spent || d.have != nil && d.raises.add(time.Now(), d.have.generations, next.generations)
+	d.locked(func() { d.have = &next })
 	return nil
+}
+
+// revoke ends the connections by a mesh CA that was taken away. It waits for no Envoy.
+func (d *Daemon) revoke() {
+	var revoked bool
+	d.locked(func() { revoked = d.revoked })
+	if !revoked || d.have == nil {
+		return
+	}
+	if err := d.enforce(d.have); err != nil {
+		d.Log.Error("connections by a mesh CA that was taken away live on", "error", err)
+	}
+}
+
+// renew ends all connections where the generations of a port are used up: the next one could bring back what it ended.
+func (d *Daemon) renew() {
+	if !d.spent {
+		return
+	}
+	d.spent = false
+	d.Log.Warn("one port came to forbid what is open there so often that its generations are used up: Envoy is started anew")
+	d.watchdog.begin(loop, "stopping Envoy", stopLimit)
+	d.Proxy.Stop()
+	d.watchdog.begin(loop, "its turn", turnLimit)
 }
 
 func (d *Daemon) replace(rules render.Ruleset) error {
 	began := time.Now()
+	d.watchdog.begin(loop, "putting the rules in force", kernelLimit)
 	err := d.Kernel.Replace(rules)
+	d.watchdog.begin(loop, "its turn", turnLimit)
 	d.applied(applyRules, time.Since(began), err)
 	if err != nil {
 		return located{checkRules, about(notInForce, err)}
@@ -373,17 +402,19 @@ func (d *Daemon) isServing(state *desired) bool {
 	return d.process != nil && d.serves == state.state.Digest
 }
 
+// start makes a state serve. While it is under way, connections by a mesh CA that is taken away end all the same.
 func (d *Daemon) start(ctx context.Context, want *desired) error {
-	state := want.state
-	state.Bootstrap = proto.CloneOf(state.Bootstrap)
-	render.WaitFor(state.Bootstrap, resolve(ctx, want.mesh.Egress, d.process != nil))
 	kind, began := applyStart, time.Now()
 	if d.process != nil {
 		kind = applyHotRestart
 	}
-	d.locked(func() { d.handover = true })
-	process, err := d.Proxy.Start(ctx, state, want.mesh.Envoy)
+	d.locked(func() {
+		d.handover = true
+		d.starts++
+	})
+	process, err := d.await(ctx, want)
 	d.locked(func() { d.handover = false })
+	notify(d.started)
 	if ctx.Err() == nil {
 		d.applied(kind, time.Since(began), err)
 		d.locked(func() { d.envoys.add(err == nil, d.have != nil && (d.process == nil || want == d.have)) })
@@ -394,8 +425,35 @@ func (d *Daemon) start(ctx context.Context, want *desired) error {
 	if d.process != nil {
 		d.drained = time.Now().Add(want.mesh.Envoy.DrainTime)
 	}
-	d.locked(func() { d.process, d.serves = process, state.Digest })
+	d.locked(func() { d.process, d.serves = process, want.state.Digest })
 	return nil
+}
+
+// await starts an Envoy, and revokes while it starts.
+func (d *Daemon) await(ctx context.Context, want *desired) (process Process, err error) {
+	done := make(chan struct{})
+	serving := d.process != nil
+	go func() {
+		defer close(done)
+		defer d.watchdog.idle(starter)
+		d.watchdog.begin(starter, "resolving the upstreams", startLimit)
+		state := want.state
+		state.Bootstrap = proto.CloneOf(state.Bootstrap)
+		render.WaitFor(state.Bootstrap, resolve(ctx, want.mesh.Egress, serving))
+		d.watchdog.begin(starter, "starting Envoy", startLimit)
+		process, err = d.Proxy.Start(ctx, state, want.mesh.Envoy)
+	}()
+	for {
+		d.watchdog.idle(loop)
+		select {
+		case <-done:
+			d.watchdog.begin(loop, "its turn", turnLimit)
+			return process, err
+		case <-d.news:
+			d.watchdog.begin(loop, "its turn", turnLimit)
+			d.revoke()
+		}
+	}
 }
 
 // ended takes note that the Envoy which served has ended.
@@ -411,10 +469,53 @@ func (d *Daemon) ended() {
 	d.failed(checkEnvoy, err)
 }
 
+// certify reads and publishes certificates, again whenever they may have changed or there is a note on reread, until ctx ends.
+func (d *Daemon) certify(ctx context.Context, reread <-chan struct{}) {
+	changed := make(chan struct{}, 1)
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	watching.Go(func() { watch(ctx, d.Environment.Process.TLSDirectory, changed, d.Log) })
+	tickets := time.NewTicker(ticketLife)
+	defer tickets.Stop()
+	defer d.watchdog.idle(certificates)
+	for {
+		d.watchdog.begin(certificates, "publishing certificates", certificateLimit)
+		d.readCertificates(ctx)
+		d.watchdog.idle(certificates)
+		var retry <-chan time.Time
+		if d.badCertificates != nil || d.unread {
+			retry = time.After(retryInputs)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
+		case <-reread:
+		case <-retry:
+		case <-d.started:
+		case <-tickets.C:
+			d.watchdog.begin(certificates, "renewing session tickets", certificateLimit)
+			if err := d.Secrets.Renew(ctx); err != nil {
+				d.Log.Error("session tickets live on", "error", err)
+			}
+		}
+	}
+}
+
 // readCertificates passes on a new generation of certificates. A bad one is reported, and the last good one stays.
 func (d *Daemon) readCertificates(ctx context.Context) {
 	began := time.Now()
+	before := d.starting()
 	revoked, err := d.Secrets.Update(ctx)
+	d.unread = d.unread || revoked && (before.now || d.starting() != before)
+	if d.unread && !d.starting().now {
+		// The new Envoy may have read the mesh CAs of before. Once it has read them again, what it let in meanwhile ends.
+		if renewErr := d.Secrets.Renew(ctx); renewErr != nil {
+			err = errors.Join(err, renewErr)
+		} else {
+			d.unread, revoked = false, true
+		}
+	}
 	expires := d.Secrets.Expires()
 	if given := d.Secrets.Certificates(); !reflect.DeepEqual(given, d.given) {
 		d.given = given
@@ -430,11 +531,29 @@ func (d *Daemon) readCertificates(ctx context.Context) {
 			d.applied(applyCertificates, time.Since(began), err)
 		}
 	}
-	d.locked(func() { d.expires, d.revoked = expires, d.revoked || revoked })
+	var isNew bool
+	d.locked(func() {
+		isNew = revoked || !expires.Equal(d.expires)
+		d.expires, d.revoked = expires, d.revoked || revoked
+	})
+	if isNew {
+		notify(d.news)
+	}
 	if err == nil {
 		d.settle(&d.badCertificates, "certificates accepted again")
 	}
 	d.foresee(time.Now())
+}
+
+// starting is whether an Envoy starts, and how many starts there were.
+type starting struct {
+	now   bool
+	count int
+}
+
+func (d *Daemon) starting() (s starting) {
+	d.locked(func() { s = starting{d.handover, d.starts} })
+	return s
 }
 
 // foresee warns while there is time left to mend it: what expires should have been replaced by the last fifth of its life.
@@ -490,8 +609,10 @@ const drainPoll = 100 * time.Millisecond
 // drain returns once no connection is open, in whichever Envoy. Where they can't be counted, they get all their time.
 func (d *Daemon) drain(limit time.Duration, abort <-chan struct{}) {
 	ctx, cut := context.WithCancelCause(context.Background())
+	var waiting sync.WaitGroup
+	defer waiting.Wait()
 	defer cut(nil)
-	go func() { // an Envoy that does not answer holds up neither
+	waiting.Go(func() { // an Envoy that does not answer holds up neither
 		select {
 		case <-time.After(limit):
 			cut(errors.New("the drain time is over"))
@@ -499,7 +620,7 @@ func (d *Daemon) drain(limit time.Duration, abort <-chan struct{}) {
 			cut(errors.New("second signal"))
 		case <-ctx.Done():
 		}
-	}()
+	})
 	tick := time.NewTicker(drainPoll)
 	defer tick.Stop()
 	for logged := false; ; {
@@ -517,6 +638,8 @@ func (d *Daemon) drain(limit time.Duration, abort <-chan struct{}) {
 		}
 		select {
 		case <-tick.C:
+		case <-d.news:
+			d.revoke()
 		case <-ctx.Done():
 		}
 	}

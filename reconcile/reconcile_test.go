@@ -33,19 +33,19 @@ type world struct {
 	end    context.CancelFunc
 	reload chan struct{}
 
-	mu           sync.Mutex
-	log          bytes.Buffer
-	did          []string
-	startErr     error
-	startTake    time.Duration
-	rulesErr     error
-	update, mend chan struct{} // what Update and Mend wait for
-	found        error         // what is not as it should be with the rules in the kernel
-	secretErr    error
-	expiry       time.Time
-	revoked      bool // a mesh CA was taken away; told once
-	latest       *process
-	open         func(context.Context) (int, error) // how many connections are
+	mu        sync.Mutex
+	log       bytes.Buffer
+	did       []string
+	startErr  error
+	startTake time.Duration
+	rulesErr  error
+	hang      map[string]chan struct{} // what "rules", "mend", "start" and "update" wait for, whatever context they have
+	found     error                    // what is not as it should be with the rules in the kernel
+	secretErr error
+	expiry    time.Time
+	revoked   bool // a mesh CA was taken away; told once
+	latest    *process
+	open      func(context.Context) (int, error) // how many connections are
 
 	changes chan string // of rules in the kernel
 }
@@ -95,8 +95,19 @@ func (w *world) set(change func()) {
 	change()
 }
 
+// wait waits for what holds up what is done.
+func (w *world) wait(did string) {
+	w.mu.Lock()
+	hang := w.hang[did]
+	w.mu.Unlock()
+	if hang != nil {
+		<-hang
+	}
+}
+
 func (w *world) Replace(render.Ruleset) error {
 	w.note("rules")
+	w.wait("rules")
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.rulesErr
@@ -114,11 +125,8 @@ func (w *world) Mend() ([]string, error) {
 	if found != nil {
 		w.did = append(w.did, "mend")
 	}
-	hang := w.mend
 	w.mu.Unlock()
-	if hang != nil {
-		<-hang
-	}
+	w.wait("mend")
 	if found == nil {
 		return nil, err
 	}
@@ -134,19 +142,14 @@ func (w *world) Undermining() ([]string, error) {
 func (w *world) Watch(context.Context) <-chan string { return w.changes }
 
 func (w *world) Update(context.Context) (revoked bool, err error) {
-	w.mu.Lock()
-	hang := w.update
-	w.mu.Unlock()
-	if hang != nil {
-		<-hang
-	}
+	w.wait("update")
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	revoked, w.revoked = w.revoked, false
 	return revoked, w.secretErr
 }
 
-func (w *world) Renew() error {
+func (w *world) Renew(context.Context) error {
 	w.note("renew")
 	return nil
 }
@@ -191,6 +194,7 @@ func (w *world) Refusals() ([]Refusal, []RefusalCount) { return nil, nil }
 
 func (w *world) Start(ctx context.Context, _ render.State, _ schema.Envoy) (Process, error) {
 	w.note("start Envoy")
+	w.wait("start")
 	w.mu.Lock()
 	take, err := w.startTake, w.startErr
 	w.mu.Unlock()
@@ -626,47 +630,98 @@ func TestStopWhileStarting(t *testing.T) {
 	})
 }
 
-// TestDead: a loop that hangs is the one thing that a restart helps against; one that waits or stops is alive.
+// TestDead: a goroutine that hangs is the one thing that a restart helps against; one that waits or stops is alive. It is noticed
+// once the step that hangs has taken longer than it may, and no sooner.
 func TestDead(t *testing.T) {
-	for what, hangs := range map[string]func(*world, chan struct{}){
-		"loop":               func(w *world, until chan struct{}) { w.update = until },
-		"guard of the rules": func(w *world, until chan struct{}) { w.mend = until },
+	for what, c := range map[string]struct {
+		by    func(*world) // what makes it come to the step
+		says  string
+		limit time.Duration
+	}{
+		"rules":  {func(w *world) { w.set(func() { w.revoked = true }) }, "mantlet's loop hangs: putting the rules in force", kernelLimit},
+		"start":  {func(w *world) { close(w.latest.exited) }, "mantlet's start hangs: starting Envoy", startLimit},
+		"mend":   {func(*world) {}, "mantlet's guard hangs: looking at the rules", kernelLimit},
+		"update": {func(*world) {}, "mantlet's certificates hangs: publishing certificates", certificateLimit},
 	} {
 		t.Run(what, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				w.run(t)
-				time.Sleep(stuck + poll)
-				if err := w.Dead(); err != nil {
+				time.Sleep(3 * certificateLimit)
+				if err := w.Dead(t.Context()); err != nil {
 					t.Errorf("while all is well: %v", err)
 				}
 				until := make(chan struct{})
-				w.set(func() { hangs(w, until) })
-				time.Sleep(stuck - poll)
-				if err := w.Dead(); err != nil {
+				w.set(func() { w.hang = map[string]chan struct{}{what: until} })
+				c.by(w)
+				time.Sleep(c.limit - time.Second)
+				if err := w.Dead(t.Context()); err != nil {
 					t.Errorf("before its time: %v", err)
 				}
-				time.Sleep(2 * poll)
-				if err := w.Dead(); err == nil || !strings.Contains(err.Error(), what+" hangs") {
+				time.Sleep(poll)
+				if err := w.Dead(t.Context()); err == nil || !strings.Contains(err.Error(), c.says) {
 					t.Errorf("it hangs and is alive: %v", err)
 				}
-				w.set(func() { hangs(w, nil) })
+				w.set(func() { w.hang = nil })
 				close(until)
 				synctest.Wait()
-				if err := w.Dead(); err != nil {
+				if err := w.Dead(t.Context()); err != nil {
 					t.Errorf("after it went on: %v", err)
 				}
 				w.open = func(context.Context) (int, error) { return 1, nil }
 				w.want.mesh.Envoy.DrainTime = time.Hour
 				w.end()
-				time.Sleep(stuck + poll)
-				if err := w.Dead(); err != nil {
+				time.Sleep(time.Minute)
+				if err := w.Dead(t.Context()); err != nil {
 					t.Errorf("while it stops: %v", err)
 				}
 			})
 		})
 	}
+}
+
+// TestFrozen: a process that was stopped as a whole is alive once it goes on, although all that it did is overdue.
+func TestFrozen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.run(t)
+		until := make(chan struct{})
+		w.set(func() { w.hang = map[string]chan struct{}{"mend": until} })
+		time.Sleep(certificateLimit)
+		time.AfterFunc(resumed/2, func() { close(until) })
+		if err := w.Dead(t.Context()); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestStartHangs: an Envoy that does not get live holds up neither certificates nor what a mesh CA's end means for connections.
+func TestStartHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.run(t)
+		expect(t, w, "start Envoy", "rules")
+		until := make(chan struct{})
+		w.set(func() { w.hang = map[string]chan struct{}{"start": until} })
+		close(w.latest.exited)
+		expect(t, w, "start Envoy")
+		w.set(func() { w.revoked = true })
+		time.Sleep(pollMissing)
+		expect(t, w, "rules")
+		if g := w.have.generations.Default; g != 1 {
+			t.Errorf("generation %d is in force", g)
+		}
+		// The Envoy that starts may have read the mesh CA that is gone: once it is live, it reads again, and what it let in by then ends.
+		close(until)
+		synctest.Wait()
+		if did := w.done(); !slices.Equal(did, []string{"renew", "rules"}) {
+			t.Errorf("the daemon did %q", did)
+		}
+		if g := w.have.generations.Default; g != 2 {
+			t.Errorf("generation %d is in force", g)
+		}
+	})
 }
 
 // TestStatusCounts: what the daemon does is counted, by kind and result, and the last thing that failed is kept.
@@ -778,6 +833,11 @@ func TestLastGood(t *testing.T) {
 		}
 		return &Daemon{Environment: env, Place: render.Place{RuntimeDirectory: directory}, Log: slog.New(slog.DiscardHandler)}
 	}
+	read := func(d *Daemon) {
+		d.readConfig()
+		d.take()
+		d.keep()
+	}
 	write := func(text string) {
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
@@ -785,28 +845,32 @@ func TestLastGood(t *testing.T) {
 	}
 	write("ingress: [{port: 8080, mode: tls}]")
 	first := daemon()
-	first.readConfig()
+	read(first)
 	if first.want == nil || first.badConfig != nil {
 		t.Fatalf("a good file is not taken: %v", first.badConfig)
 	}
 	before := first.want.sourceDigest
+	parsed := first.parsed
+	if read(first); first.parsed != parsed {
+		t.Error("the same bytes are parsed again")
+	}
 	write("ingress: [{port: 8080, mode: tls}] # the same")
-	first.readConfig()
+	read(first)
 	if first.want.sourceDigest == before || first.want.number != 1 {
 		t.Error("a file that means the same is not told to be the source, or for another configuration")
 	}
 	write("ingress: [{port: 8080, mode: tsl}]")
-	first.readConfig()
+	read(first)
 	if first.badConfig == nil || first.want.mesh.Ingress[0].Mode != schema.ModeTLS {
 		t.Errorf("after a bad file: %v, %v", first.badConfig, first.want.mesh.Ingress)
 	}
 	second := daemon()
-	second.readConfig()
+	read(second)
 	if second.want == nil || second.want.state.Digest != first.want.state.Digest || second.badConfig == nil {
 		t.Errorf("beside a bad file the last good one is not taken, or the bad one is not told: %v", second.badConfig)
 	}
 	other := daemon("MANTLET_TLS_MIN_VERSION=1.3")
-	other.readConfig()
+	read(other)
 	if other.want != nil {
 		t.Error("a file that was merged with another environment is taken")
 	}
@@ -814,7 +878,7 @@ func TestLastGood(t *testing.T) {
 		t.Fatal(err)
 	}
 	third := daemon()
-	third.readConfig()
+	read(third)
 	if third.want == nil || third.want.mesh.Ingress[0].Mode != schema.ModeTLS {
 		t.Error("beside a missing file the last good one is not taken")
 	}

@@ -146,7 +146,7 @@ func (d *Daemon) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, r *http.Request) {
 		var reasons []Reason
-		if err := d.Dead(); err != nil {
+		if err := d.Dead(r.Context()); err != nil {
 			reasons = append(reasons, Reason{checkMantlet, err.Error()})
 		}
 		answer(w, r, []string{checkMantlet}, nil, reasons, nil)

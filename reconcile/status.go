@@ -260,26 +260,6 @@ func about(what string, err error) error {
 	return fmt.Errorf("%s: %w", what, err)
 }
 
-// stuck is how long the loop may take for one turn. It starts two Envoys at most, each with a preflight, and each of those
-// four gets 20 s; then come resolving, the end of Envoys that hang, and waiting for the next look at the TLS directory.
-const stuck = 3*time.Minute + poll
-
-// Dead returns why mantlet should be killed and started again, or nil: only where a loop of it hangs. All else it mends by
-// itself, or a new one could not either.
-func (d *Daemon) Dead() error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.stopping {
-		return nil
-	}
-	for what, last := range map[string]time.Time{"loop": d.turned, "guard of the rules": d.looked} {
-		if since := time.Since(last); !last.IsZero() && since > stuck {
-			return fmt.Errorf("mantlet's %s hangs: its last turn began %s ago", what, since.Round(time.Second))
-		}
-	}
-	return nil
-}
-
 // Notes returns what is not as it should be although it does not make the sidecar unready: an input that is not good while
 // the last good one is in force, or a state that could not be put in force while the one before it serves.
 func (d *Daemon) Notes() []error {
@@ -329,7 +309,7 @@ func (d *Daemon) Status(ctx context.Context) Status {
 	s.Repairs = append([]Repair{}, s.Repairs...)
 	s.LogDropped, _ = d.logLost()
 	d.locked(func() {
-		s.Started = d.started
+		s.Started = d.since
 		s.Desired, s.Applied = d.want.summary(), d.have.summary()
 		s.LastError = d.lastError
 		s.Applies = d.applies.all()

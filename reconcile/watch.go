@@ -21,33 +21,68 @@ const (
 	pollMissing = 250 * time.Millisecond
 )
 
-// watch sends on the channel whenever what is in a directory may have changed, until ctx ends: after events, once they
+// watch leaves a note on the channel whenever what is in a directory may have changed, until ctx ends: after events, once they
 // have settled, and at every poll. It says nothing of what changed; a reader compares content. Files are not watched
 // themselves: kubelet swaps a link, and a file that was replaced would be followed to its grave.
-func watch(ctx context.Context, directory string, log *slog.Logger) <-chan struct{} {
-	changed := make(chan struct{}, 1)
-	go func() {
-		for ctx.Err() == nil {
-			if err := follow(ctx, directory, changed); err != nil {
+func watch(ctx context.Context, directory string, changed chan<- struct{}, log *slog.Logger) {
+	var opens <-chan opened
+	for ctx.Err() == nil {
+		if opens == nil {
+			opens = open(ctx, directory)
+		}
+		select {
+		case o := <-opens:
+			opens = nil
+			if err := o.follow(ctx, changed); err != nil {
 				log.Debug("directory can't be watched; polling", "directory", directory, "error", err)
 			}
 			notify(changed)
 			sleep(ctx, pollMissing)
+		case <-time.After(poll): // the file system hangs
+			notify(changed)
+		case <-ctx.Done():
 		}
-	}()
-	return changed
+	}
 }
 
-// follow watches the directory until ctx ends or it is gone.
-func follow(ctx context.Context, directory string, changed chan<- struct{}) error {
-	watcher, err := fsnotify.NewWatcher()
-	if err != nil {
-		return err
+// opened is a watch that was opened, or why it could not be.
+type opened struct {
+	watcher *fsnotify.Watcher
+	err     error
+}
+
+// open begins to watch a directory, in a goroutine of its own: that hangs where the directory's file system does. If ctx ends
+// first, nothing comes.
+func open(ctx context.Context, directory string) <-chan opened {
+	opens := make(chan opened)
+	go func() {
+		watcher, err := fsnotify.NewWatcher()
+		if err == nil {
+			err = watcher.Add(directory)
+		}
+		o := opened{watcher, err}
+		select {
+		case opens <- o:
+		case <-ctx.Done():
+			o.close()
+		}
+	}()
+	return opens
+}
+
+func (o opened) close() {
+	if o.watcher != nil {
+		_ = o.watcher.Close()
 	}
-	defer func() { _ = watcher.Close() }()
-	if err := watcher.Add(directory); err != nil {
-		return err
+}
+
+// follow passes on what happens to the directory until ctx ends or it is gone.
+func (o opened) follow(ctx context.Context, changed chan<- struct{}) error {
+	defer o.close()
+	if o.err != nil {
+		return o.err
 	}
+	watcher := o.watcher
 	notify(changed) // for what happened before the watch
 	tick := time.NewTicker(poll)
 	defer tick.Stop()

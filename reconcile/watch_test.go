@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -14,8 +15,13 @@ import (
 func watched(t *testing.T, directory string) <-chan struct{} {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	changed := watch(ctx, directory, slog.New(slog.DiscardHandler))
-	t.Cleanup(cancel)
+	changed := make(chan struct{}, 1)
+	var watching sync.WaitGroup
+	watching.Go(func() { watch(ctx, directory, changed, slog.New(slog.DiscardHandler)) })
+	t.Cleanup(func() {
+		cancel()
+		watching.Wait()
+	})
 	return changed
 }
 

@@ -155,6 +155,28 @@ func (t *tap) set(closed bool) {
 	t.opens.Broadcast()
 }
 
+// ask returns what mantlet answers at its socket. No command runs, which would write a log or read files of its own.
+func (p *pod) ask(path string) []byte {
+	p.t.Helper()
+	ctx, cancel := p.context()
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://mantlet"+path, nil)
+	p.must(err)
+	response, err := reconcile.OverSocket(reconcile.StatusSocket(p.sidecar.RuntimeDirectory)).Do(request)
+	p.must(err)
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	p.must(err)
+	return text
+}
+
+// served is the status that mantlet answers at its socket.
+func (p *pod) served() (s reconcile.Status) {
+	p.t.Helper()
+	p.must(json.Unmarshal(p.ask("/status"), &s))
+	return s
+}
+
 // TestBlockedLog: while nobody reads standard error, mantlet goes on: it tightens, revokes, restarts Envoy and answers. It tells how
 // many lines were dropped.
 func TestBlockedLog(t *testing.T) {
@@ -163,25 +185,9 @@ func TestBlockedLog(t *testing.T) {
 	tap, m := p.tap(), p.override("{}")
 	p.start()
 	tap.set(true)
-	ask := func(path string) []byte {
-		ctx, cancel := p.context()
-		defer cancel()
-		request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://mantlet"+path, nil)
-		p.must(err)
-		response, err := reconcile.OverSocket(reconcile.StatusSocket(p.sidecar.RuntimeDirectory)).Do(request)
-		p.must(err)
-		defer response.Body.Close()
-		text, err := io.ReadAll(response.Body)
-		p.must(err)
-		return text
-	}
-	status := func() (s reconcile.Status) {
-		p.must(json.Unmarshal(ask("/status"), &s))
-		return s
-	}
-	p.await("lines are dropped", func() bool { return status().LogDropped > 0 })
+	p.await("lines are dropped", func() bool { return p.served().LogDropped > 0 })
 	p.await("that is told", func() bool {
-		return strings.Contains(strings.Join(status().Problems, "\n"), "nobody has read standard error for ")
+		return strings.Contains(strings.Join(p.served().Problems, "\n"), "nobody has read standard error for ")
 	})
 
 	addr := netip.AddrPortFrom(p.IPv4, tlsPort)
@@ -192,16 +198,16 @@ func TestBlockedLog(t *testing.T) {
 	p.must(syscall.Kill(envoy, syscall.SIGKILL))
 	mesh := p.client.ClientConfig("pod")
 	p.await("there is another Envoy", func() bool { return p.exchange(addr, mesh) == nil && p.envoy() != envoy })
-	if said := ask("/livez"); string(said) != "ok\n" {
+	if said := p.ask("/livez"); string(said) != "ok\n" {
 		t.Errorf("livez: %s", said)
 	}
 
 	tap.set(false)
 	p.await("the log tells of dropped lines", func() bool { return p.log.count(`"lines_dropped_before":`) > 0 })
-	p.await("all is well", func() bool { return len(status().Problems) == 0 })
+	p.await("all is well", func() bool { return len(p.served().Problems) == 0 })
 	tap.set(true)
-	dropped := status().LogDropped
-	p.await("lines are dropped again", func() bool { return status().LogDropped > dropped })
+	dropped := p.served().LogDropped
+	p.await("lines are dropped again", func() bool { return p.served().LogDropped > dropped })
 	p.must(p.sidecar.Stop())
 }
 
@@ -212,7 +218,7 @@ func TestBlockedLogAtTheEnd(t *testing.T) {
 	tap := p.tap()
 	p.start()
 	tap.set(true)
-	p.await("lines are dropped", func() bool { return p.status().LogDropped > 0 })
+	p.await("lines are dropped", func() bool { return p.served().LogDropped > 0 })
 	p.must(p.sidecar.Signal(syscall.SIGQUIT)) // it prints what all goroutines do
 	p.await("mantlet has ended", p.sidecar.Ended)
 }

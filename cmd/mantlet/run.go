@@ -121,7 +121,7 @@ func run(ctx context.Context, log *slog.Logger, queue *logQueue, level *slog.Lev
 	if err := runner.Evict(); err != nil {
 		return errors.Join(err, runner.Close())
 	}
-	err = serve(ctx, hups, &reconcile.Daemon{
+	daemon := &reconcile.Daemon{
 		Version:     versionText(),
 		Environment: env,
 		Place:       place(env),
@@ -131,7 +131,9 @@ func run(ctx context.Context, log *slog.Logger, queue *logQueue, level *slog.Lev
 		Proxy:       proxy{runner},
 		Log:         log,
 		LogLost:     func() (uint64, time.Duration) { return queue.lost(time.Now()) },
-	})
+	}
+	runner.Progress = daemon.Progress
+	err = serve(ctx, hups, daemon)
 	return errors.Join(err, runner.Close())
 }
 

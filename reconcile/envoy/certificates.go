@@ -126,13 +126,21 @@ func (s *Secrets) awaitRead(ctx context.Context, seen int) {
 	}
 }
 
-// Renew publishes the last generation once more. That ends all TLS session tickets, see Publish.
-func (s *Secrets) Renew() error {
+// Renew publishes the last generation once more, and returns once Envoy has read it, as far as Envoy tells. That ends all TLS
+// session tickets, see Publish.
+func (s *Secrets) Renew(ctx context.Context) error {
 	published := s.has()
 	if published == nil {
 		return nil
 	}
-	return Publish(published, s.RuntimeDirectory, time.Now())
+	seen := s.Runner.caReads(ctx)
+	if err := Publish(published, s.RuntimeDirectory, time.Now()); err != nil {
+		return err
+	}
+	if s.Runner.serving() != nil {
+		s.awaitRead(ctx, seen)
+	}
+	return nil
 }
 
 // Expires returns when the first certificate of what Envoy has does; the zero time where it has nothing.

@@ -323,7 +323,7 @@ func TestSecrets(t *testing.T) {
 	if _, err := s.Update(t.Context()); err == nil || !s.Expires().IsZero() {
 		t.Errorf("nothing is there: %v, expires %v", err, s.Expires())
 	}
-	if err := s.Renew(); err != nil {
+	if err := s.Renew(t.Context()); err != nil {
 		t.Errorf("nothing is there to renew: %v", err)
 	}
 	if err := s.Valid(time.Now()); err != nil || s.Certificates() != nil {
@@ -360,7 +360,7 @@ func TestSecrets(t *testing.T) {
 	if _, err := s.Update(t.Context()); err != nil || read() != before {
 		t.Errorf("nothing changed, and the file did: %v", err)
 	}
-	if err := s.Renew(); err != nil || read() == before {
+	if err := s.Renew(t.Context()); err != nil || read() == before {
 		t.Errorf("renewed, it is the same: %v", err)
 	}
 	before = read()

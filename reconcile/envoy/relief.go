@@ -1,7 +1,6 @@
 package envoy
 
 import (
-	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -104,7 +103,7 @@ func receive(from *net.UnixConn) ([]byte, error) {
 // awaitDrain returns once a parent that was relieved accepts no more connections: it would let them in by the state of
 // before, while the rules are those of the next. It is told to stop and does not say that it has; one that goes on is ended.
 func (r *Runner) awaitDrain(parent *Process) {
-	deadline := time.NewTimer(cmp.Or(r.liveLimit, defaultLiveLimit))
+	deadline := time.NewTimer(r.limit())
 	defer deadline.Stop()
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()

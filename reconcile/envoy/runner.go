@@ -36,6 +36,8 @@ type Runner struct {
 	UID              int    // of Envoys
 	RuntimeDirectory string // theirs and mantlet's: holds sockets, SDS files and bootstraps
 	Log              *slog.Logger
+	// Progress is told each step that Start begins, and how long it takes at most. It may be nil.
+	Progress func(what string, limit time.Duration)
 
 	spawner  spawner
 	standIns sync.WaitGroup
@@ -74,11 +76,14 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 	parent := r.serving()
 	// Where it drains already, the one after it died: nobody listens, and a failure can't make it worse.
 	if parent != nil && !parent.drains {
+		r.progress("having Envoy validate the bootstrap", r.limit())
 		if err := r.preflight(ctx, state, parent); err != nil {
 			return nil, err
 		}
+		r.progress("counting connections", askLimit)
 		r.count(ctx) // while it still answers
 	}
+	r.progress("executing Envoy", executeLimit)
 	var abandoned []*Process
 	if parent != nil {
 		if err := r.obstacle(parent); err != nil {
@@ -90,9 +95,11 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, cmp.Or(r.liveLimit, defaultLiveLimit))
+	r.progress("waiting until Envoy is live", r.limit())
+	ctx, cancel := context.WithTimeout(ctx, r.limit())
 	defer cancel()
 	if err := p.waitLive(ctx, parent); err != nil {
+		r.progress("ending an Envoy that does not start", settleLimit)
 		p.Kill() // SIGTERM would make it end its parent, which serves
 		<-p.exited
 		if parent != nil && parent.alive() {
@@ -101,14 +108,31 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 		return nil, err
 	}
 	for _, old := range slices.Backward(abandoned) {
+		r.progress("ending an Envoy that nothing can follow", termLimit)
 		old.Stop()
 	}
 	r.add(p, parent, settings.ParentShutdownTime)
 	if parent != nil {
 		r.standIns.Go(func() { r.standIn(parent, p) })
+		r.progress("waiting until the Envoy before it takes no more connections", r.limit())
 		r.awaitDrain(parent)
 	}
 	return p, nil
+}
+
+// executeLimit bounds what has no limit of its own: writing a bootstrap, ending an Envoy that hangs, and execve.
+const executeLimit = 5 * time.Second
+
+// limit bounds initialisation.
+func (r *Runner) limit() time.Duration { return cmp.Or(r.liveLimit, defaultLiveLimit) }
+
+// grace is what a step may take beyond its limit on a machine that is busy.
+const grace = 5 * time.Second
+
+func (r *Runner) progress(what string, limit time.Duration) {
+	if r.Progress != nil {
+		r.Progress(what, limit+grace)
+	}
 }
 
 // obstacle returns why no epoch can follow a process, if it is known beforehand.
@@ -314,7 +338,7 @@ func (r *Runner) preflight(ctx context.Context, state render.State, serving *Pro
 		return err
 	}
 	defer func() { _ = os.Remove(config) }()
-	ctx, cancel := context.WithTimeout(ctx, cmp.Or(r.liveLimit, defaultLiveLimit))
+	ctx, cancel := context.WithTimeout(ctx, r.limit())
 	defer cancel()
 	var said bytes.Buffer
 	cmd := exec.CommandContext(ctx, r.Path, "--mode", "validate", "--config-path", config, "--log-level", "error")
