@@ -435,6 +435,71 @@ func wellFormed(rules []byte, mesh schema.Mesh) error {
 	return nil
 }
 
+// TestNothingIsLeftToThePolicy: every chain that a packet from outside can get to ends with a rule that has a verdict for any packet.
+// While the kernel commits a transaction, it accepts what the rules say nothing of, whatever the policy.
+func TestNothingIsLeftToThePolicy(t *testing.T) {
+	before := render.Rules(schema.Mesh{Ingress: []schema.Ingress{{Ports: schema.Ports{First: 80, Last: 80}, Mode: schema.ModeTLS}}}, render.Generations{})
+	check := func(t interface{ Errorf(string, ...any) }, r render.Ruleset) {
+		for _, c := range reached(r) {
+			ends := len(c.Rules) > 0 && !slices.ContainsFunc(c.Rules[len(c.Rules)-1], func(s render.Statement) bool {
+				switch s.(type) {
+				case render.Count, render.SetMark, render.Verdict:
+					return false
+				}
+				return true
+			})
+			if !ends {
+				t.Errorf("chain %s ends without a verdict for any packet:\n%s", c.Name, r.Text())
+			}
+		}
+	}
+	for _, r := range []render.Ruleset{
+		render.DenyAll(true), render.DenyAll(false), render.OnlyStatus(9901), render.DenyAll(true).Remembering(before), render.OnlyStatus(9901).Remembering(before),
+	} {
+		check(t, r)
+	}
+	rapid.Check(t, func(t *rapid.T) {
+		mesh := drawMesh(t)
+		mesh.StatusPort = rapid.SampledFrom([]uint16{0, 9901}).Draw(t, "status port")
+		check(t, render.Rules(mesh, render.Generations{Default: 3}))
+	})
+}
+
+// reached returns the chains that packets from outside get to: base chains with a policy of drop, and those that lead on from them.
+func reached(r render.Ruleset) (chains []render.Chain) {
+	var add func(name string)
+	add = func(name string) {
+		is := func(c render.Chain) bool { return c.Name == name }
+		i := slices.IndexFunc(r.Chains, is)
+		if i < 0 || slices.ContainsFunc(chains, is) {
+			return
+		}
+		chains = append(chains, r.Chains[i])
+		for _, rule := range r.Chains[i].Rules {
+			for _, s := range rule {
+				switch s := s.(type) {
+				case render.Verdict:
+					add(s.Goto)
+				case render.LookUp:
+					for _, m := range r.Maps {
+						for _, e := range m.Elements {
+							if m.Name == s.Map {
+								add(e.Verdict.Goto)
+							}
+						}
+					}
+				}
+			}
+		}
+	}
+	for _, c := range r.Chains {
+		if c.Hook.Policy == render.Drop {
+			add(c.Name)
+		}
+	}
+	return chains
+}
+
 // TestRefusalsAreNamed: whatever a rule counts has a name, and every name is some rule's.
 func TestRefusalsAreNamed(t *testing.T) {
 	mesh, err := load([]string{"MANTLET_STATUS_ADDRESS=:9901"}, []byte("ingress: [{port: 8080, mode: tls}, {port: 7890, mode: passthrough}]"))

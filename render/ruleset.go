@@ -343,6 +343,7 @@ func statusIngress() Chain {
 		// Here the packet has no socket, one of mantlet's, or one whose mark can't be seen: TIME_WAIT, or still to be accepted.
 		{onlyTCP, Marked{Mark: MarkPassthrough}, accept},
 		{onlyTCP, Count{}, Reset{}},
+		otherwise,
 	}}
 }
 
@@ -474,9 +475,14 @@ func (p policy) ingress() Chain {
 		},
 		// TProxy again, for what has no socket yet: with SYN cookies the handshake's last packet would go to the workload.
 		admitted,
-		[]Rule{{onlyTCP, Count{}, Reset{}}},
+		[]Rule{{onlyTCP, Count{}, Reset{}}, otherwise},
 	)}
 }
+
+// otherwise ends a chain that packets of any protocol get to. It does not leave them to the policy of the base chain: the kernel
+// sets a policy of drop only once the rules of a transaction are in force (nft_chain_commit_drop_policy, nf_tables_api.c), and in
+// between accepts what the rules say nothing of.
+var otherwise = Rule{Count{}, drop}
 
 func (p policy) listeners() (to4, to6 TProxy) {
 	return TProxy{netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), listenerPort(p.mode))},
@@ -601,6 +607,8 @@ func Refusal(chain string, rule Rule) string {
 		return refusedClosed
 	case strings.Contains(chain, "_out"):
 		return refusedAround
+	case !has(Reset{}):
+		return refusedProtocol
 	default:
 		return refusedUnknown
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -351,14 +353,17 @@ func TestReplaceWhileOthersFlush(t *testing.T) {
 	}
 }
 
-// Between any two rulesets that keep it out, plaintext stays out; and Check, called all the while, sees no half of a change.
+// Between any two rulesets that keep it out, plaintext stays out, streams and datagrams; and Check, called all the while, sees no
+// half of a change.
 func TestReplaceLeavesNoGap(t *testing.T) {
 	t.Parallel()
 	modes(t, func(t *testing.T, p *place) {
-		workload := p.serve(lab.Service{Address: ":9000", Banner: "hello"})
-		all := []render.Ruleset{render.DenyAll(true), rules(), render.DenyAll(false), rules(port1(80, schema.ModePassthrough))}
+		all := []render.Ruleset{
+			render.DenyAll(true), rules(port1(8080, schema.ModeTLS)), render.DenyAll(false),
+			rules(port1(80, schema.ModePassthrough), port1(8080, schema.ModeTLS)),
+		}
 		p.replace(all[0])
-		prober := p.outside.Probe(p.addr(0, 9000), p.addr(1, 9000))
+		siege := p.besiege(9000, 8080)
 		ctx, cancel := context.WithCancel(t.Context())
 		var checking sync.WaitGroup
 		checking.Go(func() {
@@ -373,13 +378,72 @@ func TestReplaceLeavesNoGap(t *testing.T) {
 		}
 		cancel()
 		checking.Wait()
-		if total := prober.Stop().Total(); total.Attempts == 0 || total.Accepted > 0 {
-			t.Errorf("the prober saw %+v", total)
-		}
-		if got := workload.Connections(); len(got) > 0 {
-			t.Errorf("the workload saw %+v", got)
-		}
+		siege()
 	})
+	// Nobody owns the table, and two keep it.
+	t.Run("two", func(t *testing.T) {
+		t.Parallel()
+		p := newPlace(t)
+		both := map[*Table]render.Ruleset{p.table: rules(port1(8080, schema.ModeTLS)), open(t, p.pod): rules(port1(8080, schema.ModeMTLS))}
+		p.replace(both[p.table])
+		siege := p.besiege(9000, 8080)
+		var replacing sync.WaitGroup
+		for table, r := range both {
+			replacing.Go(func() {
+				for range 40 {
+					if err := table.Replace(r); err != nil && !errors.Is(err, errBusy) {
+						t.Error(err)
+					}
+				}
+			})
+		}
+		replacing.Wait()
+		siege()
+	})
+}
+
+// besiege speaks plaintext to ports, by streams and by as many datagrams as fit, until the function that it returns is called: that
+// judges whether anything came through.
+func (p *place) besiege(ports ...uint16) func() {
+	p.t.Helper()
+	ctx, cancel := context.WithCancel(p.t.Context())
+	var sending sync.WaitGroup
+	var sent atomic.Int64
+	var workloads []*lab.Workload
+	var targets []netip.AddrPort
+	for _, port := range ports {
+		address := fmt.Sprintf(":%d", port)
+		workloads = append(workloads, p.serve(lab.Service{Address: address, Banner: "hello"}), p.serve(lab.Service{Network: "udp", Address: address}))
+		targets = append(targets, p.addr(0, port), p.addr(1, port))
+	}
+	for _, target := range targets {
+		sending.Go(func() {
+			for ctx.Err() == nil {
+				conn, err := p.outside.Dial(ctx, "udp", target.String()) // each time another connection to conntrack
+				if err != nil {
+					continue
+				}
+				if _, err := io.WriteString(conn, lab.Marker); err == nil {
+					sent.Add(1)
+				}
+				_ = conn.Close()
+			}
+		})
+	}
+	prober := p.outside.Probe(targets...)
+	return func() {
+		p.t.Helper()
+		cancel()
+		sending.Wait()
+		if total := prober.Stop().Total(); total.Attempts == 0 || total.Answered > 0 || sent.Load() == 0 {
+			p.t.Errorf("the prober saw %+v, beside %d datagrams", total, sent.Load())
+		}
+		for _, w := range workloads {
+			if got := w.Connections(); len(got) > 0 {
+				p.t.Errorf("the workload saw %+v", got)
+			}
+		}
+	}
 }
 
 func TestOwnedTableIsNobodyElses(t *testing.T) {
