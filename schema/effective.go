@@ -67,7 +67,7 @@ func (c Config) Warnings() []Problem {
 			all = append(all, Problem{
 				Origin: c.merged.entries("egress")[key].origin,
 				Path:   "egress[" + key + "].serverNames",
-				Reason: fmt.Sprintf("is not set: any workload of the mesh is accepted as %s; list the SANs of the endpoint", e.Upstream),
+				Reason: fmt.Sprintf("is not set: whoever answers as %s is accepted, any workload of the mesh", e.Upstream),
 			})
 		}
 	}

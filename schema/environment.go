@@ -290,6 +290,13 @@ func ParseEnvironment(environ []string) (*Environment, error) {
 // Base returns the configuration of the environment alone.
 func (e *Environment) Base() Config { return e.base }
 
+// Err returns the problems of the environment alone, as ParseEnvironment does.
+func (e *Environment) Err() error { return e.bad }
+
+// Partial returns the mesh of the environment alone as far as it is right. It is for what can be said beside problems, and
+// nothing to run by.
+func (e *Environment) Partial() Mesh { return e.partial.Mesh }
+
 func defaultLayer() layer {
 	l := layer{}
 	for path, text := range defaults {

@@ -244,8 +244,8 @@ func TestWarnings(t *testing.T) {
 		got = append(got, w.Error())
 	}
 	if diff := cmp.Diff([]string{
-		"EDG_EGRESS_PROXY_CONFIG entry 2: egress[127.0.0.1:81].serverNames: is not set: any workload of the mesh is accepted as d:1; list the SANs of the endpoint",
-		"/config.yaml:3:5: egress[[::1]:82].serverNames: is not set: any workload of the mesh is accepted as [2001:db8::7]:1; list the SANs of the endpoint",
+		"EDG_EGRESS_PROXY_CONFIG entry 2: egress[127.0.0.1:81].serverNames: is not set: whoever answers as d:1 is accepted, any workload of the mesh",
+		"/config.yaml:3:5: egress[[::1]:82].serverNames: is not set: whoever answers as [2001:db8::7]:1 is accepted, any workload of the mesh",
 	}, got); diff != "" {
 		t.Error(diff)
 	}

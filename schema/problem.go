@@ -97,6 +97,12 @@ func Problems(err error) []Problem {
 	return []Problem{{Reason: err.Error()}}
 }
 
+// Join returns problems as one error, sorted by place; nil for none.
+func Join(problems []Problem) error {
+	r := report{problems: slices.Clone(problems)}
+	return r.err()
+}
+
 // Withhold returns an error with the places of another's problems, and nothing of the text that they are about. It is for a
 // text that a link led to, out of its volume: whoever can write to the volume could make mantlet read what they must not
 // see. It returns nil for nil.

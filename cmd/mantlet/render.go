@@ -25,14 +25,20 @@ import (
 // the environment is valid and the file cannot be read.
 func load(environ []string) (*schema.Environment, schema.Config, error) {
 	env, _ := schema.ParseEnvironment(environ) // Load returns its error, too
-	config, err := env.Load()
-	switch {
-	case errors.As(err, new(syscall.Errno)):
+	config, err := loadFile(env)
+	if err != nil {
 		return nil, schema.Config{}, err
-	case err != nil:
-		return nil, schema.Config{}, invalid{err}
 	}
 	return env, config, nil
+}
+
+// loadFile is load for an environment that was parsed.
+func loadFile(env *schema.Environment) (schema.Config, error) {
+	config, err := env.Load()
+	if err != nil && !errors.As(err, new(syscall.Errno)) {
+		err = invalid{err}
+	}
+	return config, err
 }
 
 // noArgs rejects arguments. A remedy says what takes them, by their name.
