@@ -10,7 +10,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -34,12 +36,27 @@ var (
 	NetBindService = Capability{"NET_BIND_SERVICE", "for egress listeners below net.ipv4.ip_unprivileged_port_start", unix.CAP_NET_BIND_SERVICE}
 )
 
-// Needs returns the capabilities without which an Envoy of this user does not run behind rules.
-func Needs(uid int) []Capability {
-	if uid == os.Geteuid() {
-		return []Capability{netAdmin, netRaw}
+// Needs returns the capabilities without which an Envoy of this user, with egress listeners at these ports, does not run behind
+// rules.
+func Needs(uid int, ports ...uint16) []Capability {
+	needs := []Capability{netAdmin, netRaw}
+	if uid != os.Geteuid() {
+		needs = append(needs, setUID, setGID)
 	}
-	return []Capability{netAdmin, netRaw, setUID, setGID}
+	first := unprivileged()
+	if slices.ContainsFunc(ports, func(port uint16) bool { return uint32(port) < first }) {
+		needs = append(needs, NetBindService)
+	}
+	return needs
+}
+
+// As returns what makes a child process a user's, without other groups than the one of the same number and without capabilities;
+// nil where this process is that user's, or lacks the capabilities for it.
+func As(uid int) *syscall.SysProcAttr {
+	if uid == os.Geteuid() || Missing([]Capability{setUID, setGID}) != nil {
+		return nil
+	}
+	return &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
 }
 
 // Missing returns an error that names what is needed and the calling thread lacks.
@@ -94,10 +111,11 @@ func capabilities() (sets, error) {
 // Become makes the calling thread another user's, whose group has the same number, and gives directories, which must be
 // mantlet's own, to that group: outer to pass through, inner to make files in. What mantlet makes in inner it alone can
 // remove, and the group can read. The goroutine must be locked to the thread, which is not to be the process's first:
-// the kernel takes that one's user for the process's. The thread keeps its capabilities until Confine.
-func Become(uid int, outer, inner string) error {
+// the kernel takes that one's user for the process's. The thread keeps its capabilities until Confine. Where some that it takes
+// are missing, the error says how to give all of the needs.
+func Become(uid int, needs []Capability, outer, inner string) error {
 	if err := Missing(Needs(uid)); err != nil {
-		return fmt.Errorf("%w; %s", err, Remedy(Needs(uid)))
+		return fmt.Errorf("%w; %s", err, Remedy(needs))
 	}
 	gid := uid
 	same := uid == os.Geteuid()

@@ -116,19 +116,22 @@ func amiss(all []finding) []finding {
 // findings tries all needs. What the environment says of them counts as far as it is right.
 func findings(ctx context.Context, environ []string) []finding {
 	env, err := schema.ParseEnvironment(environ)
+	config, unloaded := env.Load()
+	if unloaded != nil {
+		config = env.Base()
+	}
 	process := env.Process
 	all := slices.Concat(
-		[]finding{tryNamespace(environ), tryCapabilities(process.EnvoyUID)},
+		[]finding{tryNamespace(environ), tryCapabilities(capabilities(env, config))},
 		tryKernel(),
 		[]finding{
 			tryLandlock(), tryIPv6(), tryConntrack("/proc/sys/net/netfilter"),
-			tryEnvoy(ctx, process.EnvoyPath), trySharedMemory("/dev/shm"), tryRuntimeDirectory(process.RuntimeDirectory),
+			tryEnvoy(ctx, process.EnvoyPath, process.EnvoyUID), trySharedMemory("/dev/shm"), tryRuntimeDirectory(process.RuntimeDirectory),
 			tryCertificates(process.TLSDirectory),
 		},
 	)
 	if err != nil {
-		_, err = env.Load() // which tells what is wrong with the override file, too
-		for _, problem := range schema.Problems(err) {
+		for _, problem := range schema.Problems(unloaded) { // of the override file, too
 			if problem.Origin.Source == process.ConfigFile {
 				all = append(all, triedOverrides(problem))
 			} else {
@@ -138,11 +141,7 @@ func findings(ctx context.Context, environ []string) []finding {
 		return all
 	}
 	all = append(all, tried("environment", "", nil, ""))
-	config, err := env.Load()
-	if err != nil {
-		config = env.Base()
-	}
-	return slices.Concat(all, tryOverrides(env, err), tryUpstreams(ctx, config.Mesh.Egress))
+	return slices.Concat(all, tryOverrides(env, unloaded), tryUpstreams(ctx, config.Mesh.Egress))
 }
 
 // ofNodes are interfaces that network plugins make on a node. A pod that nests containers may have some too.
@@ -222,8 +221,16 @@ func nodes(links []link, told bool) error {
 	return nil
 }
 
-func tryCapabilities(envoyUID int) finding {
-	needs := sandbox.Needs(envoyUID)
+// capabilities returns those that mantlet's container needs.
+func capabilities(env *schema.Environment, config schema.Config) []sandbox.Capability {
+	var ports []uint16
+	for _, e := range config.Mesh.Egress {
+		ports = append(ports, e.Listen.Port())
+	}
+	return sandbox.Needs(env.Process.EnvoyUID, ports...)
+}
+
+func tryCapabilities(needs []sandbox.Capability) finding {
 	return tried("capabilities", "all that are needed", sandbox.Missing(needs), sandbox.Remedy(needs))
 }
 
@@ -299,11 +306,13 @@ const (
 // versionLimit is much more than the 50 ms that Envoy takes to print its version.
 const versionLimit = 10 * time.Second
 
-func tryEnvoy(ctx context.Context, path string) finding {
+// tryEnvoy executes Envoy as the user that it is to run as.
+func tryEnvoy(ctx context.Context, path string, uid int) finding {
 	const need, remedy = "Envoy", "MANTLET_ENVOY_PATH names the binary of Envoy %d.%d"
 	ctx, cancel := context.WithTimeout(ctx, versionLimit)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, path, "--version")
+	cmd.SysProcAttr = sandbox.As(uid)
 	cmd.WaitDelay = time.Second // for a script whose child holds the pipe
 	text, err := cmd.CombinedOutput()
 	said := strings.TrimSpace(string(text))
@@ -318,7 +327,10 @@ func tryEnvoy(ctx context.Context, path string) finding {
 		err = fmt.Errorf("%w: %.200s", err, said)
 	}
 	right := fmt.Sprintf(remedy, envoyMajor, envoyMinor)
+	obstacle, inTheWay := errors.AsType[sandbox.Obstacle](sandbox.Executable(cmd.Path, uid))
 	switch {
+	case inTheWay && (err != nil || cmd.SysProcAttr == nil && uid != os.Geteuid()):
+		return tried(need, "", errors.New(obstacle.What), obstacle.Remedy)
 	case err != nil:
 		return tried(need, "", fmt.Errorf("asking %q for its version: %w", path, err), right)
 	case major < envoyMajor || major == envoyMajor && minor < envoyMinor:

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"mantlet/lab"
 	"mantlet/sandbox"
 )
 
@@ -75,6 +77,7 @@ func TestCheck(t *testing.T) {
 	script := func(name, text string) string {
 		path := filepath.Join(t.TempDir(), name)
 		p.must(os.WriteFile(path, []byte(text), 0o755))
+		lab.Open(filepath.Dir(path))
 		return path
 	}
 	tls := p.sidecar.TLSDirectory
@@ -162,6 +165,47 @@ func TestCheck(t *testing.T) {
 	}
 }
 
+// unreachable returns the path of an Envoy in a directory, or below one, that is closed to its user.
+func (p *pod) unreachable(below string) (path, closed string) {
+	p.t.Helper()
+	outer := p.t.(*testing.T).TempDir()
+	lab.Open(outer)
+	closed = filepath.Join(outer, "closed")
+	p.must(os.Mkdir(closed, 0o700))
+	p.must(os.MkdirAll(filepath.Join(closed, below), 0o755))
+	path = filepath.Join(closed, below, "envoy")
+	p.must(os.Symlink(os.Getenv("MANTLET_ENVOY_PATH"), path))
+	return path, closed
+}
+
+// unreachable is what is said of it.
+var unreachable = fmt.Sprintf("user %d cannot enter ", lab.EnvoyUser())
+
+// TestEnvoyOutOfReach: run says the same as check.
+func TestEnvoyOutOfReach(t *testing.T) {
+	t.Parallel()
+	for name, below := range map[string]string{"in a closed directory": ".", "below one": "bin"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newPod(t, web)
+			path, closed := p.unreachable(below)
+			p.sidecar.Env = append(p.sidecar.Env, "MANTLET_ENVOY_PATH="+path)
+			p.must(p.identity.Write(p.sidecar.TLSDirectory))
+			if lab.EnvoyUser() == os.Geteuid() { // the directory's own user
+				p.run()
+				p.ready()
+				return
+			}
+			said := unreachable + closed + " (mode 0700)"
+			if f := p.needs("")["Envoy"]; f.Detail != said || f.Remedy != "put Envoy into /usr/local/bin" {
+				t.Errorf("check says %+v, want %s", f, said)
+			}
+			p.run()
+			p.unready(fmt.Sprintf("starting Envoy: executing %q: %s: put Envoy into /usr/local/bin", path, said))
+		})
+	}
+}
+
 // TestCheckInterfaces: what only a node has is warned of, and neither a pod's interfaces nor a confidential pod's are.
 func TestCheckInterfaces(t *testing.T) {
 	t.Parallel()
@@ -196,28 +240,38 @@ func TestCheckInterfaces(t *testing.T) {
 	}
 }
 
+// checkWithout runs `mantlet check` without a capability, and returns what it says.
+func (p *pod) checkWithout(capability string) string {
+	p.t.Helper()
+	cmd := p.within("setpriv", "--bounding-set=-"+strings.ToLower(capability), "--")
+	cmd.Args = append(cmd.Args, "check")
+	var text bytes.Buffer
+	cmd.Stdout = &text
+	p.must(p.Start(cmd))
+	_ = cmd.Wait()
+	if code := cmd.ProcessState.ExitCode(); code != 1 {
+		p.t.Errorf("without %s: exit %d", capability, code)
+	}
+	return text.String()
+}
+
 // TestCheckWithoutPrivilege: each capability that is missing is named, and what can't be tried is not said to be missing.
 func TestCheckWithoutPrivilege(t *testing.T) {
 	t.Parallel()
 	p := newPod(t)
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	for _, name := range []string{"NET_ADMIN", "NET_RAW", "SETUID", "SETGID"} {
-		cmd := p.within("setpriv", "--bounding-set=-"+strings.ToLower(name), "--")
-		cmd.Args = append(cmd.Args, "check")
-		var text bytes.Buffer
-		cmd.Stdout = &text
-		p.must(p.Start(cmd))
-		_ = cmd.Wait()
-		if code := cmd.ProcessState.ExitCode(); code != 1 {
-			t.Errorf("without %s: exit %d", name, code)
+		text := p.checkWithout(name)
+		if remedy := sandbox.Remedy(sandbox.Needs(lab.EnvoyUser())); !strings.Contains(text, remedy) {
+			t.Errorf("without %s, check does not say %q:\n%s", name, remedy, text)
 		}
-		bad := slices.DeleteFunc(strings.Split(strings.TrimSpace(text.String()), "\n"), func(line string) bool { return !strings.HasPrefix(line, "error") })
+		bad := slices.DeleteFunc(strings.Split(strings.TrimSpace(text), "\n"), func(line string) bool { return !strings.HasPrefix(line, "error") })
 		want := 1
 		if name == "NET_ADMIN" {
 			want = 2 // and nftables, of which nothing can be tried
 		}
-		if len(bad) != want || !strings.Contains(bad[0], "CAP_"+name+" is missing") || strings.Contains(text.String(), "CONFIG_NFT_TPROXY") == (name == "NET_ADMIN") {
-			t.Errorf("without %s:\n%s", name, &text)
+		if len(bad) != want || !strings.Contains(bad[0], "CAP_"+name+" is missing") || strings.Contains(text, "CONFIG_NFT_TPROXY") == (name == "NET_ADMIN") {
+			t.Errorf("without %s:\n%s", name, text)
 		}
 	}
 }

@@ -39,8 +39,8 @@ type pod struct {
 	network  *lab.Network
 	outside  *lab.Host
 	mesh     *lab.Authority
-	identity *lab.Identity // in the TLS directory, once written
-	client   *lab.Identity // somebody else of the mesh
+	identity *lab.Identity   // in the TLS directory, once written
+	client   *lab.Identity   // somebody else of the mesh
 	twin     tls.Certificate // of one of two CAs with the same name, if the mesh has them
 	sidecar  *lab.Sidecar
 	log      *journal

@@ -82,7 +82,8 @@ func run(ctx context.Context, log *slog.Logger, queue *logQueue, level *slog.Lev
 	}
 	table, found, err := closePod(log)
 	if errors.Is(err, syscall.EPERM) {
-		needs := sandbox.Needs(os.Geteuid())
+		env, _ := schema.ParseEnvironment(os.Environ())
+		needs := capabilities(env, env.Base())
 		err = errors.Join(sandbox.Missing(needs), fmt.Errorf("%w; %s", err, sandbox.Remedy(needs)))
 	}
 	if errors.Is(err, nft.ErrOwned) {
@@ -114,7 +115,7 @@ func run(ctx context.Context, log *slog.Logger, queue *logQueue, level *slog.Lev
 		}
 	}
 	directory := env.Process.EnvoyDirectory()
-	runner := &envoy.Runner{Path: env.Process.EnvoyPath, UID: env.Process.EnvoyUID, RuntimeDirectory: directory, Log: log}
+	runner := &envoy.Runner{Path: env.Process.EnvoyPath, UID: env.Process.EnvoyUID, Needs: capabilities(env, env.Base()), RuntimeDirectory: directory, Log: log}
 	if err := confine(runner, env.Process, log); err != nil {
 		return errors.Join(err, runner.Close())
 	}

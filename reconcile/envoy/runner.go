@@ -32,9 +32,10 @@ import (
 // Runner starts Envoys: the first as epoch 0, and each later one as a hot restart of the one that serves. Its exported
 // fields are set before the first Start. Start is not safe for concurrent use.
 type Runner struct {
-	Path             string // the binary; found on PATH where it has no slash
-	UID              int    // of Envoys
-	RuntimeDirectory string // theirs and mantlet's: holds sockets, SDS files and bootstraps
+	Path             string               // the binary; found on PATH where it has no slash
+	UID              int                  // of Envoys
+	Needs            []sandbox.Capability // of mantlet's container
+	RuntimeDirectory string               // theirs and mantlet's: holds sockets, SDS files and bootstraps
 	Log              *slog.Logger
 	// Progress is told each step that Start begins, and how long it takes at most. It may be nil.
 	Progress func(what string, limit time.Duration)
@@ -459,7 +460,7 @@ func (r *Runner) start(p *Process) error {
 		return p.cmd.Start()
 	})
 	if errors.Is(err, os.ErrPermission) {
-		err = fmt.Errorf("%w: user %d must be allowed to execute it, where it was when mantlet started", err, r.UID)
+		err = cmp.Or(r.executable(), fmt.Errorf("%w: user %d must be allowed to execute it, where it was when mantlet started", err, r.UID))
 	}
 	if err != nil {
 		return fmt.Errorf("executing %q: %w", r.Path, err)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"sync"
@@ -20,7 +21,9 @@ import (
 func (r *Runner) Confine(rules sandbox.Rules, drop func() error) error {
 	failed := os.MkdirAll(r.RuntimeDirectory, 0o700)
 	if failed == nil {
-		failed = r.spawner.do(func() error { return sandbox.Become(r.UID, filepath.Dir(r.RuntimeDirectory), r.RuntimeDirectory) })
+		failed = r.spawner.do(func() error {
+			return sandbox.Become(r.UID, r.Needs, filepath.Dir(r.RuntimeDirectory), r.RuntimeDirectory)
+		})
 	}
 	if err := drop(); err != nil {
 		return err
@@ -28,10 +31,29 @@ func (r *Runner) Confine(rules sandbox.Rules, drop func() error) error {
 	if failed == nil {
 		failed = r.spawner.do(func() error { return errors.Join(sandbox.Confine(), rules.RestrictThread()) })
 	}
+	if errors.Is(failed, os.ErrPermission) {
+		if obstacle := r.executable(); obstacle != nil {
+			r.spawner.fail(fmt.Errorf("executing %q: %w", r.Path, obstacle))
+			return nil
+		}
+	}
 	if failed != nil && !errors.Is(failed, sandbox.ErrNoLandlock) {
 		r.spawner.fail(fmt.Errorf("Envoy is not started with more privileges than it needs: %w", failed))
 	}
 	return nil
+}
+
+// executable returns why Envoys' user can't execute the binary, where its path tells.
+func (r *Runner) executable() error {
+	path, err := exec.LookPath(r.Path)
+	if err != nil {
+		return nil // Start says why
+	}
+	err = sandbox.Executable(path, r.UID)
+	if _, ok := errors.AsType[sandbox.Obstacle](err); !ok {
+		return nil
+	}
+	return err
 }
 
 // writeFile replaces a file by one that Envoy may read, and no other user, whatever the mode of the one that was there. Its
