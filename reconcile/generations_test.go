@@ -61,7 +61,7 @@ func TestGenerationsAreShared(t *testing.T) {
 		generations = advance(generations, from, to, false)
 		from = to
 	}
-	if chains := len(render.Rules(from, generations).Chains); chains > 10 {
+	if chains := len(render.Rules(from, generations).Chains); chains > 15 {
 		t.Errorf("there are %d chains after 100 changes of a port each", chains)
 	}
 }

@@ -11,10 +11,13 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
 
+	"mantlet/render"
 	"mantlet/schema"
 )
 
@@ -88,7 +91,7 @@ func askedAt(r *http.Request) netip.Addr {
 // ask returns nil if the workload is well.
 func ask(ctx context.Context, p schema.Probe, to netip.AddrPort) error {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "tcp", to.String())
+		return (&net.Dialer{Control: stayInside}).DialContext(ctx, "tcp", to.String())
 	}
 	if p.Kind == schema.ProbeTCP {
 		conn, err := dial(ctx, "", "")
@@ -108,6 +111,15 @@ func ask(ctx context.Context, p schema.Probe, to netip.AddrPort) error {
 	}
 	transport.Protocols.SetHTTP1(true)
 	return askHTTP(ctx, transport, url+p.Target)
+}
+
+// stayInside gives a socket the priority by which the rules keep it from leaving the pod.
+func stayInside(_, _ string, raw syscall.RawConn) error {
+	var refused error
+	err := raw.Control(func(fd uintptr) {
+		refused = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PRIORITY, int(render.WorkloadPriority))
+	})
+	return errors.Join(err, refused)
 }
 
 // askHTTP takes what a kubelet takes for good. RoundTrip follows no redirect.

@@ -131,7 +131,21 @@ func originalDestination() *clusterv3.Cluster {
 		PerConnectionBufferLimitBytes: wrapperspb.UInt32(bufferLimit),
 		CircuitBreakers:               circuitBreakers(),
 		UpstreamConnectionOptions:     &clusterv3.UpstreamConnectionOptions{TcpKeepalive: keepalive()},
+		UpstreamBindConfig:            priority("stays in the pod", WorkloadPriority),
 	}
+}
+
+// priority sets SO_PRIORITY, by which the rules know a socket, before it connects. Envoy sends nothing over a socket for which the
+// kernel refuses it (TestRefusedSocketOption).
+func priority(description string, value uint32) *corev3.BindConfig {
+	const solSocket, soPriority = 1, 12 // include/uapi/asm-generic/socket.h
+	return &corev3.BindConfig{SocketOptions: []*corev3.SocketOption{{
+		Description: description,
+		Level:       solSocket,
+		Name:        soPriority,
+		Value:       &corev3.SocketOption_IntValue{IntValue: int64(value)},
+		State:       corev3.SocketOption_STATE_PREBIND,
+	}}}
 }
 
 func (r *renderer) upstream(e schema.Egress) *clusterv3.Cluster {

@@ -20,7 +20,10 @@ const (
 	ingressChain   = "ingress"
 	forwardedChain = "forwarded"
 	portsChain     = "ports"
+	inputChain     = "input"
 	egressChain    = "egress"
+	insideChain    = "inside"
+	icmpChain      = "icmp_in"
 	modesMap       = "modes"
 	answersMap     = "answers"
 	formerMap      = "former"
@@ -38,6 +41,7 @@ const (
 	MarkTLS         Mark = 2 << 20
 	MarkPassthrough Mark = 3 << 20
 	MarkOutbound    Mark = 4 << 20
+	MarkInside      Mark = 5 << 20 // it began over lo
 	MarkMask        Mark = 0xff << 20
 
 	generationShift = 23
@@ -46,6 +50,13 @@ const (
 // StatusSocket is the mark (SO_MARK) of the socket that mantlet serves its status at. Sockets of others have it not, so that a
 // workload at the same port is not taken for mantlet.
 const StatusSocket uint32 = 0x6d6e746c
+
+// WorkloadPriority is the priority (SO_PRIORITY) of the sockets that connect to the workload in plaintext: Envoy's, and those of
+// mantlet's probes. What they send must not leave the pod. Every process may set a priority from 0 to 6, so that it takes no
+// capability and works on every kernel; SO_MARK takes NET_ADMIN before Linux 5.17. No IP_TOS amounts to a priority of 5
+// (ip_tos2prio, net/ipv4/route.c), so no other socket has it by chance. A process that sets it gains nothing: what it sends
+// outside is dropped.
+const WorkloadPriority uint32 = 5
 
 // Generation numbers the policies of a mode that the mode alone does not tell apart: who is let in, by which CA, with
 // which TLS. A connection lives on only while its port keeps the generation that it was let in under.
@@ -104,7 +115,7 @@ type Chain struct {
 // Hook says where in the kernel's packet path a base chain stands. The zero Hook is that of a chain which is none.
 type Hook struct {
 	Type     string // filter
-	Name     string // prerouting, output
+	Name     string // prerouting, input, output
 	Priority int32
 	Policy   VerdictKind
 }
@@ -209,14 +220,15 @@ var statusOut = policy{mode: schema.ModePassthrough}
 // Here packets are dropped rather than reset: connections that a mantlet before this one let in pass again once the
 // desired state is in force.
 func DenyAll(replies bool) Ruleset {
-	in := Chain{Name: ingressChain, Hook: filter("prerouting", Drop), Rules: []Rule{{Loopback{}, accept}}}
-	out := Chain{Name: egressChain, Hook: filter("output", Accept), Rules: []Rule{{Loopback{Output: true}, accept}}}
-	if replies {
-		in.Rules = append(in.Rules, answersToThePod(drop)...)
-		out.Rules = append(append(out.Rules, madeByThePod()...), Rule{Count{}, drop})
+	in := Chain{Name: ingressChain, Hook: filter("prerouting", Drop), Rules: []Rule{{Loopback{}, accept}, toICMP}}
+	out := Chain{Name: egressChain, Hook: filter("output", Accept), Rules: []Rule{workloadLeg, {Loopback{Output: true}, accept}}}
+	if !replies {
+		in.Rules = append(in.Rules, Rule{Count{}, drop})
+		return Ruleset{Chains: []Chain{in, out, icmp()}}
 	}
-	in.Rules = append(in.Rules, neighbours, Rule{Count{}, drop})
-	return Ruleset{Chains: []Chain{in, out}}
+	in.Rules = append(append(in.Rules, answersToThePod(drop)...), Rule{Count{}, drop})
+	out.Rules = append(outgoing(), Rule{Count{}, drop})
+	return Ruleset{Chains: []Chain{in, out, icmp(), inside()}}
 }
 
 // OnlyStatus returns DenyAll's rules but for the port of mantlet's own status: whoever probes must be able to tell a mantlet
@@ -261,13 +273,51 @@ func (r Ruleset) Remembering(before Ruleset) Ruleset {
 // there, Envoy's among them.
 func notForThePod() []Rule {
 	return []Rule{
-		{Destination{netip.MustParsePrefix("127.0.0.0/8")}, drop},
-		{Destination{netip.MustParsePrefix("::1/128")}, drop},
+		{Destination{loopback4}, drop},
+		{Destination{loopback6}, drop},
 	}
 }
 
-// neighbours lets in ICMP, without which IPv6 finds no neighbour and no path MTU.
-var neighbours = Rule{Protocol{Numbers: []uint8{ICMP, ICMPv6}}, accept}
+var loopback4, loopback6 = netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("::1/128")
+
+// isICMP matches what IPv6 finds neighbours and path MTUs by.
+var isICMP = Protocol{Numbers: []uint8{ICMP, ICMPv6}}
+
+// toICMP stands before what lets in answers: conntrack takes an error for one.
+var toICMP = Rule{isICMP, goTo(icmpChain)}
+
+// icmp lets in ICMP. A router that redirects forwards all the same, so nothing needs redirects, and forged ones lead what the pod
+// sends to whoever forges them. Router advertisements come in: a pod may have its address by them.
+func icmp() Chain {
+	return Chain{Name: icmpChain, Rules: []Rule{
+		{Redirect{}, Count{}, drop},
+		{Redirect{IPv6: true}, Count{}, drop},
+		{accept},
+	}}
+}
+
+// workloadLeg drops what is for the workload and would leave the pod. Envoy connects to the address that the client dialled. It
+// was the pod's when the client's packets came, and need not be so any more: a router advertisement with a short lifetime is
+// enough.
+var workloadLeg = Rule{SocketPriority{WorkloadPriority}, Loopback{Output: true, Op: NotEqual}, Count{}, drop}
+
+// inside marks connections that begin over lo.
+func inside() Chain {
+	return Chain{Name: insideChain, Rules: []Rule{
+		{firstSYN, SetMark{MarkInside}, accept},
+		{accept},
+	}}
+}
+
+// outgoing are the rules for packets that the pod sends, up to those that answer somebody outside. What stays inside goes over lo.
+func outgoing() []Rule {
+	return append([]Rule{
+		workloadLeg,
+		{Loopback{Output: true}, goTo(insideChain)},
+		// Whatever sends it: the workload's answers to Envoy, and what no socket sends any more.
+		{Marked{Mark: MarkInside}, Count{}, drop},
+	}, madeByThePod()...)
+}
 
 // madeByThePod lets out connections that the pod makes, and marks them as they begin. That conntrack calls a direction
 // original is not enough: it is that of the first packet it saw, which may be the workload's answer where the connection is
@@ -275,6 +325,9 @@ var neighbours = Rule{Protocol{Numbers: []uint8{ICMP, ICMPv6}}, accept}
 func madeByThePod() []Rule {
 	return []Rule{
 		{Reply(false), Marked{Mark: MarkOutbound}, accept},
+		// What the workload says to an egress listener, where lo lacks the listener's address.
+		{Destination{loopback4}, Count{}, drop},
+		{Destination{loopback6}, Count{}, drop},
 		{Reply(false), firstSYN, SetMark{MarkOutbound}, accept},
 		{Reply(false), notTCP, SetMark{MarkOutbound}, accept},
 		{notTCP, accept},
@@ -319,7 +372,10 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 				{onlyTCP, goTo(standard.in())},
 				{Count{}, drop}, // UDP, SCTP, …
 			}},
+			icmp(),
+			input(mesh.OtherProtocols),
 			egress(standard),
+			inside(),
 		},
 	}
 	if mesh.StatusPort != 0 {
@@ -434,13 +490,30 @@ func inUse(standard policy, all []part) []policy {
 // ingress sees every packet that arrives in the pod's network namespace.
 func ingress(other schema.OtherProtocols) Chain {
 	rules := append([]Rule{{Loopback{}, accept}}, notForThePod()...)
-	rules = append(rules, Rule{Forwarded{}, goTo(forwardedChain)}) // to nested containers, or from them: not for the pod
+	rules = append(rules, Rule{Forwarded{}, goTo(forwardedChain)}, toICMP) // to nested containers, or from them: not for the pod
 	rules = append(rules, answersToThePod(goTo(portsChain))...)
-	rules = append(rules, neighbours)
+	// IPv6 has no reverse path filter: what comes from outside could pass for a part of a connection within the pod.
+	rules = append(rules,
+		Rule{Marked{Mark: MarkInside}, Count{}, drop},
+		// With route_localnet also for one on loopback, whom workloads may trust. No other segment of TCP begins anything.
+		Rule{firstSYN, OwnSource{}, Count{}, drop},
+		Rule{notTCP, OwnSource{}, Count{}, drop},
+	)
 	if other == schema.OtherProtocolsAccept {
 		rules = append(rules, Rule{notTCP, accept})
 	}
 	return Chain{Name: ingressChain, Hook: filter("prerouting", Drop), Rules: append(rules, Rule{goTo(portsChain)})}
+}
+
+// input is the second look at what comes in. The kernel looks for a packet's route after ingress saw it: what ingress took for
+// somebody else's is the pod's if the pod gets the address in between. Whatever ingress lets in has a mark, save ICMP and what
+// belongs to no connection.
+func input(other schema.OtherProtocols) Chain {
+	rules := []Rule{{Loopback{}, accept}, {isICMP, accept}}
+	if other == schema.OtherProtocolsAccept {
+		rules = append(rules, Rule{notTCP, accept})
+	}
+	return Chain{Name: inputChain, Hook: filter("input", Accept), Rules: append(rules, Rule{Marked{Mark: MarkNone}, Count{}, drop})}
 }
 
 // ingress hands TCP connections to Envoy's listener of the mode. They are marked once it took their SYN, and without the
@@ -450,6 +523,7 @@ func (p policy) ingress() Chain {
 		return Chain{Name: p.in(), Rules: []Rule{
 			// Whatever was let in from outside before passes.
 			{onlyTCP, Marked{Mark: MarkOutbound}, Count{}, Reset{}},
+			{Marked{Mark: MarkInside}, Count{}, drop},
 			{SetMark{p.mark()}, accept},
 		}}
 	}
@@ -505,7 +579,7 @@ func (p policy) egress() Chain {
 // without having come through Envoy.
 func egress(standard policy) Chain {
 	return Chain{Name: egressChain, Hook: filter("output", Accept), Rules: append(
-		append([]Rule{{Loopback{Output: true}, accept}}, madeByThePod()...),
+		outgoing(),
 		Rule{TCPFlags{Value: RST, Mask: RST}, accept},
 		Rule{Invalid{}, Count{}, drop},
 		Rule{LookUp{Source: true, Map: answersMap}},
@@ -567,6 +641,9 @@ const (
 	refusedClosed     = "not_in_force"        // nothing is let in until the desired state is in force
 	refusedProtocol   = "other_protocol"      // UDP, SCTP, … cannot be wrapped in TLS
 	refusedForged     = "forged_source"       // it claims to come from the pod
+	refusedRedirect   = "redirect"            // ICMP that names another router
+	refusedElsewhere  = "not_for_the_pod"     // it was for another host when it came
+	refusedLeft       = "left_the_pod"        // it belongs inside the pod, and its address is the pod's no more
 	refusedInvalid    = "invalid_segment"     // of no connection that conntrack knows, or out of its window
 	refusedOver       = "policy_changed"      // the connection was let in under what holds no more
 	refusedNoListener = "envoy_not_listening" // a SYN, which the client will repeat
@@ -578,8 +655,8 @@ const (
 // Refusals returns the names of all that Refusal returns.
 func Refusals() []string {
 	return []string{
-		refusedClosed, refusedProtocol, refusedForged, refusedInvalid, refusedOver, refusedNoListener, refusedNoStatus, refusedUnknown,
-		refusedAround,
+		refusedClosed, refusedProtocol, refusedForged, refusedRedirect, refusedElsewhere, refusedLeft, refusedInvalid, refusedOver,
+		refusedNoListener, refusedNoStatus, refusedUnknown, refusedAround,
 	}
 }
 
@@ -593,7 +670,14 @@ func Refusal(chain string, rule Rule) string {
 		return ""
 	case has(Invalid{}):
 		return refusedInvalid
-	case has(OwnSource{}):
+	case chain == icmpChain:
+		return refusedRedirect
+	case chain == inputChain:
+		return refusedElsewhere
+	case has(Marked{Mark: MarkInside}) && chain == egressChain, has(SocketPriority{WorkloadPriority}),
+		has(Destination{loopback4}), has(Destination{loopback6}):
+		return refusedLeft
+	case has(OwnSource{}), has(Marked{Mark: MarkInside}):
 		return refusedForged
 	case chain == statusIn && has(firstSYN), has(MarkedSocket{NotEqual, StatusSocket}):
 		return refusedNoStatus

@@ -31,14 +31,26 @@ func (o Op) infix() string {
 }
 
 // Loopback matches packets that come in through lo (Output false) or leave through it.
-type Loopback struct{ Output bool }
+type Loopback struct {
+	Output bool
+	Op     Op
+}
 
 // Text implements Statement.
 func (l Loopback) Text() string {
 	if l.Output {
-		return `oif "lo"`
+		return "oif " + l.Op.infix() + `"lo"`
 	}
-	return `iif "lo"`
+	return "iif " + l.Op.infix() + `"lo"`
+}
+
+// SocketPriority matches packets that the pod sends by the priority (SO_PRIORITY) of their socket. The kernel copies it to each
+// packet of the socket (ip_queue_xmit, ip6_xmit), also to what a socket in TIME_WAIT sends.
+type SocketPriority struct{ Priority uint32 }
+
+// Text implements Statement. nft prints a priority as it prints a class of traffic control.
+func (s SocketPriority) Text() string {
+	return fmt.Sprintf("meta priority %x:%x", s.Priority>>16, s.Priority&0xffff)
 }
 
 // Destination matches the destination address of one IP family.
@@ -98,6 +110,17 @@ func oneOrSet(values []string) string {
 		return values[0]
 	}
 	return "{ " + strings.Join(values, ", ") + " }"
+}
+
+// Redirect matches the messages by which routers name another router, of one IP family.
+type Redirect struct{ IPv6 bool }
+
+// Text implements Statement.
+func (r Redirect) Text() string {
+	if r.IPv6 {
+		return "icmpv6 type nd-redirect"
+	}
+	return "icmp type redirect"
 }
 
 // Reply matches packets against (true) or along (false) the direction in which their connection was made.

@@ -125,7 +125,7 @@ func findings(ctx context.Context, environ []string) []finding {
 		[]finding{tryNamespace(environ), tryCapabilities(capabilities(env, config))},
 		tryKernel(),
 		[]finding{
-			tryLandlock(), tryIPv6(), tryConntrack("/proc/sys/net/netfilter"),
+			tryLandlock(), tryIPv6(), tryAdvertisements("/proc/sys/net/ipv6/conf"), tryConntrack("/proc/sys/net/netfilter"),
 			tryEnvoy(ctx, process.EnvoyPath, process.EnvoyUID), trySharedMemory("/dev/shm"), tryRuntimeDirectory(process.RuntimeDirectory),
 			tryCertificates(process.TLSDirectory),
 		},
@@ -269,6 +269,29 @@ func tryIPv6() finding {
 		err = errors.New("it is switched off; mantlet does without")
 	}
 	return wanted("IPv6", "", err, "where clients or upstreams have IPv6, set the sysctls net.ipv6.conf.all.disable_ipv6 and .lo. to 0")
+}
+
+// tryAdvertisements says which interfaces take router advertisements. It warns of none: a pod may have its address by them.
+func tryAdvertisements(directory string) finding {
+	const need = "router advertisements"
+	entries, _ := os.ReadDir(directory) // there is none without IPv6
+	var taking []string
+	for _, e := range entries {
+		is := func(name, value string) bool {
+			text, _ := os.ReadFile(filepath.Join(directory, e.Name(), name))
+			return strings.TrimSpace(string(text)) == value
+		}
+		// "all" and "default" are no interfaces. What takes them is in Documentation/networking/ip-sysctl.rst, accept_ra.
+		takes := is("accept_ra", "2") || is("accept_ra", "1") && is("forwarding", "0")
+		if takes && !is("disable_ipv6", "1") && !slices.Contains([]string{"all", "default", "lo"}, e.Name()) {
+			taking = append(taking, e.Name())
+		}
+	}
+	if len(taking) == 0 {
+		return tried(need, "no interface takes them", nil, "")
+	}
+	return tried(need, fmt.Sprintf("%s: whoever is on the link can give the pod addresses and take them away, which no plaintext leaves by; "+
+		"where the pod needs none, set net.ipv6.conf.%s.accept_ra to 0", strings.Join(taking, ", "), taking[0]), nil, "")
 }
 
 // fullConntrack is how full its table may be, in percent. Where it is full nothing new comes in, nor goes out.

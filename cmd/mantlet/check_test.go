@@ -255,6 +255,35 @@ func (p *pod) checkWithout(capability string) string {
 	return text.String()
 }
 
+// TestCheckAdvertisements: the interfaces that take router advertisements are named, and no others.
+func TestCheckAdvertisements(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		settings map[string]map[string]string // by interface
+		says     string
+	}{
+		"no IPv6": {nil, "no interface"},
+		"takes":   {map[string]map[string]string{"eth0": {"accept_ra": "1", "forwarding": "0", "disable_ipv6": "0"}}, "eth0: whoever"},
+		"router":  {map[string]map[string]string{"eth0": {"accept_ra": "1", "forwarding": "1", "disable_ipv6": "0"}}, "no interface"},
+		"router that takes them": {map[string]map[string]string{
+			"eth0": {"accept_ra": "2", "forwarding": "1", "disable_ipv6": "0"}, "net1": {"accept_ra": "0", "forwarding": "0", "disable_ipv6": "0"},
+		}, "eth0: whoever"},
+		"switched off": {map[string]map[string]string{"eth0": {"accept_ra": "1", "forwarding": "0", "disable_ipv6": "1"}}, "no interface"},
+		"no interface": {map[string]map[string]string{"all": {"accept_ra": "2"}, "lo": {"accept_ra": "2"}}, "no interface"},
+	} {
+		directory := t.TempDir()
+		for link, settings := range c.settings {
+			check(t, os.Mkdir(filepath.Join(directory, link), 0o755))
+			for setting, value := range settings {
+				check(t, os.WriteFile(filepath.Join(directory, link, setting), []byte(value+"\n"), 0o644))
+			}
+		}
+		if f := tryAdvertisements(directory); f.Severity != fine || !strings.HasPrefix(f.Detail, c.says) {
+			t.Errorf("%s: %+v, want %q", name, f, c.says)
+		}
+	}
+}
+
 // TestCheckWithoutPrivilege: each capability that is missing is named, and what can't be tried is not said to be missing.
 func TestCheckWithoutPrivilege(t *testing.T) {
 	t.Parallel()

@@ -301,3 +301,56 @@ func onThread(fn func()) {
 	}()
 	<-done
 }
+
+// TestRefusedSocketOption: Envoy sends nothing over a socket that the kernel does not give the priority that the rules know it by.
+// It connects, and closes at once.
+func TestRefusedSocketOption(t *testing.T) {
+	for name, option := range map[string]int64{"set": unix.SO_PRIORITY, "refused": 9999} {
+		t.Run(name, func(t *testing.T) {
+			endpoint, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = endpoint.Close() }()
+			heard := make(chan int, 1)
+			go func() {
+				conn, err := endpoint.Accept()
+				if err != nil {
+					heard <- 0
+					return
+				}
+				n, _ := conn.Read(make([]byte, 1))
+				_ = conn.Close()
+				heard <- n
+			}()
+			r, _ := runner(t)
+			identity(t, r)
+			const listener = "127.0.0.1:15095"
+			state, settings := state(t, r, "EDG_EGRESS_PROXY_CONFIG=x#"+listener+"#"+endpoint.Addr().String())
+			clusters := state.Bootstrap.GetStaticResources().GetClusters()
+			bind := proto.CloneOf(clusters[0].UpstreamBindConfig) // of the leg to the workload
+			bind.SocketOptions[0].Name = option
+			clusters[1].UpstreamBindConfig = bind
+			ctx, cancel := context.WithTimeout(t.Context(), limit)
+			defer cancel()
+			p, err := r.Start(ctx, state, settings)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer p.Stop()
+			conn, err := net.Dial("tcp", listener)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = conn.Close() }()
+			_ = conn.SetDeadline(time.Now().Add(limit))
+			if _, err := conn.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("the connection was not ended: %v", err)
+			}
+			_ = endpoint.Close()
+			if got := <-heard; (got > 0) != (name == "set") {
+				t.Errorf("the endpoint heard %d bytes", got)
+			}
+		})
+	}
+}

@@ -51,7 +51,9 @@ func (b *batch) statement(s render.Statement) ([]expr.Any, error) {
 		if s.Output {
 			key = expr.MetaKeyOIF
 		}
-		return []expr.Any{&expr.Meta{Key: key, Register: reg1}, compare(render.Equal, native(loopbackIndex))}, nil
+		return []expr.Any{&expr.Meta{Key: key, Register: reg1}, compare(s.Op, native(loopbackIndex))}, nil
+	case render.SocketPriority:
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg1}, compare(render.Equal, native(s.Priority))}, nil
 	case render.Destination:
 		return destination(s.Prefix), nil
 	case render.Forwarded:
@@ -66,6 +68,8 @@ func (b *batch) statement(s render.Statement) ([]expr.Any, error) {
 		}, nil
 	case render.Protocol:
 		return b.protocol(s.Op, s.Numbers...)
+	case render.Redirect:
+		return redirect(s.IPv6), nil
 	case render.Reply:
 		direction := byte(0)
 		if s {
@@ -154,6 +158,18 @@ func destination(prefix netip.Prefix) []expr.Any {
 	return append(onlyFamily(family),
 		&expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: uint32(len(data))},
 		compare(render.Equal, data),
+	)
+}
+
+// redirect compares the type of ICMP (RFC 792, RFC 4861).
+func redirect(ipv6 bool) []expr.Any {
+	family, protocol, kind := byte(unix.NFPROTO_IPV4), render.ICMP, byte(5)
+	if ipv6 {
+		family, protocol, kind = unix.NFPROTO_IPV6, render.ICMPv6, 137
+	}
+	return append(onlyFamily(family),
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg1}, compare(render.Equal, []byte{protocol}),
+		&expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1}, compare(render.Equal, []byte{kind}),
 	)
 }
 

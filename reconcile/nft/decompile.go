@@ -64,7 +64,11 @@ func (r *reader) guesses(all []expression) (s []render.Statement) {
 	}
 	op := func(e expression) render.Op { return e.data.u32("2") == uint32(expr.CmpOpNeq) }
 	if is("meta", "cmp") {
-		s = append(s, render.Protocol{Op: op(all[1]), Numbers: all[1].data["3.1"]})
+		s = append(s,
+			render.Protocol{Op: op(all[1]), Numbers: all[1].data["3.1"]},
+			render.Loopback{Op: op(all[1])}, render.Loopback{Output: true, Op: op(all[1])},
+			render.SocketPriority{Priority: all[1].data.native("3.1")},
+		)
 	}
 	if is("meta", "lookup") {
 		s = append(s, render.Protocol{Op: all[1].data.u32("5") != 0, Numbers: r.numbers[all[1].data.text("1")]})
@@ -80,6 +84,9 @@ func (r *reader) guesses(all []expression) (s []render.Statement) {
 	}
 	if is("meta", "cmp", "payload", "cmp") {
 		s = append(s, destinationOf(all[3].data["3.1"], all[1].data["3.1"])...)
+	}
+	if is("meta", "cmp", "meta", "cmp", "payload", "cmp") {
+		s = append(s, render.Redirect{}, render.Redirect{IPv6: true})
 	}
 	if is("meta", "cmp", "payload", "lookup") {
 		s = append(s, render.LookUp{Source: true, Map: all[3].data.text("1")})

@@ -341,10 +341,9 @@ func (b *batch) chain(c render.Chain) *nftables.Chain {
 	}
 	chain.Type = nftables.ChainType(c.Hook.Type)
 	chain.Priority = nftables.ChainPriorityRef(nftables.ChainPriority(c.Hook.Priority))
-	chain.Hooknum = nftables.ChainHookPrerouting
-	if c.Hook.Name == "output" {
-		chain.Hooknum = nftables.ChainHookOutput
-	}
+	chain.Hooknum = map[string]*nftables.ChainHook{
+		"prerouting": nftables.ChainHookPrerouting, "input": nftables.ChainHookInput, "output": nftables.ChainHookOutput,
+	}[c.Hook.Name]
 	policy := nftables.ChainPolicyDrop
 	if c.Hook.Policy == render.Accept {
 		policy = nftables.ChainPolicyAccept

@@ -613,7 +613,8 @@ func TestCheckNamesWhatDiffers(t *testing.T) {
 		{
 			func() string { return "flush chain inet mantlet passthrough_in" },
 			"chain passthrough_in rule 1: `meta l4proto tcp " + marked(render.MarkOutbound, "==") + " counter reject with tcp reset` missing; " +
-				"chain passthrough_in rule 2: `" + render.SetMark{Mark: render.MarkPassthrough}.Text() + " accept` missing",
+				"chain passthrough_in rule 2: `" + marked(render.MarkInside, "==") + " counter drop` missing; " +
+				"chain passthrough_in rule 3: `" + render.SetMark{Mark: render.MarkPassthrough}.Text() + " accept` missing",
 		},
 		{
 			func() string { return "chain inet mantlet ingress { policy accept; }" },

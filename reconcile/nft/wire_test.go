@@ -314,9 +314,17 @@ type stranger struct {
 	mac   net.HardwareAddr // the pod's
 	addrs [2]netip.Addr    // IPv4, IPv6
 
-	mu    sync.Mutex
-	seen  []segment
-	pongs int
+	mu     sync.Mutex
+	seen   []segment
+	pongs  int
+	others []netip.Addr // to whom it listens, beside its own
+}
+
+// also makes the stranger take note of what is sent to another address.
+func (s *stranger) also(addr netip.Addr) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.others = append(s.others, addr)
 }
 
 func (p *place) stranger() *stranger {
@@ -375,16 +383,21 @@ func (s *stranger) listen() {
 			return
 		}
 		seg, ok := parse(buffer[:n])
-		if !ok || !slices.Contains(s.addrs[:], seg.to.Addr()) {
-			continue
+		if ok {
+			s.note(seg)
 		}
-		s.mu.Lock()
-		if seg.pong {
-			s.pongs++
-		} else {
-			s.seen = append(s.seen, seg)
-		}
-		s.mu.Unlock()
+	}
+}
+
+func (s *stranger) note(seg segment) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case !slices.Contains(s.addrs[:], seg.to.Addr()) && !slices.Contains(s.others, seg.to.Addr()):
+	case seg.pong:
+		s.pongs++
+	default:
+		s.seen = append(s.seen, seg)
 	}
 }
 
