@@ -1,7 +1,6 @@
 package render
 
 import (
-	"fmt"
 	"time"
 
 	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
@@ -51,7 +50,7 @@ func (r *renderer) ingress(mode schema.Mode) *listenerv3.Listener {
 		FilterChains: []*listenerv3.FilterChain{r.ingressChain(name, mode, nil)},
 	}
 	if mode == schema.ModeMTLS {
-		l.FilterChains = append(l.FilterChains, r.allowChains()...)
+		r.allow(l, mode)
 	}
 	if !r.place.NoIPv6 {
 		l.AdditionalAddresses = []*listenerv3.AdditionalAddress{{Address: address("::1", listenerPort(mode))}}
@@ -74,22 +73,6 @@ func (r *renderer) ingressChain(name string, mode schema.Mode, allow []string) *
 			MaxEarlyDataBytes:   wrapperspb.UInt32(earlyData),
 		})},
 	}
-}
-
-// allowChains returns a chain for each port whose entry has a list of clients; the chain without a match has the others.
-func (r *renderer) allowChains() []*listenerv3.FilterChain {
-	var chains []*listenerv3.FilterChain
-	for _, in := range r.mesh.Ingress {
-		if in.Allow == nil {
-			continue
-		}
-		for port := uint32(in.Ports.First); port <= uint32(in.Ports.Last); port++ {
-			chain := r.ingressChain(fmt.Sprintf("%s-%d", ingressName(in.Mode), port), in.Mode, in.Allow)
-			chain.FilterChainMatch = &listenerv3.FilterChainMatch{DestinationPort: wrapperspb.UInt32(port)}
-			chains = append(chains, chain)
-		}
-	}
-	return chains
 }
 
 func (r *renderer) egress(e schema.Egress) *listenerv3.Listener {

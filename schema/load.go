@@ -132,6 +132,7 @@ func build(r *report, process Process, layers ...layer) (Config, error) {
 	}
 	timings(merged, r)
 	process.checkStatus(c, r)
+	c.limits(r)
 	return c, nil
 }
 
@@ -176,9 +177,6 @@ func must[T any](v T, err error) T {
 	return v
 }
 
-// maxAllowRange bounds a range with allow: Envoy needs a filter chain for each of its ports.
-const maxAllowRange = 256
-
 func (c *Config) ingress(r *report) []Ingress {
 	all := c.merged.entries("ingress")
 	list := slices.Grow([]Ingress(nil), len(all))
@@ -217,15 +215,10 @@ func (c *Config) ingress(r *report) []Ingress {
 }
 
 func (in Ingress) checkAllow(e *entry, r *report) {
-	s := e.fields["allow"]
-	switch {
-	case in.Mode != ModeMTLS:
+	if s := e.fields["allow"]; in.Mode != ModeMTLS {
 		r.add(s.origin, "ingress["+e.key+"].allow", s.value(), fmt.Sprintf(
 			"requires mode mtls, but the mode is %s (%s): without client certificates, clients cannot be told apart",
 			in.Mode, e.fields["mode"].origin))
-	case int(in.Ports.Last)-int(in.Ports.First) >= maxAllowRange:
-		r.add(s.origin, "ingress["+e.key+"].allow", s.value(), fmt.Sprintf(
-			"a range with allow can have at most %d ports; split it", maxAllowRange))
 	}
 }
 

@@ -22,6 +22,9 @@ func TestAllow(t *testing.T) {
 		range1   = 9100
 		range2   = 9101
 		beside   = 9102
+		long1    = 20000 // of a range that is matched by an expression
+		long2    = 20099
+		past     = 20100
 	)
 	p := newPod(t, `MANTLET_CONFIG_INLINE=
 ingress:
@@ -29,9 +32,10 @@ ingress:
   - {port: 9092, allow: [cart.shop.svc]}
   - {port: 9093, allow: ["*.shop.svc"]}
   - {port: 9100-9101, allow: [frontend]}
+  - {port: 20000-20099, allow: [frontend]}
 `)
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
-	ports := []uint16{mtlsPort, mixed, dns, wildcard, range1, range2, beside}
+	ports := []uint16{mtlsPort, mixed, dns, wildcard, range1, range2, beside, long1, long2, past}
 	workloads := map[uint16]*lab.Workload{}
 	p.besiege()
 	p.run()
@@ -40,13 +44,13 @@ ingress:
 	}
 	p.ready()
 
-	open := []uint16{mtlsPort, beside}
+	open := []uint16{mtlsPort, beside, past}
 	for name, c := range map[string]struct {
 		leaf  lab.Leaf
 		letIn []uint16 // beside those that are open
 	}{
-		"the name":                          {lab.Leaf{DNSNames: []string{"frontend"}}, []uint16{mixed, range1, range2}},
-		"the name among others":             {lab.Leaf{DNSNames: []string{"a", "frontend", "b"}, URIs: []string{"spiffe://x"}}, []uint16{mixed, range1, range2}},
+		"the name":                          {lab.Leaf{DNSNames: []string{"frontend"}}, []uint16{mixed, range1, range2, long1, long2}},
+		"the name among others":             {lab.Leaf{DNSNames: []string{"a", "frontend", "b"}, URIs: []string{"spiffe://x"}}, []uint16{mixed, range1, range2, long1, long2}},
 		"the URI":                           {lab.Leaf{DNSNames: []string{"a"}, URIs: []string{spiffe}}, []uint16{mixed}},
 		"another name":                      {lab.Leaf{DNSNames: []string{"cart"}}, nil},
 		"longer names":                      {lab.Leaf{DNSNames: []string{"frontend2", "xfrontend", "frontend.evil", "a.frontend", "frontend "}}, nil},

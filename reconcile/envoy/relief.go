@@ -102,8 +102,8 @@ func receive(from *net.UnixConn) ([]byte, error) {
 
 // awaitDrain returns once a parent that was relieved accepts no more connections: it would let them in by the state of
 // before, while the rules are those of the next. It is told to stop and does not say that it has; one that goes on is ended.
-func (r *Runner) awaitDrain(parent *Process) {
-	deadline := time.NewTimer(r.limit())
+func (r *Runner) awaitDrain(parent *Process, limit time.Duration) {
+	deadline := time.NewTimer(limit)
 	defer deadline.Stop()
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()

@@ -56,6 +56,9 @@ type Runner struct {
 // defaultLiveLimit bounds initialisation: 45-100 ms as a rule; a busy machine takes longer, a hung start for ever.
 const defaultLiveLimit = 20 * time.Second
 
+// partLimit is what a filter chain or a cluster adds to that: four times what one takes of a processor.
+const partLimit = 6 * time.Millisecond
+
 // Start executes Envoy for a state and waits until it says by itself that it is live with that state. Where another Envoy
 // serves, it takes over from it without a connection being refused, and the other one drains and ends by itself.
 //
@@ -77,7 +80,7 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 	parent := r.serving()
 	// Where it drains already, the one after it died: nobody listens, and a failure can't make it worse.
 	if parent != nil && !parent.drains {
-		r.progress("having Envoy validate the bootstrap", r.limit())
+		r.progress("having Envoy validate the bootstrap", r.limit(state))
 		if err := r.preflight(ctx, state, parent); err != nil {
 			return nil, err
 		}
@@ -96,8 +99,8 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 	if err != nil {
 		return nil, err
 	}
-	r.progress("waiting until Envoy is live", r.limit())
-	ctx, cancel := context.WithTimeout(ctx, r.limit())
+	r.progress("waiting until Envoy is live", r.limit(state))
+	ctx, cancel := context.WithTimeout(ctx, r.limit(state))
 	defer cancel()
 	if err := p.waitLive(ctx, parent); err != nil {
 		r.progress("ending an Envoy that does not start", settleLimit)
@@ -115,8 +118,8 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 	r.add(p, parent, settings.ParentShutdownTime)
 	if parent != nil {
 		r.standIns.Go(func() { r.standIn(parent, p) })
-		r.progress("waiting until the Envoy before it takes no more connections", r.limit())
-		r.awaitDrain(parent)
+		r.progress("waiting until the Envoy before it takes no more connections", r.limit(state))
+		r.awaitDrain(parent, r.limit(state))
 	}
 	return p, nil
 }
@@ -124,8 +127,14 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 // executeLimit bounds what has no limit of its own: writing a bootstrap, ending an Envoy that hangs, and execve.
 const executeLimit = 5 * time.Second
 
-// limit bounds initialisation.
-func (r *Runner) limit() time.Duration { return cmp.Or(r.liveLimit, defaultLiveLimit) }
+// limit bounds initialisation with a state.
+func (r *Runner) limit(state render.State) time.Duration {
+	resources, parts := state.Bootstrap.StaticResources, 0
+	for _, l := range resources.Listeners {
+		parts += len(l.FilterChains)
+	}
+	return cmp.Or(r.liveLimit, defaultLiveLimit) + time.Duration(parts+len(resources.Clusters))*partLimit
+}
 
 // grace is what a step may take beyond its limit on a machine that is busy.
 const grace = 5 * time.Second
@@ -339,7 +348,7 @@ func (r *Runner) preflight(ctx context.Context, state render.State, serving *Pro
 		return err
 	}
 	defer func() { _ = os.Remove(config) }()
-	ctx, cancel := context.WithTimeout(ctx, r.limit())
+	ctx, cancel := context.WithTimeout(ctx, r.limit(state))
 	defer cancel()
 	var said bytes.Buffer
 	cmd := exec.CommandContext(ctx, r.Path, "--mode", "validate", "--config-path", config, "--log-level", "error")
