@@ -12,6 +12,7 @@ import (
 	"reflect"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/singleflight"
@@ -526,7 +527,11 @@ func (d *Daemon) readCertificates(ctx context.Context) {
 		if expires.IsZero() {
 			what = notCertified
 		}
-		if d.complain(&d.badCertificates, "certificates rejected", what, err) {
+		event := "certificates rejected"
+		if unwritable(err) {
+			event, what = "certificates not published", notWritable
+		}
+		if d.complain(&d.badCertificates, event, what, err) {
 			d.failed(checkCertificates, err)
 			d.applied(applyCertificates, time.Since(began), err)
 		}
@@ -554,6 +559,11 @@ type starting struct {
 func (d *Daemon) starting() (s starting) {
 	d.locked(func() { s = starting{d.handover, d.starts} })
 	return s
+}
+
+// unwritable reports whether an error is that a file system takes no more. Reading gives none of these.
+func unwritable(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EROFS)
 }
 
 // foresee warns while there is time left to mend it: what expires should have been replaced by the last fifth of its life.

@@ -158,6 +158,7 @@ const (
 	notStaying      = "mantlet is stopping"
 	notConfigured   = "waiting for a good override file; nothing comes in until then"
 	notCertified    = "waiting for certificates; nothing comes in until then"
+	notWritable     = "the runtime directory cannot be written to"
 	notValid        = "peers do not accept the certificates any more"
 	notLive         = "starting Envoy"
 	notRunning      = "Envoy is down"
@@ -169,7 +170,7 @@ const (
 // Reasons returns how the reasons of Unready begin.
 func Reasons() []string {
 	return []string{
-		notStarted, notStaying, notConfigured, notCertified, notValid, notLive, notRunning, notServing, notInForce, notAsTheyShould,
+		notStarted, notStaying, notConfigured, notCertified, notWritable, notValid, notLive, notRunning, notServing, notInForce, notAsTheyShould,
 	}
 }
 

@@ -67,6 +67,15 @@ func Enterable(directory string, uid int, remedy string) error {
 	return nil
 }
 
+// Writable returns an error if owner and mode keep a user from making files in a directory; nil if they do not.
+func Writable(directory string, uid int) error {
+	info, err := os.Stat(directory)
+	if err == nil && !permits(info, uid, unix.W_OK|unix.X_OK) {
+		err = fmt.Errorf("user %d may not write to %s (mode %04o)", uid, directory, info.Mode().Perm())
+	}
+	return err
+}
+
 // permits reports whether owner and mode let a user do something with a file: R_OK, W_OK and X_OK of access(2).
 func permits(info fs.FileInfo, uid int, what fs.FileMode) bool {
 	gid := uid

@@ -126,8 +126,8 @@ func findings(ctx context.Context, environ []string) []finding {
 		tryKernel(),
 		[]finding{
 			tryLandlock(), tryIPv6(), tryAdvertisements("/proc/sys/net/ipv6/conf"), tryConntrack("/proc/sys/net/netfilter"),
-			tryEnvoy(ctx, process.EnvoyPath, process.EnvoyUID), trySharedMemory("/dev/shm"), tryRuntimeDirectory(process.RuntimeDirectory),
-			tryCertificates(process.TLSDirectory),
+			tryEnvoy(ctx, process.EnvoyPath, process.EnvoyUID), trySharedMemory("/dev/shm", process.EnvoyUID),
+			tryRuntimeDirectory(process.RuntimeDirectory, process.EnvoyUID), tryCertificates(process.TLSDirectory),
 		},
 	)
 	if err != nil {
@@ -364,13 +364,17 @@ func tryEnvoy(ctx context.Context, path string, uid int) finding {
 	return tried(need, fmt.Sprintf("%d.%d.%d, %.12s", major, minor, patch, commit), nil, "")
 }
 
-func trySharedMemory(directory string) finding {
-	return tried("shared memory", directory, writable(directory), "mount a memory-backed emptyDir at /dev/shm: Envoy's hot restart needs it")
+func trySharedMemory(directory string, envoyUID int) finding {
+	err := tryWriting(directory)
+	if err == nil {
+		err = sandbox.Writable(directory, envoyUID)
+	}
+	return tried("shared memory", directory, err, "mount a memory-backed emptyDir at /dev/shm: Envoy's hot restart needs it")
 }
 
-func tryRuntimeDirectory(directory string) finding {
+func tryRuntimeDirectory(directory string, envoyUID int) finding {
 	const need, remedy = "runtime directory", "mount a memory-backed emptyDir of mantlet's own there; MANTLET_RUNTIME_DIRECTORY names another place"
-	err := errors.Join(fits(directory), closable(directory))
+	err := suitable(directory, envoyUID)
 	there := directory
 	for err == nil {
 		if _, err = os.Stat(there); errors.Is(err, os.ErrNotExist) && there != "/" {
@@ -380,7 +384,7 @@ func tryRuntimeDirectory(directory string) finding {
 		break
 	}
 	if err == nil {
-		err = writable(there)
+		err = tryWriting(there)
 	}
 	if err != nil {
 		return tried(need, "", err, remedy)
@@ -392,16 +396,27 @@ func tryRuntimeDirectory(directory string) finding {
 	return wanted(need, directory, err, remedy)
 }
 
-// writable returns nil if this process may make files in a directory. It makes none.
-func writable(directory string) error {
+// enough is what is written to see whether a directory has room: a bootstrap of a few entries and the secrets take less.
+const enough = 64 << 10
+
+// tryWriting returns why this process can't write a file in a directory. What it writes has no name.
+func tryWriting(directory string) error {
 	info, err := os.Stat(directory)
-	switch {
-	case err != nil:
+	if err != nil {
 		return err
-	case !info.IsDir():
+	}
+	if !info.IsDir() {
 		return fmt.Errorf("%s is not a directory", directory)
 	}
-	if err := unix.Faccessat(unix.AT_FDCWD, directory, unix.W_OK|unix.X_OK, unix.AT_EACCESS); err != nil {
+	file, err := os.CreateTemp(directory, ".check-*")
+	if err == nil {
+		err = os.Remove(file.Name())
+		if err == nil {
+			_, err = file.Write(make([]byte, enough))
+		}
+		err = errors.Join(err, file.Close())
+	}
+	if err != nil {
 		return fmt.Errorf("writing to %s: %w", directory, err)
 	}
 	return nil

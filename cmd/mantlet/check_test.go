@@ -73,6 +73,7 @@ func TestCheck(t *testing.T) {
 	memory, err := os.MkdirTemp("/dev/shm", "check")
 	p.must(err)
 	t.Cleanup(func() { _ = os.RemoveAll(memory) })
+	p.must(os.Chmod(memory, 0o711))
 	p.sidecar.RuntimeDirectory = filepath.Join(memory, "run", "mantlet")
 	script := func(name, text string) string {
 		path := filepath.Join(t.TempDir(), name)
@@ -110,8 +111,21 @@ func TestCheck(t *testing.T) {
 			[]string{"MANTLET_ENVOY_PATH=" + script("new", "#!/bin/sh\necho 'x  version: abc/1.41.0/Clean/RELEASE/BoringSSL'\n")},
 			"Envoy", warning, "1.41.0, which mantlet was not tried with",
 		},
-		"no shared memory":            {"mount -t tmpfs -o ro none /dev/shm", []string{"MANTLET_RUNTIME_DIRECTORY=" + empty}, "shared memory", failing, "read-only"},
-		"no runtime directory":        {"mount -t tmpfs -o ro none " + empty, []string{"MANTLET_RUNTIME_DIRECTORY=" + empty + "/run"}, "runtime directory", failing, "read-only"},
+		"no shared memory":     {"mount -t tmpfs -o ro none /dev/shm", []string{"MANTLET_RUNTIME_DIRECTORY=" + empty}, "shared memory", failing, "read-only"},
+		"no runtime directory": {"mount -t tmpfs -o ro none " + empty, []string{"MANTLET_RUNTIME_DIRECTORY=" + empty + "/run"}, "runtime directory", failing, "read-only"},
+		"runtime directory is full": {
+			"mount -t tmpfs -o size=8k,mode=700 none " + empty + "; head -c 8192 /dev/zero >" + empty + "/filler",
+			[]string{"MANTLET_RUNTIME_DIRECTORY=" + empty},
+			"runtime directory", failing, "no space left on device",
+		},
+		"runtime directory, closed": {
+			"mount -t tmpfs -o mode=700 none " + empty, []string{"MANTLET_RUNTIME_DIRECTORY=" + empty + "/run"},
+			"runtime directory", failing, unreachable + empty + " (mode 0700)",
+		},
+		"shared memory, closed": {
+			"mount -t tmpfs -o mode=755 none /dev/shm", []string{"MANTLET_RUNTIME_DIRECTORY=" + empty}, "shared memory", failing,
+			fmt.Sprintf("user %d may not write to /dev/shm (mode 0755)", lab.EnvoyUser()),
+		},
 		"runtime directory on disk":   {"", []string{"MANTLET_RUNTIME_DIRECTORY=" + filepath.Join(empty, "run")}, "runtime directory", warning, "not in memory"},
 		"another's runtime directory": {"", []string{"MANTLET_RUNTIME_DIRECTORY=" + others}, "runtime directory", failing, "belongs to user 1337"},
 		"shared runtime directory":    {"", []string{"MANTLET_RUNTIME_DIRECTORY=" + filepath.Dir(file)}, "runtime directory", failing, "is open to others"},

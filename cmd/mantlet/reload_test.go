@@ -326,6 +326,51 @@ func TestRuntimeDirectoryFull(t *testing.T) {
 	p.besieged()
 }
 
+// TestRuntimeDirectoryFullAtStart: what mantlet waits for is room, and not certificates.
+func TestRuntimeDirectoryFullAtStart(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	p.must(os.MkdirAll(p.sidecar.RuntimeDirectory, 0o700))
+	p.must(unix.Mount("tmpfs", p.sidecar.RuntimeDirectory, "tmpfs", 0, "size=64k,mode=700"))
+	t.Cleanup(func() { _ = unix.Unmount(p.sidecar.RuntimeDirectory, unix.MNT_DETACH) })
+	filler := filepath.Join(p.sidecar.RuntimeDirectory, "filler")
+	if err := os.WriteFile(filler, make([]byte, 64<<10), 0o600); !errors.Is(err, syscall.ENOSPC) && err != nil {
+		t.Fatal(err)
+	}
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.besiege()
+	p.run()
+	p.unready("the runtime directory cannot be written to: ")
+	p.unready("no space left on device")
+	p.must(os.Remove(filler))
+	p.ready()
+	p.besieged()
+}
+
+// TestUnsuitableRuntimeDirectory: mantlet ends, and names the variable.
+func TestUnsuitableRuntimeDirectory(t *testing.T) {
+	t.Parallel()
+	for name, says := range map[string]string{"read-only": "permission denied", "closed": "cannot enter"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newPod(t, web)
+			above := filepath.Join(t.TempDir(), "above")
+			lab.Open(filepath.Dir(above))
+			p.must(os.Mkdir(above, 0o755))
+			p.must(os.Chmod(above, map[string]os.FileMode{"read-only": 0o555, "closed": 0o700}[name]))
+			p.sidecar.RuntimeDirectory = filepath.Join(above, "run")
+			p.must(p.sidecar.Start())
+			if err := p.sidecar.Wait(); err == nil {
+				t.Error("mantlet ended without an error")
+			}
+			want := fmt.Sprintf(`MANTLET_RUNTIME_DIRECTORY \"%s\"`, p.sidecar.RuntimeDirectory)
+			if log := p.log.String(); !strings.Contains(log, want) || !strings.Contains(log, says) {
+				t.Errorf("mantlet does not say %s, and %s:\n%s", want, says, log)
+			}
+		})
+	}
+}
+
 // tryPlain connects to the port that may be passthrough.
 func (p *pod) tryPlain(addr netip.Addr) (net.Conn, error) {
 	ctx, cancel := p.context()

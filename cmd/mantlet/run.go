@@ -101,7 +101,7 @@ func run(ctx context.Context, log *slog.Logger, queue *logQueue, level *slog.Lev
 	if err := level.UnmarshalText([]byte(env.Process.LogLevel)); err != nil {
 		return err
 	}
-	if err := private(env.Process.RuntimeDirectory); err != nil {
+	if err := private(env.Process.RuntimeDirectory, env.Process.EnvoyUID); err != nil {
 		return err
 	}
 	if socket := env.Process.GateSocket; socket != "" {
@@ -271,21 +271,33 @@ func fits(directory string) error {
 	return nil
 }
 
-// private makes the runtime directory and closes it to others: it comes to hold the key. Envoy's user must get through the
-// directories above it.
-func private(directory string) error {
+// suitable returns why a directory can't be mantlet's runtime directory; nil where nothing of what can be seen is in the way.
+func suitable(directory string, envoyUID int) error {
 	if err := errors.Join(fits(directory), closable(directory)); err != nil {
 		return err
 	}
+	if err := sandbox.Enterable(filepath.Dir(directory), envoyUID, "name another directory, such as /run/mantlet"); err != nil {
+		return fmt.Errorf("MANTLET_RUNTIME_DIRECTORY %q: %w", directory, err)
+	}
+	return nil
+}
+
+// private makes the runtime directory and closes it to others: it comes to hold the key. Envoy's user must get through the
+// directories above it.
+func private(directory string, envoyUID int) error {
+	if err := suitable(directory, envoyUID); err != nil {
+		return err
+	}
 	defer unix.Umask(unix.Umask(0o022))
-	if err := os.MkdirAll(filepath.Dir(directory), 0o755); err != nil {
-		return fmt.Errorf("making the directories above the runtime directory: %w", err)
+	err := os.MkdirAll(filepath.Dir(directory), 0o755)
+	if err == nil {
+		err = os.MkdirAll(directory, 0o700)
 	}
-	if err := os.MkdirAll(directory, 0o700); err != nil {
-		return fmt.Errorf("making the runtime directory: %w", err)
+	if err == nil {
+		err = os.Chmod(directory, 0o700)
 	}
-	if err := os.Chmod(directory, 0o700); err != nil {
-		return fmt.Errorf("closing the runtime directory to others: %w", err)
+	if err != nil {
+		return fmt.Errorf("MANTLET_RUNTIME_DIRECTORY %q can't be made, or closed to others: %w", directory, err)
 	}
 	return nil
 }

@@ -119,7 +119,7 @@ func TestMissingCapability(t *testing.T) {
 			p.sidecar.Capabilities = slices.DeleteFunc(p.sidecar.Capabilities, func(c sandbox.Capability) bool { return c == missing })
 			says := "CAP_" + missing.Name + " is missing"
 			line := sandbox.Remedy(sandbox.Needs(lab.EnvoyUser())) // as check says it
-			if missing.Name == "NET_ADMIN" { // then there are no rules to close the pod with
+			if missing.Name == "NET_ADMIN" {                       // then there are no rules to close the pod with
 				p.must(p.sidecar.Start())
 				err := p.sidecar.Wait()
 				for _, text := range []string{says, line, "no deny-all could be put in place: the pod is open"} {
