@@ -199,7 +199,7 @@ func TestAnyContentIsClosed(t *testing.T) {
 					nft(t, p.pod, "add table inet mantlet")
 				}
 				fill(p)
-				if owned, err := p.table.Own(); err != nil || owned != orphaned {
+				if owned, err := p.claim(p.table); err != nil || owned != orphaned {
 					t.Fatalf("Own returned %v, %v\n%s", owned, err, nft(t, p.pod, "list", "ruleset"))
 				}
 				found, err := p.table.Read()

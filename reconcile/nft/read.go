@@ -58,6 +58,9 @@ func (t *Table) differences() ([]string, error) {
 		return nil, err
 	}
 	found := render.Diff(t.want, have)
+	if len(found) == 0 && t.made != 0 && t.made != t.holder.inode {
+		found = []string{"another mantlet made the table"}
+	}
 	if len(found) == 0 {
 		t.intact = at
 	}
@@ -147,6 +150,7 @@ func (t *Table) dump() (render.Ruleset, error) {
 	if err := t.list(unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE, r.addRule); err != nil {
 		return render.Ruleset{}, err
 	}
+	t.made = r.holder
 	return r.ruleset(), nil
 }
 
@@ -259,6 +263,7 @@ type reader struct {
 	chains   []render.Chain
 	sets     []*set
 	others   []string
+	holder   uint64             // who made the table; 0 where it does not say
 	numbers  map[string][]uint8 // of anonymous sets, by setName
 	compiler batch
 	fixed    []translated // the statements that have but one form
@@ -502,6 +507,7 @@ func (r *reader) addRule(a attributes) error {
 			}
 		}
 	}
+	r.holder = max(r.holder, holderOf(a[unix.NFTA_RULE_USERDATA]))
 	name := a.text(unix.NFTA_RULE_CHAIN)
 	for i := range r.chains {
 		if r.chains[i].Name == name {

@@ -32,6 +32,8 @@ type Table struct {
 
 	mu      sync.Mutex // the socket holds one conversation at a time
 	owned   bool
+	holder  holder         // from Own on
+	made    uint64         // by whose holder the table was made that was read last; 0 where it does not say
 	want    render.Ruleset // what Replace put there last
 	refused tally          // what the rules counted
 	intact  uint32         // the generation of the kernel's rules at which the table was seen to hold that; 0 for none
@@ -79,7 +81,12 @@ func buffers(c *netlink.Conn) error {
 }
 
 // Close ends the connection. The rules stay; a table that was owned waits for its next owner.
-func (t *Table) Close() error { return t.conn.CloseLasting() }
+func (t *Table) Close() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.holder.release()
+	return t.conn.CloseLasting()
+}
 
 // Flags of a table (include/uapi/linux/netfilter/nf_tables.h), since Linux 5.12 and 6.9.
 const (
@@ -90,12 +97,24 @@ const (
 // Own makes the table this process's, creating it where it is not there and adopting it where a mantlet before this one
 // left it. From then on other processes' changes to it, `nft flush ruleset` too, get EPERM or pass it by, until Close. It
 // reports false where the kernel can't do that, or where the table that is there was made without it. The error is
-// ErrOwned where another process owns it. Own leaves what is in the table as it is.
+// ErrOwned where another process owns it, or, without an owner, where another mantlet that lives made it. Own leaves what is in the
+// table as it is. It must be called on a thread in the table's network namespace.
 func (t *Table) Own() (bool, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	var err error
-	if t.owned, err = t.claim(render.Table, false); err != nil {
+	var failed error
+	if t.holder.inode == 0 {
+		t.holder, failed = hold()
+	}
+	err := t.other()
+	if !errors.Is(err, ErrOwned) {
+		failed = errors.Join(failed, err)
+		t.owned, err = t.claim(render.Table, false)
+	}
+	if err == nil && !t.owned {
+		err = failed // else the kernel itself keeps the owner
+	}
+	if err != nil {
 		return false, fmt.Errorf("claiming the table inet %s: %w", render.Table, t.explain(err))
 	}
 	return t.owned, nil
@@ -282,13 +301,17 @@ func (t *Table) replace(b *batch, r render.Ruleset) error {
 			return err
 		}
 	}
+	holder := t.holder.userData() // of the first rule
 	for _, c := range r.Chains {
 		for _, rule := range c.Rules {
 			exprs, err := b.expressions(rule)
 			if err != nil {
 				return err
 			}
-			t.conn.AddRule(&nftables.Rule{Table: t.table, Chain: &nftables.Chain{Name: c.Name, Table: t.table}, Exprs: exprs})
+			t.conn.AddRule(&nftables.Rule{
+				Table: t.table, Chain: &nftables.Chain{Name: c.Name, Table: t.table}, Exprs: exprs, UserData: holder,
+			})
+			holder = nil
 		}
 	}
 	return nil
@@ -396,6 +419,9 @@ func port(p uint16) []byte { return binary.BigEndian.AppendUint16(nil, p) }
 // explain tells one EPERM from the other, and adds what to do to errors of the kernel that users meet.
 func (t *Table) explain(err error) error {
 	if errors.Is(err, unix.EPERM) && t.privileged() {
+		if other := t.other(); errors.Is(other, ErrOwned) { // which says who it is
+			return other
+		}
 		return ErrOwned
 	}
 	return hint(err)

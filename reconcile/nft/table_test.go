@@ -190,9 +190,18 @@ func modes(t *testing.T, test func(t *testing.T, p *place)) {
 // own makes the place's table owned. It takes Linux 6.9.
 func (p *place) own() {
 	p.t.Helper()
-	if owned, err := p.table.Own(); err != nil || !owned {
+	if owned, err := p.claim(p.table); err != nil || !owned {
 		p.t.Fatalf("Own returned %v, %v", owned, err)
 	}
+}
+
+// claim makes the table a connection's own, on the pod.
+func (p *place) claim(table *Table) (owned bool, err error) {
+	err = p.pod.Do(func() (err error) {
+		owned, err = table.Own()
+		return err
+	})
+	return owned, err
 }
 
 func (p *place) check() {
@@ -479,7 +488,7 @@ func TestOwnedTableOutlivesItsOwner(t *testing.T) {
 	p.replace(want)
 
 	second := open(t, p.pod)
-	if owned, err := second.Own(); owned || !errors.Is(err, ErrOwned) {
+	if owned, err := p.claim(second); owned || !errors.Is(err, ErrOwned) {
 		t.Errorf("a second Own returned %v, %v", owned, err)
 	}
 	for what, err := range map[string]error{
@@ -497,7 +506,7 @@ func TestOwnedTableOutlivesItsOwner(t *testing.T) {
 	if diff := cmp.Diff(want.Text(), listing(t, p.pod)); diff != "" {
 		t.Errorf("without its owner, the table is (-want +got):\n%s", diff)
 	}
-	if owned, err := second.Own(); !owned || err != nil {
+	if owned, err := p.claim(second); !owned || err != nil {
 		t.Errorf("Own of the next one returned %v, %v", owned, err)
 	}
 	if diff := cmp.Diff(want.Text(), listing(t, p.pod)); diff != "" {
@@ -519,7 +528,7 @@ func TestTableThatWasThereBefore(t *testing.T) {
 		chain ingress { type filter hook input priority filter; policy accept; ip saddr . tcp dport @s counter name c jump other; }
 		chain other { accept; }
 	}`)
-	if owned, err := p.table.Own(); owned || err != nil {
+	if owned, err := p.claim(p.table); owned || err != nil {
 		t.Errorf("Own returned %v, %v", owned, err)
 	}
 	want := rules()
