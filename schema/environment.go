@@ -65,15 +65,9 @@ type Process struct {
 	PodIP, HostIP    string // as the downward API has them; see HostNetwork
 }
 
-// HostNetwork returns an error if an environment says that the pod has the node's network namespace and not one of its own:
-// mantlet's rules would close the node. told reports whether it says anything of that. It is what may be read before the rules deny everything, and so it reads two
-// variables; whoever could lie in them could as well not start mantlet.
-//
-// Nothing else tells for certain. A node's initial network namespace is known by its number (NET_NS_INIT_INO of
-// include/uapi/linux/nsfs.h, since 6.18; the first of all numbers before), but where each pod is a virtual machine, as
-// confidential pods are, the pod has its guest's initial one. So does such a guest have NICs with a device behind them, and
-// a pod that nests containers has the bridges and veth pairs of a node.
-func HostNetwork(environ []string) (told bool, err error) {
+// HostNetwork returns an error if an environment says that the pod has the node's network namespace and not one of its own. Whoever
+// fills in the environment can say so of any pod: what is so shows by the namespace alone.
+func HostNetwork(environ []string) error {
 	var addrs [2]netip.Addr
 	for i, name := range []string{podVariable, hostVariable} {
 		for _, v := range environ {
@@ -82,12 +76,11 @@ func HostNetwork(environ []string) (told bool, err error) {
 			}
 		}
 	}
-	told = addrs[0].IsValid() && addrs[1].IsValid()
-	if told && addrs[0].Unmap() == addrs[1].Unmap() {
-		return told, fmt.Errorf("%s and %s are both %s: the pod has hostNetwork, and mantlet's rules would close the node; "+
+	if addrs[0].IsValid() && addrs[1].IsValid() && addrs[0].Unmap() == addrs[1].Unmap() {
+		return fmt.Errorf("%s and %s are both %s: the pod has hostNetwork, and mantlet's rules would close the node; "+
 			"give the pod a network namespace of its own", podVariable, hostVariable, addrs[0])
 	}
-	return told, nil
+	return nil
 }
 
 // EnvoyDirectory returns the part of the runtime directory that Envoy sees.

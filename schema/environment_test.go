@@ -554,13 +554,13 @@ func TestHostNetwork(t *testing.T) {
 		"ten":         {"ten": false},
 	} {
 		for host, want := range hosts {
-			_, err := schema.HostNetwork([]string{"MANTLET_POD_IPS=10.0.0.7", "MANTLET_POD_IP=" + pod, "MANTLET_HOST_IP=" + host})
+			err := schema.HostNetwork([]string{"MANTLET_POD_IPS=10.0.0.7", "MANTLET_POD_IP=" + pod, "MANTLET_HOST_IP=" + host})
 			if (err != nil) != want {
 				t.Errorf("pod %q on host %q: %v", pod, host, err)
 			}
 		}
 	}
-	if _, err := schema.HostNetwork(nil); err != nil {
+	if err := schema.HostNetwork(nil); err != nil {
 		t.Error(err)
 	}
 }

@@ -13,7 +13,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -122,7 +121,7 @@ func findings(ctx context.Context, environ []string) []finding {
 	}
 	process := env.Process
 	all := slices.Concat(
-		[]finding{tryNamespace(environ), tryCapabilities(capabilities(env, config))},
+		[]finding{tryNamespace(here(), interfaceNames(), environ), tryCapabilities(capabilities(env, config))},
 		tryKernel(),
 		[]finding{
 			tryLandlock(), tryIPv6(), tryAdvertisements("/proc/sys/net/ipv6/conf"), tryConntrack("/proc/sys/net/netfilter"),
@@ -144,81 +143,36 @@ func findings(ctx context.Context, environ []string) []finding {
 	return slices.Concat(all, tryOverrides(env, unloaded), tryUpstreams(ctx, config.Mesh.Egress))
 }
 
-// ofNodes are interfaces that network plugins make on a node. A pod that nests containers may have some too.
+// ofNodes are interfaces that network plugins make on a node. A node that is a container itself, as kind's are, shows by nothing else.
 var ofNodes = []string{"cni0", "cilium_host", "flannel.1", "kube-bridge", "kube-ipvs0", "nodelocaldns", "ovn-k8s-mp0"}
 
-func tryNamespace(environ []string) finding {
-	const need, remedy = "network namespace", "take hostNetwork out of the pod's specification"
-	told, err := schema.HostNetwork(environ)
-	if err != nil {
-		return tried(need, "", err, remedy)
+// tryNamespace judges whose a network namespace is, by what shows it, the names of its interfaces, and the environment.
+func tryNamespace(n namespace, interfaces []string, environ []string) finding {
+	const need, remedy = "network namespace", "if the pod has hostNetwork, take it out of the pod's specification"
+	if err := n.judge(0); err != nil {
+		return tried(need, "", err, "")
 	}
-	links, err := readLinks()
-	if err != nil {
-		return wanted(need, "", err, "")
+	for _, name := range interfaces {
+		if slices.Contains(ofNodes, name) {
+			return wanted(need, "", fmt.Errorf("it has the interface %s, as a node's has; mantlet would close the node", name), remedy)
+		}
 	}
-	if err := nodes(links, told); err != nil {
-		return wanted(need, "", err, remedy)
+	if err := schema.HostNetwork(environ); err != nil {
+		return wanted(need, "", err, "if it has not, mend the two variables")
 	}
-	if told {
-		return tried(need, "the pod's own: MANTLET_POD_IP and MANTLET_HOST_IP differ", nil, "")
+	if n.initial {
+		return tried(need, "the virtual machine's, all of which is the pod: Kata Containers", nil, "")
 	}
-	return tried(need, "the pod's own, as far as can be seen: hostNetwork can't be told without MANTLET_POD_IP and MANTLET_HOST_IP", nil, "")
+	return tried(need, "the pod's own", nil, "")
 }
 
-// link is an interface, with the machine's device behind it if there is one.
-type link struct{ name, device, bus string }
-
-// readLinks asks the kernel, since /sys may show another namespace.
-func readLinks() ([]link, error) {
-	data, err := syscall.NetlinkRIB(unix.RTM_GETLINK, unix.AF_UNSPEC)
-	if err != nil {
-		return nil, fmt.Errorf("reading the interfaces: %w", err)
+// interfaceNames returns those of the network namespace.
+func interfaceNames() (names []string) {
+	all, _ := net.Interfaces()
+	for _, i := range all {
+		names = append(names, i.Name)
 	}
-	messages, err := syscall.ParseNetlinkMessage(data)
-	if err != nil {
-		return nil, fmt.Errorf("parsing the interfaces: %w", err)
-	}
-	var links []link
-	for _, m := range messages {
-		if m.Header.Type != unix.RTM_NEWLINK {
-			continue
-		}
-		attributes, err := syscall.ParseNetlinkRouteAttr(&m)
-		if err != nil {
-			return nil, fmt.Errorf("parsing an interface: %w", err)
-		}
-		var l link
-		for _, a := range attributes {
-			text := unix.ByteSliceToString(a.Value)
-			switch a.Attr.Type {
-			case unix.IFLA_IFNAME:
-				l.name = text
-			case unix.IFLA_PARENT_DEV_NAME:
-				l.device = text
-			case unix.IFLA_PARENT_DEV_BUS_NAME:
-				l.bus = text
-			}
-		}
-		links = append(links, l)
-	}
-	return links, nil
-}
-
-// nodes returns what makes the interfaces look like a node's; nil for nothing. Where it is told that the pod has a network
-// of its own, a device is one that was given to it. A pod that is a virtual machine has one by virtio, and no other.
-func nodes(links []link, told bool) error {
-	links = slices.DeleteFunc(slices.Clone(links), func(l link) bool { return l.name == "lo" })
-	for _, l := range links {
-		switch {
-		case slices.Contains(ofNodes, l.name):
-			return fmt.Errorf("it has the interface %s, as a node's has; mantlet would close the node", l.name)
-		case l.device != "" && !told && (l.bus != "virtio" || len(links) > 1):
-			return fmt.Errorf("its interface %s is the machine's device %s, as a node's is; mantlet would close the node. "+
-				"With MANTLET_POD_IP and MANTLET_HOST_IP it can tell", l.name, l.device)
-		}
-	}
-	return nil
+	return names
 }
 
 // capabilities returns those that mantlet's container needs.

@@ -444,32 +444,46 @@ func TestLogIsForItsReader(t *testing.T) {
 	}
 }
 
+// TestSecondMantlet: it ends before it touches anything, also where the kernel keeps no owner for the table.
 func TestSecondMantlet(t *testing.T) {
 	t.Parallel()
-	p := start(t, web)
-	envoy, rules := p.envoy(), p.rules()
-	long, err := p.handshake(netip.AddrPortFrom(p.IPv4, mtlsPort), p.client.ClientConfig("pod"))
-	p.must(err)
-	for _, runtime := range []string{p.sidecar.RuntimeDirectory, t.TempDir()} {
-		second, err := p.Sidecar(t.TempDir(), p.sidecar.Binary, p.sidecar.Env...)
-		p.must(err)
-		log := &journal{}
-		second.TLSDirectory, second.RuntimeDirectory, second.Log = p.sidecar.TLSDirectory, runtime, log
-		p.must(second.Start())
-		if err := second.Wait(); err == nil || !strings.Contains(log.String(), "another mantlet owns this network namespace") ||
-			!strings.Contains(log.String(), `"rules":"they stay"`) {
-			t.Errorf("the second mantlet ended with %v and said %s", err, log)
-		}
+	for name, unowned := range map[string]bool{"owned": false, "not owned": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newPod(t, web)
+			if unowned {
+				p.unowned()
+			}
+			p.start()
+			envoy, rules := p.envoy(), p.rules()
+			long, err := p.handshake(netip.AddrPortFrom(p.IPv4, mtlsPort), p.client.ClientConfig("pod"))
+			p.must(err)
+			changes := p.transactions()
+			for _, runtime := range []string{p.sidecar.RuntimeDirectory, t.TempDir()} {
+				second, err := p.Sidecar(t.TempDir(), p.sidecar.Binary, append(p.sidecar.Env, "EDG_INGRESS_PROXY_CONFIG=")...)
+				p.must(err)
+				log := &journal{}
+				second.TLSDirectory, second.RuntimeDirectory, second.Log = p.sidecar.TLSDirectory, runtime, log
+				p.must(second.Start())
+				says := fmt.Sprintf("another mantlet owns this network namespace (process %d, user 0)", p.sidecar.PID())
+				if err := second.Wait(); err == nil || !strings.Contains(log.String(), says) || !strings.Contains(log.String(), `"rules":"they stay"`) {
+					t.Errorf("the second mantlet ended with %v and said %s", err, log)
+				}
+			}
+			if n := changes.Load(); n > 0 {
+				t.Errorf("the rules changed %d times", n)
+			}
+			if got := p.envoy(); got != envoy {
+				t.Errorf("Envoy was %d and is %d", envoy, got)
+			}
+			if got := p.rules(); got != rules {
+				t.Errorf("the rules were\n%s\nand are\n%s", rules, got)
+			}
+			p.must(echo(long))
+			p.ready()
+			p.besieged()
+		})
 	}
-	if got := p.envoy(); got != envoy {
-		t.Errorf("Envoy was %d and is %d", envoy, got)
-	}
-	if got := p.rules(); got != rules {
-		t.Errorf("the rules were\n%s\nand are\n%s", rules, got)
-	}
-	p.must(echo(long))
-	p.ready()
-	p.besieged()
 }
 
 func TestBadEnvironment(t *testing.T) {
@@ -560,28 +574,6 @@ func TestHangUpAtStart(t *testing.T) {
 	p.run()
 	p.must(p.sidecar.Signal(syscall.SIGHUP))
 	p.ready()
-}
-
-// TestHostNetwork: where the pod's address is the node's, mantlet does not touch a rule.
-func TestHostNetwork(t *testing.T) {
-	t.Parallel()
-	for host, refused := range map[string]bool{"192.0.2.7": true, "::ffff:192.0.2.7": true, "192.0.2.8": false} {
-		t.Run(host, func(t *testing.T) {
-			t.Parallel()
-			p := newPod(t, web, "MANTLET_POD_IP=192.0.2.7", "MANTLET_HOST_IP="+host)
-			p.must(p.sidecar.Start())
-			if !refused {
-				p.await("mantlet closes the pod", func() bool { return p.log.count(closed) > 0 })
-				return
-			}
-			if err := p.sidecar.Wait(); err == nil || p.log.count("the pod has hostNetwork") != 1 || p.log.count(`"rules":"none was touched"`) != 1 {
-				t.Errorf("mantlet ended with %v", err)
-			}
-			if tables, err := p.Run("nft", "list", "tables"); err != nil || tables != "" {
-				t.Errorf("there are tables, %v:\n%s", err, tables)
-			}
-		})
-	}
 }
 
 // TestRuntimeDirectory: mantlet takes one that is there for it, a fresh volume in memory as kubelet mounts it for one, or makes

@@ -9,6 +9,8 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"slices"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -71,7 +73,7 @@ func execute(args []string, stdout, stderr io.Writer) int {
 	}
 	root.AddCommand(runCommand(), renderCommand(), validateCommand(), diffCommand(), statusCommand(), probeCommand(), schemaCommand(), checkCommand(), gateCommand(), installCommand(), versionCommand())
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.SetArgs(args)
+	root.SetArgs(commandFirst(args))
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	err := root.Execute()
@@ -94,6 +96,16 @@ func execute(args []string, stdout, stderr io.Writer) int {
 		_, _ = fmt.Fprintln(stderr, "mantlet:", err)
 		return exitError
 	}
+}
+
+// commandFirst moves what stands before `run` behind it. A flag there is a mistake, and it is run that says so: the pod is closed by
+// then.
+func commandFirst(args []string) []string {
+	i := slices.IndexFunc(args, func(arg string) bool { return !strings.HasPrefix(arg, "-") })
+	if i < 0 || args[i] != "run" {
+		return args
+	}
+	return slices.Concat(args[i:i+1], args[:i], args[i+1:])
 }
 
 // invalid is a configuration that was rejected.

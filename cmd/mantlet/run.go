@@ -31,28 +31,72 @@ import (
 )
 
 func runCommand() *cobra.Command {
-	return &cobra.Command{
+	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Run the sidecar",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			level := new(slog.LevelVar)
-			log, queue := logTo(unblock(), level)
-			defer queue.flush(flushLimit)
-			err := run(cmd.Context(), log, queue, level)
-			if err == nil {
-				return nil
-			}
-			rules := "they stay"
-			if open, ok := errors.AsType[unclosed](err); ok {
-				rules = open.rules
-			}
-			for _, p := range schema.Problems(err) {
-				log.Error("mantlet can't run", "error", p.Error(), "rules", rules)
-			}
-			return logged{err}
-		},
+		Long: "Run the sidecar. The pod is closed first, whatever the arguments and the environment say: then nothing comes in until the\n" +
+			"desired state is in force.",
+		DisableFlagParsing: true, // the pod is closed whether flags are right or not
 	}
+	allowed := cmd.Flags().Count(allowHostNetwork, "given twice: run in the machine's own network namespace, and cut the machine off")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if asksForHelp(args) {
+			return cmd.Help()
+		}
+		failed := parse(cmd, args)
+		if failed != nil {
+			failed = fmt.Errorf("%w: `mantlet run --help` says what it takes", failed)
+		}
+		level := new(slog.LevelVar)
+		log, queue := logTo(unblock(), level)
+		defer queue.flush(flushLimit)
+		err := run(cmd.Context(), arguments{max(*allowed, given(args, "--"+allowHostNetwork)), failed}, log, queue, level)
+		if err == nil {
+			return nil
+		}
+		rules := "they stay"
+		if open, ok := errors.AsType[unclosed](err); ok {
+			rules = open.rules
+		}
+		for _, p := range schema.Problems(err) {
+			log.Error("mantlet can't run", "error", p.Error(), "rules", rules)
+		}
+		return logged{err}
+	}
+	return cmd
+}
+
+// arguments are run's own.
+type arguments struct {
+	allowHostNetwork int   // how often that was given
+	err              error // why they are not right
+}
+
+// parse reads what follows `mantlet run`.
+func parse(cmd *cobra.Command, args []string) error {
+	if err := cmd.Flags().Parse(args); err != nil {
+		return err
+	}
+	if cmd.Flags().NArg() > 0 {
+		return fmt.Errorf("mantlet run takes no arguments, but gets %q", cmd.Flags().Arg(0))
+	}
+	return nil
+}
+
+// asksForHelp reports whether arguments do, whatever else they say.
+func asksForHelp(args []string) bool { return given(args, "--help")+given(args, "-h") > 0 }
+
+// given returns how often a flag is, also where something before it is a mistake.
+func given(args []string, flag string) (n int) {
+	for _, arg := range args {
+		if arg == "--" {
+			break
+		}
+		if arg == flag {
+			n++
+		}
+	}
+	return n
 }
 
 // logged is an error that stands in the log.
@@ -68,17 +112,17 @@ type unclosed struct {
 
 func (u unclosed) Unwrap() error { return u.error }
 
-// run closes the pod before it reads a single setting, if it is a pod. From then on nothing but the desired state opens it, however run
+// run closes the pod before it reads a single argument or setting. From then on nothing but the desired state opens it, however run
 // ends.
-func run(ctx context.Context, log *slog.Logger, queue *logQueue, level *slog.LevelVar) error {
+func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue, level *slog.LevelVar) error {
 	collectLater()
 	warm()
 	signal.Ignore(syscall.SIGPIPE) // the end of whoever reads the log must not be mantlet's
 	hups := make(chan os.Signal, 1)
 	signal.Notify(hups, syscall.SIGHUP) // while it starts too: else one would be its end
 	defer signal.Stop(hups)
-	if _, err := schema.HostNetwork(os.Environ()); err != nil {
-		return unclosed{err, "none was touched"}
+	if err := here().judge(args.allowHostNetwork); err != nil {
+		return unclosed{errors.Join(err, args.err), "none was touched"}
 	}
 	table, found, err := closePod(log)
 	if errors.Is(err, syscall.EPERM) {
@@ -93,6 +137,12 @@ func run(ctx context.Context, log *slog.Logger, queue *logQueue, level *slog.Lev
 		return unclosed{err, "no deny-all could be put in place: the pod is open, unless an earlier mantlet left its rules there"}
 	}
 	defer func() { _ = table.Close() }()
+	if args.err != nil {
+		return args.err
+	}
+	if err := schema.HostNetwork(os.Environ()); err != nil {
+		log.Warn("the environment says that the pod has hostNetwork, and its network namespace says that it has not", "environment", err)
+	}
 	env, err := schema.ParseEnvironment(os.Environ())
 	if err != nil {
 		_, err = env.Load() // which tells what is wrong with the override file, too
@@ -205,22 +255,42 @@ func closePod(log *slog.Logger) (*nft.Table, render.Ruleset, error) {
 	if err != nil {
 		return nil, render.Ruleset{}, err
 	}
-	owned, err := table.Own()
+	found, err := deny(table, log)
+	if err != nil {
+		return nil, render.Ruleset{}, errors.Join(err, table.Close())
+	}
+	return table, found, nil
+}
+
+// deny claims the table for this mantlet and puts the deny-all rules into it. Of all that can fail before, only another mantlet keeps it
+// from that.
+func deny(table *nft.Table, log *slog.Logger) (found render.Ruleset, err error) {
+	owned, unowned := table.Own()
+	if errors.Is(unowned, nft.ErrOwned) {
+		return found, unowned
+	}
 	found, unreadable := table.Read()
 	if unreadable != nil {
 		found = render.DenyAll(true) // which tells as little of what was before
 	}
-	if err == nil {
-		err = table.DenyAll(found)
+	if err := table.DenyAll(found); err != nil {
+		return found, err
 	}
-	if err != nil {
-		return nil, render.Ruleset{}, errors.Join(err, table.Close())
+	log.Info("nothing comes in until the desired state is in force", "owned", owned)
+	if unreadable != nil {
+		log.Warn("the rules of before cannot be read; connections that they let in end", "error", unreadable)
 	}
 	if !owned {
 		log.Warn("the kernel keeps no owner for the table, or it was made without one: other privileged processes can change the rules")
 	}
-	log.Info("nothing comes in until the desired state is in force", "owned", owned)
-	return table, found, nil
+	if unowned != nil {
+		log.Warn("a second mantlet that is started here would not end", "error", unowned)
+	}
+	squatter, err := table.Alone()
+	if squatter != "" {
+		log.Warn("a process that is not mantlet has the name of mantlet's socket; mantlet goes on without the name", "by", squatter)
+	}
+	return found, err
 }
 
 // confine gives up, for good, what neither mantlet nor Envoy needs from here on.

@@ -209,7 +209,7 @@ func (s subject) misplaced(process schema.Process) []schema.Problem {
 	add := func(variable, value, reason string) {
 		all = append(all, schema.Problem{Origin: schema.Origin{Source: variable}, Value: value, Reason: reason})
 	}
-	if _, err := schema.HostNetwork(s.environ); err != nil {
+	if err := schema.HostNetwork(s.environ); err != nil {
 		add("MANTLET_POD_IP", process.PodIP, "is the address of the node, too (MANTLET_HOST_IP): the pod has hostNetwork, and mantlet's rules would close the node; remove hostNetwork")
 	}
 	const variable = "MANTLET_RUNTIME_DIRECTORY"
@@ -233,13 +233,7 @@ func runs(arguments []string) error {
 	if len(arguments) == 0 || arguments[0] != cmd.Name() {
 		return errors.New("only mantlet run is a sidecar")
 	}
-	if err := cmd.ParseFlags(arguments[1:]); err != nil {
-		return err
-	}
-	if left := cmd.Flags().Args(); len(left) > 0 {
-		return fmt.Errorf("mantlet run takes no arguments, but gets %q", left[0])
-	}
-	return nil
+	return parse(cmd, arguments[1:])
 }
 
 // unread is the error about an override file that was named by a flag, and that the environment does not let mantlet read.
