@@ -39,7 +39,7 @@ func tryOutside() (all outside, err error) {
 		without = append(without, "--bounding-set=-all", "--inh-caps=-all")
 	}
 	for _, args := range []string{
-		"check", "run", "run --nonsense", "run --" + allowHostNetwork, "run --" + allowHostNetwork + " --" + allowHostNetwork,
+		"check", "run", "run --nonsense", "run --" + allowHostNetwork, "run --" + allowHostNetwork + " --" + allowHostNetwork, "cleanup",
 	} {
 		cmd := exec.Command("setpriv", slices.Concat(without, []string{"--", self}, strings.Fields(args))...)
 		cmd.Env = append(os.Environ(), asMantlet+"=1", "GORACE=atexit_sleep_ms=0", "MANTLET_POD_IP=192.0.2.1", "MANTLET_HOST_IP=192.0.2.2")
@@ -65,6 +65,7 @@ func TestMachine(t *testing.T) {
 	said := map[string][]string{
 		"check": {"error", "network namespace", machine}, "run": {machine, untouched}, "run --nonsense": {machine, untouched, "unknown flag: --nonsense"},
 		"run --allow-host-network": {machine, untouched, "must be given twice"}, "run --allow-host-network --allow-host-network": {capability},
+		"cleanup": {capability},
 	}
 	if !all.Initial || all.Kata { // the tests run in a container, say
 		said = map[string][]string{"check": {"network namespace"}, "run": {capability}, "run --nonsense": {capability}}

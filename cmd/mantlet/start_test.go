@@ -9,6 +9,8 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"mantlet/lab"
 )
 
@@ -167,4 +169,39 @@ func TestMantletsStartTogether(t *testing.T) {
 		t.Errorf("it was said %d times that another mantlet is there", got)
 	}
 	p.must(p.exchange(netip.AddrPortFrom(p.IPv4, mtlsPort), p.client.ClientConfig("pod")))
+}
+
+// TestCleanup: what a mantlet left is removed, and one that runs is not disturbed.
+func TestCleanup(t *testing.T) {
+	t.Parallel()
+	for name, unowned := range map[string]bool{"owned": false, "not owned": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newPod(t, web)
+			cleanup := func(want int, says string) {
+				t.Helper()
+				if code, out, said := p.mantlet("cleanup"); code != want || !strings.Contains(out+said, says) {
+					t.Errorf("exit code %d: %s%s", code, out, said)
+				}
+			}
+			cleanup(0, "there is no table inet mantlet")
+			if unowned {
+				p.unowned()
+			}
+			p.nft("add table inet other")
+			p.must(p.identity.Write(p.sidecar.TLSDirectory))
+			p.run()
+			p.ready()
+			cleanup(2, fmt.Sprintf("another mantlet owns this network namespace (process %d, user 0)", p.sidecar.PID()))
+			p.same()
+			p.must(p.sidecar.Signal(unix.SIGKILL))
+			_ = p.sidecar.Wait()
+			p.await("Envoy ends", func() bool { return len(p.processes()) == 0 })
+			cleanup(0, "removed the table inet mantlet")
+			cleanup(0, "there is no table inet mantlet")
+			if tables := p.nft("list", "tables"); tables != "table inet other\n" {
+				t.Errorf("there are tables\n%s", tables)
+			}
+		})
+	}
 }

@@ -1,0 +1,50 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"mantlet/reconcile/nft"
+	"mantlet/render"
+	"mantlet/sandbox"
+)
+
+func cleanupCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "cleanup",
+		Short: "Remove the rules that a mantlet left in this network namespace; everything comes in again",
+		Long: "Remove the table inet mantlet from this network namespace: the rules that a mantlet left when it ended. From then on everything\n" +
+			"comes in as if there had been no mantlet. A mantlet that runs is not disturbed: cleanup ends with exit code 2. It needs\n" +
+			"the capability NET_ADMIN.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			removed, err := cleanup()
+			if err != nil {
+				return err
+			}
+			said := "there is no table inet " + render.Table + " in this network namespace"
+			if removed {
+				said = "removed the table inet " + render.Table + ": everything comes in, as without mantlet"
+			}
+			_, err = fmt.Fprintln(cmd.OutOrStdout(), said)
+			return err
+		},
+	}
+}
+
+// cleanup removes the table and reports whether there was one.
+func cleanup() (bool, error) {
+	table, err := nft.Open()
+	if err != nil {
+		return false, err
+	}
+	removed, err := table.Remove()
+	if errors.Is(err, syscall.EPERM) {
+		err = errors.Join(err, sandbox.Missing(sandbox.Needs(os.Geteuid())[:1])) // NET_ADMIN
+	}
+	return removed, errors.Join(err, table.Close())
+}
