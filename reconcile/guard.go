@@ -2,8 +2,12 @@ package reconcile
 
 import (
 	"context"
+	"fmt"
+	"maps"
 	"slices"
 	"time"
+
+	"golang.org/x/time/rate"
 )
 
 // Repair is one time that somebody changed the rules in the kernel, and they were put back.
@@ -20,9 +24,32 @@ const (
 	resync = time.Second
 	// keptRepairs is how many of the last repairs are kept.
 	keptRepairs = 20
-	// maxFound is how many lines of what differed are kept of each: a map can have 65,536 elements.
+	// maxFound is how many lines of what differed, or of what undermines the rules, are kept: a map can have 65,536 elements.
 	maxFound = 20
+	// changesAtOnce and changesEvery bound what the log tells of other processes' rules: some may change them all the time.
+	changesAtOnce = 30
+	changesEvery  = 10 * time.Second
 )
+
+// valve lets some lines of the log through and counts the others.
+type valve struct {
+	limiter *rate.Limiter
+	leftOut int
+}
+
+func newValve() *valve {
+	return &valve{limiter: rate.NewLimiter(rate.Every(changesEvery), changesAtOnce)}
+}
+
+// admit reports whether a line may be logged and, if so, how many were not since the last one that was.
+func (v *valve) admit() (leftOut int, ok bool) {
+	if !v.limiter.AllowN(time.Now(), 1) {
+		v.leftOut++
+		return 0, false
+	}
+	leftOut, v.leftOut = v.leftOut, 0
+	return leftOut, true
+}
 
 // Repairs returns the last repairs, the newest last, and how many there were in all.
 func (d *Daemon) Repairs() (last []Repair, count int) {
@@ -35,7 +62,12 @@ func (d *Daemon) Repairs() (last []Repair, count int) {
 // deny-all is to be kept too.
 func (d *Daemon) guard(ctx context.Context) {
 	changes := d.Kernel.Watch(ctx)
-	warned := map[string]bool{}
+	defer func() {
+		for range changes { // it is closed once Watch has ended
+		}
+	}()
+	d.repairLog = newValve()
+	others := tables{log: newValve(), warned: map[string]bool{}}
 	look := time.NewTicker(resync)
 	defer look.Stop()
 	defer d.watchdog.idle(guard)
@@ -48,23 +80,43 @@ func (d *Daemon) guard(ctx context.Context) {
 			d.mend(who)
 		case <-look.C:
 			d.mend("")
-			d.survey(warned) // not at each event: other software may make many, and have many rules
+			d.survey(&others) // not at each event: other software may make many, and have many rules
 			d.heed(time.Now())
 		}
 	}
 }
 
-// survey warns, once of each, of what undermines the rules from other tables. They are their owners' business.
-func (d *Daemon) survey(warned map[string]bool) {
+// tables is what was said of other tables.
+type tables struct {
+	log    *valve
+	warned map[string]bool // what undermines the rules now
+}
+
+// survey warns of what undermines the rules from other tables when it comes, and says when nothing does any more. They are their
+// owners' business.
+func (d *Daemon) survey(t *tables) {
 	d.watchdog.begin(guard, "looking at other tables", kernelLimit)
 	found, err := d.Kernel.Undermining()
 	if err != nil {
 		return // mend can't look at the rules either, and says so
 	}
+	if more := len(found) - maxFound; more > 0 {
+		found = append(slices.Clone(found[:maxFound]), fmt.Sprintf("%d more rules of other tables undermine mantlet's", more))
+	}
+	had := len(t.warned) > 0
+	maps.DeleteFunc(t.warned, func(line string, _ bool) bool { return !slices.Contains(found, line) })
 	for _, line := range found {
-		if !warned[line] {
-			d.Log.Warn("rules of another table undermine mantlet's; they are left alone", "found", line)
-			warned[line] = true
+		if t.warned[line] {
+			continue
+		}
+		t.warned[line] = true
+		if leftOut, ok := t.log.admit(); ok {
+			d.Log.Warn("rules of another table undermine mantlet's; they are left alone", "found", line, "left_out_before", leftOut)
+		}
+	}
+	if had && len(found) == 0 {
+		if leftOut, ok := t.log.admit(); ok {
+			d.Log.Info("no rules of other tables undermine mantlet's any more", "left_out_before", leftOut)
 		}
 	}
 	d.locked(func() { d.foreign = found })
@@ -101,13 +153,18 @@ func (d *Daemon) mend(who string) {
 		r.Found = found[:maxFound]
 	}
 	switch {
-	case err == nil:
-		d.Log.Warn("rules were changed from outside and are put back", "by", who, "found", r.Found, "differences", len(found))
-	case same(err, d.unmended):
+	case err != nil && same(err, d.unmended):
 		return // it is said already
-	default:
+	case err != nil:
 		r.Error = err.Error()
-		d.Log.Error("rules were changed from outside and could not be put back", "by", who, "found", r.Found, "differences", len(found), "error", err)
+	}
+	if leftOut, ok := d.repairLog.admit(); ok {
+		about := []any{"by", who, "found", r.Found, "differences", len(found), "left_out_before", leftOut}
+		if err == nil {
+			d.Log.Warn("rules were changed from outside and are put back", about...)
+		} else {
+			d.Log.Error("rules were changed from outside and could not be put back", append(about, "error", err)...)
+		}
 	}
 	d.unmended = err
 	d.locked(func() {

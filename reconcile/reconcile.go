@@ -38,7 +38,7 @@ type Kernel interface {
 	// Undermining returns what there is in other tables that would undermine the rules, a line each. Nothing of it is touched.
 	Undermining() ([]string, error)
 	// Watch sends a note when another process changed rules in the kernel, until ctx ends: its name where it changed the
-	// table, else "". It may miss changes.
+	// table, else "". It may miss changes. The channel is closed once all that it takes has ended.
 	Watch(ctx context.Context) <-chan string
 }
 
@@ -154,11 +154,12 @@ type Daemon struct {
 	notBefore time.Time // the next start
 	drained   time.Time // until then the connections of the epoch before have their drain time
 
-	repairs  []Repair // the last ones
-	repaired int      // how many there were
-	foreign  []string // what undermines the rules from other tables
-	unmended error    // why the rules could not be looked at or put back; guard alone has it
-	invalid  error    // why peers do not accept what Envoy has, when guard last looked; guard alone has it
+	repairs   []Repair // the last ones
+	repaired  int      // how many there were
+	foreign   []string // what undermines the rules from other tables
+	unmended  error    // why the rules could not be looked at or put back; guard alone has it
+	repairLog *valve   // of what mend says; guard alone has it
+	invalid   error    // why peers do not accept what Envoy has, when guard last looked; guard alone has it
 
 	ill map[string]bool // probes of the workload that failed when they were last asked
 

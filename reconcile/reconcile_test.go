@@ -139,7 +139,24 @@ func (w *world) Undermining() ([]string, error) {
 	return w.foreign, nil
 }
 
-func (w *world) Watch(context.Context) <-chan string { return w.changes }
+func (w *world) Watch(ctx context.Context) <-chan string {
+	notes := make(chan string)
+	go func() {
+		defer close(notes)
+		for {
+			select {
+			case who := <-w.changes:
+				select {
+				case notes <- who:
+				case <-ctx.Done():
+				}
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return notes
+}
 
 func (w *world) Update(context.Context) (revoked bool, err error) {
 	w.wait("update")
@@ -547,10 +564,57 @@ func TestForeignRules(t *testing.T) {
 			}
 		}
 		ready(t, w, "")
-		for _, line := range []string{"a redirect", "a notrack"} {
-			if n := strings.Count(w.logged(), fmt.Sprintf("found=%q", line)); n != 1 {
-				t.Errorf("warned of %s %d times", line, n)
+		for line, want := range map[string]int{`found="a redirect"`: 2, `found="a notrack"`: 1, "undermine mantlet's any more": 1} {
+			if n := strings.Count(w.logged(), line); n != want {
+				t.Errorf("said %d times, want %d: %s", n, want, line)
 			}
+		}
+	})
+}
+
+// TestChangesDoNotFlood: however fast another process changes rules, its own or mantlet's, the log grows slowly and says what it left
+// out, and nothing that is gone is kept.
+func TestChangesDoNotFlood(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.run(t)
+		time.Sleep(resync)
+		synctest.Wait()
+		const most = changesAtOnce + 100/10 + 1
+		for i := range 100 {
+			var foreign []string
+			for j := range 100 {
+				foreign = append(foreign, fmt.Sprintf("rule %d of table %d", j, i))
+			}
+			w.set(func() { w.foreign = foreign })
+			time.Sleep(resync)
+		}
+		synctest.Wait()
+		if n := strings.Count(w.logged(), "undermine mantlet's; they are left alone"); n < changesAtOnce || n > most {
+			t.Errorf("%d lines of other tables", n)
+		}
+		if n := len(w.Notes()); n > maxFound+1 {
+			t.Errorf("%d notes", n)
+		}
+		w.set(func() { w.found = errors.New("a rule") })
+		for range 1000 {
+			w.changes <- "nft"
+		}
+		synctest.Wait()
+		w.set(func() { w.found = nil })
+		if n := strings.Count(w.logged(), "are put back"); n < changesAtOnce || n > most {
+			t.Errorf("%d lines of repairs", n)
+		}
+		time.Sleep(changesEvery)
+		w.set(func() { w.found = errors.New("a rule") })
+		w.changes <- "nft"
+		synctest.Wait()
+		w.set(func() { w.found = nil })
+		if !strings.Contains(w.logged(), "left_out_before=9") {
+			t.Error("what was left out is not told")
+		}
+		if last, count := w.Repairs(); len(last) != keptRepairs || count < 1001 {
+			t.Errorf("%d repairs of %d are kept", len(last), count)
 		}
 	})
 }

@@ -16,7 +16,7 @@ import (
 // Watch sends a note for each transaction in the network namespace that is not the Table's own: the name of the process
 // that made it, its comm, where it changed the table, else "". Notes that nobody took become one, and where one may have
 // been missed "" is sent. Events may get lost all the same; whoever reads them looks at the rules from time to time. It must
-// be called on a thread in the table's network namespace.
+// be called on a thread in the table's network namespace. The channel is closed once ctx and the watch have ended.
 func (t *Table) Watch(ctx context.Context) <-chan string {
 	m := monitor{subscribe: t.subscribe, own: t.portID(), notes: make(chan string, 1)}
 	conn, err := m.subscribe()
@@ -66,6 +66,7 @@ type monitor struct {
 const resubscribe = 100 * time.Millisecond
 
 func (m *monitor) run(ctx context.Context, conn subscription, err error) {
+	defer close(m.notes)
 	for {
 		if err == nil {
 			m.receive(ctx, conn)
