@@ -180,7 +180,7 @@ func (t *Table) DenyAll(before render.Ruleset) error {
 		}
 		errs = append(errs, err)
 	}
-	return errors.Join(errs...)
+	return fmt.Errorf("putting the deny-all rules in place: %w", distinct(errors.Join(errs...)))
 }
 
 // OnlyStatus is DenyAll, but for the port of mantlet's own status. Where the kernel lacks what that takes, it stays closed too.
@@ -201,8 +201,8 @@ func (t *Table) Replace(r render.Ruleset) error {
 	if err == nil || errors.Is(err, unix.EPERM) || errors.Is(err, ErrOwned) || errors.Is(err, errBusy) {
 		return err
 	}
-	if missing := t.missing(); missing != nil {
-		return fmt.Errorf("%w: %w", err, missing)
+	if missing := t.missing(); missing != nil { // which says all that the kernel's answers to the rules could
+		return fmt.Errorf("replacing the table inet %s: %w", render.Table, missing)
 	}
 	return err
 }
@@ -268,7 +268,30 @@ func (t *Table) transaction(build func(*batch) error) error {
 	if failed != nil {
 		return failed
 	}
-	return err
+	return distinct(err)
+}
+
+// distinct returns the errors that are joined in one, each once: where the kernel refuses a message of a transaction, it refuses those
+// after it that need it, too.
+func distinct(err error) error {
+	var all []error
+	seen := map[string]bool{}
+	var add func(error)
+	add = func(err error) {
+		var several interface{ Unwrap() []error }
+		switch {
+		case err == nil:
+		case errors.As(err, &several):
+			for _, err := range several.Unwrap() {
+				add(err)
+			}
+		case !seen[err.Error()]:
+			seen[err.Error()] = true
+			all = append(all, err)
+		}
+	}
+	add(err)
+	return errors.Join(all...)
 }
 
 // drain throws away what is left in the socket of a conversation that failed. The kernel answers while a message is sent:

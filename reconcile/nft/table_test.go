@@ -766,6 +766,10 @@ func TestMissingOptions(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), "lacks CONFIG_REFUSED") || strings.Contains(err.Error(), "NFT_") {
 			t.Errorf("Replace returned %v, want that it names what the kernel refuses and nothing else", err)
 		}
+		if text := err.Error(); !strings.HasPrefix(text, "replacing the table inet mantlet: the kernel lacks CONFIG_REFUSED, tried with ") ||
+			strings.Count(text, "CONFIG_REFUSED") != 1 || strings.Count(text, "no such file or directory") != 2 {
+			t.Errorf("Replace returned %v, want what lacks, once each", err)
+		}
 		if diff := cmp.Diff(render.DenyAll(true).Text(), listing(t, p.pod)); diff != "" {
 			t.Errorf("a trial left something behind (-want +got):\n%s", diff)
 		}
@@ -776,6 +780,22 @@ func TestMissingOptions(t *testing.T) {
 		p.table.needs = needs()
 		p.replace(rules())
 	})
+}
+
+// TestDistinct: however often the kernel says the same, it is told once, and what kind of error it is stays.
+func TestDistinct(t *testing.T) {
+	t.Parallel()
+	missing := fmt.Errorf("lacks this: %w", unix.ENOENT)
+	err := distinct(fmt.Errorf("one: %w", errors.Join(missing, fmt.Errorf("two: %w", errors.Join(missing, unix.EINVAL)), unix.EINVAL, missing)))
+	if want := "lacks this: no such file or directory\ninvalid argument"; err.Error() != want || !errors.Is(err, unix.EINVAL) || !errors.Is(err, unix.ENOENT) {
+		t.Errorf("%v, want %s", err, want)
+	}
+	if err := distinct(fmt.Errorf("one: %w", unix.EPERM)); err.Error() != "one: operation not permitted" || !errors.Is(err, unix.EPERM) {
+		t.Error(err)
+	}
+	if err := distinct(nil); err != nil {
+		t.Error(err)
+	}
 }
 
 // hear returns the next note of a Watch.
@@ -794,7 +814,13 @@ func TestWatchNamesWhoChangedTheRules(t *testing.T) {
 	t.Parallel()
 	p := newPlace(t)
 	p.replace(rules())
-	notes := p.table.Watch(t.Context())
+	ctx, cancel := context.WithCancel(t.Context())
+	notes := p.table.Watch(ctx)
+	defer func() { // it ends with its context
+		cancel()
+		for range notes {
+		}
+	}()
 	p.replace(render.DenyAll(true))
 	nft(t, p.pod, "add table inet other")
 	if who := p.hear(notes); who != "" { // and nothing of the Table's own change
