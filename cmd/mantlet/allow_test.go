@@ -169,7 +169,7 @@ func TestServerNames(t *testing.T) {
 	}
 	p := newPod(t)
 	peers := p.host("peers")
-	p.zone(&zone{hosts: map[string][]netip.Addr{"absolute-svc": peers.Addrs()}})
+	p.zone(map[string][]netip.Addr{"absolute-svc": peers.Addrs()})
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	var inline strings.Builder
 	inline.WriteString("MANTLET_CONFIG_INLINE=egress:\n  - {listen: \"127.137.0.1:80\", upstream: \"absolute-svc.:8080\"}\n")

@@ -23,6 +23,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/net/dns/dnsmessage"
+
 	"mantlet/lab"
 )
 
@@ -71,7 +73,7 @@ type chaos struct {
 	regulars    [6]regular
 	usual       usual
 	held        []hold
-	zones       *zone
+	zones       *lab.Nameserver
 	names       map[string][]netip.Addr
 
 	badConfig, badTLS bool // what was written last
@@ -162,7 +164,7 @@ func (c *chaos) upstreams() {
 		c.serve(host, lab.Service{Address: ":8080", TLS: config})
 		c.names[name] = host.Addrs()
 	}
-	c.zones = c.zone(&zone{hosts: c.names})
+	c.zones = c.zone(c.names)
 }
 
 func (c *chaos) note(format string, args ...any) {
@@ -947,13 +949,13 @@ func (c *chaos) badCertificates() string {
 }
 
 func (c *chaos) noResolver() string {
-	c.zones.fail()
+	c.zones.SetAll(lab.Answer{RCode: dnsmessage.RCodeServerFailure})
 	what := "broken"
 	if c.random.IntN(2) == 0 {
-		c.zones.silence()
+		c.zones.SetAll(lab.Answer{Silent: true})
 		what = "silent"
 	}
-	c.hold(time.Duration(c.random.IntN(2000))*time.Millisecond, "resolver is "+what, func() { c.zones.set(c.names) })
+	c.hold(time.Duration(c.random.IntN(2000))*time.Millisecond, "resolver is "+what, func() { c.zones.SetAddrs(c.names) })
 	return what
 }
 

@@ -1,12 +1,10 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -18,98 +16,14 @@ import (
 	"mantlet/lab"
 )
 
-// zone is the DNS server that a pod asks, with what it knows. Names in /etc/hosts would be those of all tests, and c-ares
-// takes names that share an address there for one host.
-type zone struct {
-	mu     sync.Mutex
-	hosts  map[string][]netip.Addr
-	silent bool
-	broken bool
-	asked  int
-	loses  []int           // queries, as they are counted, that get lost
-	mute   dnsmessage.Type // questions of this type get no answer
-}
-
-// zone starts the pod's DNS server.
-func (p *pod) zone(z *zone) *zone {
+// zone starts the DNS server that the pod asks. Names in /etc/hosts would be those of all tests.
+func (p *pod) zone(names map[string][]netip.Addr) *lab.Nameserver {
 	p.t.Helper()
-	socket, err := p.ListenPacket("udp", "127.0.0.1:53")
+	server, err := p.Nameserver("127.0.0.1")
 	p.must(err)
-	var done sync.WaitGroup
-	done.Go(func() {
-		query := make([]byte, 1500)
-		for {
-			n, from, err := socket.ReadFrom(query)
-			if errors.Is(err, net.ErrClosed) {
-				return
-			}
-			if answer, ok := z.answer(query[:n]); ok {
-				_, _ = socket.WriteTo(answer, from)
-			}
-		}
-	})
-	p.t.Cleanup(func() { _ = socket.Close(); done.Wait() })
-	return z
-}
-
-// set makes the server answer, from now on, that this is all there is.
-func (z *zone) set(hosts map[string][]netip.Addr) {
-	z.mu.Lock()
-	defer z.mu.Unlock()
-	z.hosts, z.silent, z.broken = hosts, false, false
-}
-
-// silence makes the server answer nothing.
-func (z *zone) silence() {
-	z.mu.Lock()
-	defer z.mu.Unlock()
-	z.silent = true
-}
-
-// fail makes the server answer that it has failed.
-func (z *zone) fail() {
-	z.mu.Lock()
-	defer z.mu.Unlock()
-	z.hosts, z.broken = nil, true
-}
-
-func (z *zone) answer(query []byte) ([]byte, bool) {
-	z.mu.Lock()
-	defer z.mu.Unlock()
-	var message dnsmessage.Message
-	z.asked++
-	if z.silent || slices.Contains(z.loses, z.asked) || message.Unpack(query) != nil || len(message.Questions) != 1 {
-		return nil, false
-	}
-	question := message.Questions[0]
-	if question.Type == z.mute {
-		return nil, false
-	}
-	addrs, known := z.hosts[strings.TrimSuffix(question.Name.String(), ".")]
-	message = dnsmessage.Message{
-		Header:    dnsmessage.Header{ID: message.ID, Response: true, RecursionAvailable: true},
-		Questions: message.Questions,
-	}
-	switch {
-	case z.broken:
-		message.RCode = dnsmessage.RCodeServerFailure
-	case !known:
-		message.RCode = dnsmessage.RCodeNameError
-	}
-	for _, addr := range addrs {
-		answer := dnsmessage.Resource{Header: dnsmessage.ResourceHeader{Name: question.Name, Class: question.Class, TTL: 1}}
-		switch {
-		case addr.Is4() && question.Type == dnsmessage.TypeA:
-			answer.Body = &dnsmessage.AResource{A: addr.As4()}
-		case addr.Is6() && question.Type == dnsmessage.TypeAAAA:
-			answer.Body = &dnsmessage.AAAAResource{AAAA: addr.As16()}
-		default:
-			continue
-		}
-		message.Answers = append(message.Answers, answer)
-	}
-	answer, err := message.Pack()
-	return answer, err == nil
+	p.t.Cleanup(func() { _ = server.Close() })
+	server.SetAddrs(names)
+	return server
 }
 
 // endpoint is another pod's end of the mesh: it demands a certificate that the mesh CA signed.
@@ -183,14 +97,14 @@ func TestUpstreamAddresses(t *testing.T) {
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	upstream, refuses := p.host("upstream"), p.host("refuses")
 	silent := netip.MustParseAddr("2001:db8::dead")
-	p.zone(&zone{hosts: map[string][]netip.Addr{
+	p.zone(map[string][]netip.Addr{
 		"v4-svc":        {upstream.IPv4},
 		"v6-svc":        {upstream.IPv6},
 		"both-svc":      upstream.Addrs(),
 		"dead-v6-svc":   {upstream.IPv4, refuses.IPv6},
 		"dead-v4-svc":   {refuses.IPv4, upstream.IPv6},
 		"silent-v6-svc": {upstream.IPv4, silent},
-	}})
+	})
 	p.endpoint(upstream, p.issue("*"))
 	p.besiege()
 	p.run()
@@ -223,7 +137,7 @@ func TestForeignEndpoint(t *testing.T) {
 	p := newPod(t, "EDG_EGRESS_PROXY_CONFIG=foreign#127.137.0.1:80#foreign-svc:8080##expired#127.137.0.2:80#foreign-svc:8081##plain#127.137.0.3:80#foreign-svc:8082")
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	host := p.host("foreign")
-	p.zone(&zone{hosts: map[string][]netip.Addr{"foreign-svc": host.Addrs()}})
+	p.zone(map[string][]netip.Addr{"foreign-svc": host.Addrs()})
 	authority, err := lab.NewAuthority("mesh")
 	p.must(err)
 	foreign, err := authority.Issue(lab.Leaf{DNSNames: []string{"foreign-svc"}})
@@ -304,7 +218,10 @@ func TestUnresolvedUpstream(t *testing.T) {
 			p.must(p.identity.Write(p.sidecar.TLSDirectory))
 			upstream := p.host("upstream")
 			p.endpoint(upstream, p.issue("*"))
-			zone := p.zone(&zone{silent: silent})
+			zone := p.zone(nil)
+			if silent {
+				zone.SetAll(lab.Answer{Silent: true})
+			}
 			p.besiege()
 			began := time.Now()
 			p.run()
@@ -328,7 +245,7 @@ func TestUnresolvedUpstream(t *testing.T) {
 				t.Errorf("it took %v to connect after Envoy died: a client's first retransmission was too early", took)
 			}
 			p.ready()
-			zone.set(map[string][]netip.Addr{"late-svc": upstream.Addrs()})
+			zone.SetAddrs(map[string][]netip.Addr{"late-svc": upstream.Addrs()})
 			began = time.Now()
 			p.await("the name works", func() bool {
 				conn, err := p.dialIn(listen("127.137.0.1:80"))
@@ -351,7 +268,7 @@ func TestLostQuery(t *testing.T) {
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	upstream := p.host("upstream")
 	p.endpoint(upstream, p.issue("*"))
-	p.zone(&zone{hosts: map[string][]netip.Addr{"upstream-svc": upstream.Addrs()}, loses: []int{3, 4}}) // mantlet's come first, one a family
+	p.zone(map[string][]netip.Addr{"upstream-svc": upstream.Addrs()}).Lose(2)
 	began := time.Now()
 	p.run()
 	p.ready()
@@ -374,7 +291,7 @@ func TestUnansweredFamily(t *testing.T) {
 			p.must(p.identity.Write(p.sidecar.TLSDirectory))
 			upstream := p.host("upstream")
 			p.endpoint(upstream, p.issue("*"))
-			p.zone(&zone{hosts: map[string][]netip.Addr{"upstream-svc": {addrs(upstream)}}, mute: mute})
+			p.zone(nil).Set(map[string]lab.Answer{"upstream-svc": {Addrs: []netip.Addr{addrs(upstream)}, Mute: mute}})
 			began := time.Now()
 			p.run()
 			p.ready()
