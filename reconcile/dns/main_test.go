@@ -1,0 +1,14 @@
+package dns
+
+import (
+	"testing"
+
+	"go.uber.org/goleak"
+
+	"mantlet/lab"
+)
+
+func TestMain(m *testing.M) {
+	lab.Enter()
+	goleak.VerifyTestMain(m)
+}
