@@ -69,6 +69,7 @@ type Host struct {
 	IPv4, IPv6 netip.Addr
 
 	namespace *os.File
+	mounts    *os.File    // the mount namespace of what is started on the host; nil: the lab's
 	port      string      // the bridge's end of eth0
 	starter   chan func() // runs what it is sent on the host's one lasting thread
 }
@@ -208,6 +209,9 @@ func (h *Host) close() error {
 		err = errors.Join(err, netlink.LinkDel(port))
 	}
 	close(h.starter)
+	if h.mounts != nil {
+		err = errors.Join(err, h.mounts.Close())
+	}
 	return errors.Join(err, h.namespace.Close())
 }
 
@@ -225,6 +229,36 @@ func (h *Host) Do(fn func() error) error {
 		}
 	})
 	return <-result
+}
+
+// ResolvConf gives what is started on the host from now on an /etc/resolv.conf of its own. What runs already sees it too, if it was
+// started after an earlier call.
+func (h *Host) ResolvConf(content string) error {
+	done := make(chan error)
+	h.starter <- func() {
+		err := error(nil)
+		if h.mounts == nil {
+			if err = unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err == nil {
+				h.mounts, err = os.Open("/proc/thread-self/ns/mnt")
+			}
+		}
+		if err == nil {
+			err = cover("/etc/resolv.conf", content)
+		}
+		done <- err
+	}
+	return <-done
+}
+
+// enterMounts puts the calling thread into the host's mount namespace.
+func (h *Host) enterMounts() error {
+	if h.mounts == nil {
+		return nil
+	}
+	if err := errors.Join(unix.Unshare(unix.CLONE_FS), unix.Setns(int(h.mounts.Fd()), unix.CLONE_NEWNS)); err != nil {
+		return fmt.Errorf("entering the mounts of host %q: %w", h.Name, err)
+	}
+	return nil
 }
 
 // enter puts the calling thread into the host's network namespace.

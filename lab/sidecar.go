@@ -69,7 +69,7 @@ func (s *Sidecar) Start() error {
 	s.exited = make(chan struct{})
 	started := make(chan error, 1)
 	onThread(func() { // and keep the thread, see Host.Start
-		err := s.Host.enter()
+		err := errors.Join(s.Host.enter(), s.Host.enterMounts())
 		switch {
 		case err != nil:
 		case s.Contained:
