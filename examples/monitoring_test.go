@@ -100,6 +100,7 @@ func exported(t *testing.T) map[string]bool {
 		Certificates: []reconcile.Certificate{{Role: "leaf", NotAfter: time.Now()}},
 		Applies:      []reconcile.Applies{{Kind: "rules", Within: make([]uint64, len(reconcile.ApplySeconds()))}},
 		Inbound:      []reconcile.Inbound{{Ports: "8080", Mode: schema.ModeTLS}},
+		Upstreams:    []reconcile.Upstream{{Listen: "127.0.0.1:1"}},
 		Traffic:      reconcile.Traffic{Ingress: []reconcile.Handshakes{{Mode: schema.ModeTLS}}, Egress: []reconcile.Dialled{{Listen: "127.0.0.1:1"}}},
 		Refused:      []reconcile.Refused{{By: "envoy", Direction: "ingress", Reason: "plaintext"}},
 	}); err != nil {

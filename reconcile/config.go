@@ -39,6 +39,7 @@ func (d *Daemon) configure(ctx context.Context, reload <-chan struct{}, reread c
 			return
 		case <-changed:
 		case <-reload:
+			d.refresh()
 			notify(reread)
 		}
 	}
@@ -162,6 +163,7 @@ func (d *Daemon) accept(next *desired) {
 		next.number = d.accepted
 		d.want = next
 	})
+	d.follow()
 }
 
 // kept is the last good override file, in the runtime directory, and the digest of the environment that it was merged

@@ -168,6 +168,14 @@ func (c collector) connections(s Status) {
 		c.counter("egress_connections_total", "Connections of the workload to an egress entry.", float64(e.Total), "listen", e.Listen)
 		c.counter("egress_connect_failures_total", "Failed attempts to reach an address of an upstream.", float64(e.Failed), "listen", e.Listen)
 	}
+	for _, u := range s.Upstreams {
+		stale := 0.0
+		if u.StaleSince != nil {
+			stale = time.Since(*u.StaleSince).Seconds()
+		}
+		c.gauge("egress_addresses", "Addresses of an upstream that connections go to.", float64(len(u.Addresses)), "listen", u.Listen)
+		c.gauge("egress_stale_seconds", "For how long addresses of an upstream were not confirmed by a name server; 0 where they are.", stale, "listen", u.Listen)
+	}
 	for _, r := range s.Refused {
 		c.counter("refused_total", "Packets that the kernel's rules ended, and connections that Envoy did.", float64(r.Count),
 			"by", r.By, "direction", r.Direction, "reason", r.Reason)

@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"net"
-	"net/netip"
 	"reflect"
 	"slices"
 	"sync"
@@ -16,7 +14,6 @@ import (
 	"time"
 
 	"golang.org/x/sync/singleflight"
-	"google.golang.org/protobuf/proto"
 
 	"mantlet/render"
 	"mantlet/schema"
@@ -113,6 +110,7 @@ type Daemon struct {
 	Found       render.Ruleset // the rules that were in the kernel before deny-all
 	Secrets     Secrets
 	Proxy       Proxy
+	Names       Names // nil: names are not looked up, and have no addresses
 	Log         *slog.Logger
 	// LogLost returns how many lines of the log were dropped, and for how long whoever reads it has taken none; 0 while they
 	// do. Where it is nil, none are.
@@ -345,6 +343,7 @@ func (d *Daemon) enforce(want *desired) (err error) {
 	}
 	d.spent = d.spent || d.have != nil && d.raises.add(time.Now(), d.have.generations, next.generations)
 	d.locked(func() { d.have = &next })
+	d.follow()
 	return nil
 }
 
@@ -434,16 +433,11 @@ func (d *Daemon) start(ctx context.Context, want *desired) error {
 // await starts an Envoy, and revokes while it starts.
 func (d *Daemon) await(ctx context.Context, want *desired) (process Process, err error) {
 	done := make(chan struct{})
-	serving := d.process != nil
 	go func() {
 		defer close(done)
 		defer d.watchdog.idle(starter)
-		d.watchdog.begin(starter, "resolving the upstreams", startLimit)
-		state := want.state
-		state.Bootstrap = proto.CloneOf(state.Bootstrap)
-		render.WaitFor(state.Bootstrap, resolve(ctx, want.mesh.Egress, serving))
 		d.watchdog.begin(starter, "starting Envoy", startLimit)
-		process, err = d.Proxy.Start(ctx, state, want.mesh.Envoy)
+		process, err = d.Proxy.Start(ctx, want.state, want.mesh.Envoy)
 	}()
 	for {
 		d.watchdog.idle(loop)
@@ -668,63 +662,6 @@ func (d *Daemon) exited() <-chan struct{} {
 		return nil
 	}
 	return d.process.Exited()
-}
-
-// What a slow or dead resolver can hold up. While an Envoy serves, that is only the next state; while none does, it is all
-// that comes in, and a client's first retransmission, after a second, shall find the next one.
-const (
-	resolveLimit      = time.Second
-	resolveLimitAlone = 250 * time.Millisecond
-)
-
-// resolve returns which hosts among the upstreams resolve now.
-func resolve(ctx context.Context, entries []schema.Egress, serving bool) map[string]bool {
-	limit := resolveLimitAlone
-	if serving {
-		limit = resolveLimit
-	}
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	hosts := map[string]bool{}
-	for _, e := range entries {
-		if _, isAddress := e.Upstream.Addr(); !isAddress {
-			hosts[e.Upstream.Host] = true
-		}
-	}
-	var (
-		resolved = map[string]bool{}
-		mu       sync.Mutex
-		wait     sync.WaitGroup
-	)
-	for host := range hosts {
-		wait.Go(func() {
-			if resolves(ctx, host) {
-				mu.Lock()
-				defer mu.Unlock()
-				resolved[host] = true
-			}
-		})
-	}
-	wait.Wait()
-	return resolved
-}
-
-// resolves reports whether a host has an address, and name servers answer about both families: Envoy waits for both, and where
-// one is left unanswered, that takes it many seconds.
-func resolves(ctx context.Context, host string) bool {
-	var addresses [2][]netip.Addr
-	var errs [2]error
-	var families sync.WaitGroup
-	for i, network := range []string{"ip4", "ip6"} {
-		families.Go(func() { addresses[i], errs[i] = net.DefaultResolver.LookupNetIP(ctx, network, host) })
-	}
-	families.Wait()
-	for _, err := range errs {
-		if failed, ok := errors.AsType[net.Error](err); ok && failed.Timeout() {
-			return false
-		}
-	}
-	return len(addresses[0])+len(addresses[1]) > 0
 }
 
 // backoff spaces out starts that fail one after another. The first comes at once: an Envoy that was killed is back

@@ -29,7 +29,8 @@ type Status struct {
 	Envoys       Envoys        `json:"envoys"`       // how many there were
 	Certificates []Certificate `json:"certificates"` // what Envoy was given
 	Applies      []Applies     `json:"applies"`
-	Inbound      []Inbound     `json:"inbound"` // connections from outside that are open, by entry and mode
+	Inbound      []Inbound     `json:"inbound"`   // connections from outside that are open, by entry and mode
+	Upstreams    []Upstream    `json:"upstreams"` // of the egress entries
 	Traffic      Traffic       `json:"traffic"`
 	// Refused counts the packets that the kernel's rules ended and the connections that Envoy did, since mantlet started.
 	Refused   []Refused `json:"refused"`
@@ -264,6 +265,7 @@ func about(what string, err error) error {
 // Notes returns what is not as it should be although it does not make the sidecar unready: an input that is not good while
 // the last good one is in force, or a state that could not be put in force while the one before it serves.
 func (d *Daemon) Notes() []error {
+	unresolved := d.unresolved(time.Now())
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	notes := []error{d.badConfig, d.badCertificates, d.expiring, d.down, d.unserved, d.ungated}
@@ -273,6 +275,7 @@ func (d *Daemon) Notes() []error {
 	if lines, unread := d.logLost(); unread > 0 {
 		notes = append(notes, fmt.Errorf("nobody has read standard error for %s: %d lines of the log were dropped", unread.Round(time.Second), lines))
 	}
+	notes = append(notes, unresolved...)
 	return slices.DeleteFunc(notes, func(err error) bool { return err == nil })
 }
 
@@ -321,6 +324,7 @@ func (d *Daemon) Status(ctx context.Context) Status {
 
 // count fills in what is counted. What can't be read now is left out, and is no problem of the mesh.
 func (d *Daemon) count(ctx context.Context, s *Status) {
+	s.Upstreams = d.upstreams()
 	s.Traffic = d.Proxy.Traffic(ctx)
 	s.Refused = []Refused{}
 	packets, err := d.Kernel.Refused()

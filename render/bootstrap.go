@@ -3,7 +3,9 @@ package render
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"path/filepath"
+	"slices"
 	"time"
 
 	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
@@ -13,11 +15,9 @@ import (
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	overloadv3 "github.com/envoyproxy/go-control-plane/envoy/config/overload/v3"
-	dnsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/clusters/common/dns/v3"
-	dnsclusterv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/clusters/dns/v3"
-	caresv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/network/dns_resolver/cares/v3"
 	connectionsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/resource_monitors/downstream_connections/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -31,6 +31,8 @@ const (
 	node = "mantlet"
 	// workload is the cluster of all that comes in: wherever the client dialled.
 	workload = "workload"
+	// discoveryCluster is the cluster that mantlet itself is.
+	discoveryCluster = "mantlet"
 	// bufferLimit bounds what Envoy holds for each side of a connection. Measured: 256 KiB cost neither throughput nor CPU
 	// and take a third of the memory of Envoy's default (1 MiB) when clients stall; 32 KiB cost 15-20 % CPU.
 	bufferLimit = 256 << 10
@@ -40,7 +42,51 @@ const (
 	// connectTimeout is short so that a dead address costs a retry, not the connection: a SYN and its first two
 	// retransmissions (RFC 6298: after 1 s and 3 s) would take longer than a client waits for several addresses.
 	connectTimeout = 2 * time.Second
+	// fetchTimeout is how long an Envoy that starts waits for the addresses of upstreams that were not looked up yet. mantlet tells
+	// of the others at once. While no Envoy serves, a client's first retransmission, after a second, shall find this one.
+	fetchTimeout = 250 * time.Millisecond
 )
+
+// DiscoverySocket returns the path of the socket at which mantlet tells Envoys the addresses of upstreams.
+func DiscoverySocket(runtimeDirectory string) string {
+	return filepath.Join(runtimeDirectory, "discovery.sock")
+}
+
+// discovery is where Envoy asks for the addresses of upstreams that are named: mantlet resolves names.
+func discovery() *corev3.ApiConfigSource {
+	return &corev3.ApiConfigSource{
+		ApiType:             corev3.ApiConfigSource_GRPC,
+		TransportApiVersion: corev3.ApiVersion_V3,
+		GrpcServices: []*corev3.GrpcService{{TargetSpecifier: &corev3.GrpcService_EnvoyGrpc_{
+			EnvoyGrpc: &corev3.GrpcService_EnvoyGrpc{ClusterName: discoveryCluster},
+		}}},
+		SetNodeOnFirstMessageOnly: true, // it is some 100 KB
+	}
+}
+
+// discoveryServer is mantlet.
+func (r *renderer) discoveryServer() *clusterv3.Cluster {
+	pipe := &corev3.Address{Address: &corev3.Address_Pipe{Pipe: &corev3.Pipe{Path: DiscoverySocket(r.place.RuntimeDirectory)}}}
+	return &clusterv3.Cluster{
+		Name:                 discoveryCluster,
+		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
+		ConnectTimeout:       durationpb.New(connectTimeout),
+		LoadAssignment: assignment(discoveryCluster, &endpointv3.LbEndpoint{HostIdentifier: &endpointv3.LbEndpoint_Endpoint{
+			Endpoint: &endpointv3.Endpoint{Address: pipe},
+		}}),
+		TypedExtensionProtocolOptions: map[string]*anypb.Any{
+			"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": r.pack(&httpv3.HttpProtocolOptions{
+				UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_{
+					ExplicitHttpConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig{
+						ProtocolConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{
+							Http2ProtocolOptions: &corev3.Http2ProtocolOptions{},
+						},
+					},
+				},
+			}),
+		},
+	}
+}
 
 // AdminSocket returns the path of an epoch's admin socket.
 func AdminSocket(runtimeDirectory string, epoch int) string {
@@ -71,15 +117,14 @@ func bootstrap(mesh schema.Mesh, place Place) (*bootstrapv3.Bootstrap, error) {
 				},
 			}},
 		},
-		// Envoy's own patience with a name server is 5 s: that long one lost datagram would hold up what waits for a name.
-		TypedDnsResolverConfig: &corev3.TypedExtensionConfig{
-			Name:        "envoy.network.dns_resolver.cares",
-			TypedConfig: r.pack(&caresv3.CaresDnsResolverConfig{QueryTimeoutSeconds: wrapperspb.UInt64(1)}),
-		},
 	}
 	for _, e := range mesh.Egress {
 		b.StaticResources.Listeners = append(b.StaticResources.Listeners, r.egress(e))
 		b.StaticResources.Clusters = append(b.StaticResources.Clusters, r.upstream(e))
+	}
+	if slices.ContainsFunc(mesh.Egress, func(e schema.Egress) bool { return e.Upstream.IsName() }) {
+		b.StaticResources.Clusters = append(b.StaticResources.Clusters, r.discoveryServer())
+		b.DynamicResources = &bootstrapv3.Bootstrap_DynamicResources{AdsConfig: discovery()}
 	}
 	if r.err != nil {
 		return nil, r.err
@@ -156,45 +201,39 @@ func (r *renderer) upstream(e schema.Egress) *clusterv3.Cluster {
 		CircuitBreakers:               circuitBreakers(),
 		UpstreamConnectionOptions:     &clusterv3.UpstreamConnectionOptions{TcpKeepalive: keepalive()},
 		TransportSocket:               r.upstreamTLS(e),
-		LoadAssignment: &endpointv3.ClusterLoadAssignment{
-			ClusterName: egressName(e),
-			Endpoints: []*endpointv3.LocalityLbEndpoints{{LbEndpoints: []*endpointv3.LbEndpoint{{
-				HostIdentifier: &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{
-					Address: address(e.Upstream.Host, e.Upstream.Port),
-				}},
-			}}}},
-		},
 	}
-	if _, ok := e.Upstream.Addr(); ok {
+	if addr, ok := e.Upstream.Addr(); ok {
 		c.ClusterDiscoveryType = &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC}
+		c.LoadAssignment = assignment(egressName(e), Endpoint(addr, e.Upstream.Port))
 		return c
 	}
-	c.ClusterDiscoveryType = &clusterv3.Cluster_ClusterType{ClusterType: &clusterv3.Cluster_CustomClusterType{
-		Name: "envoy.clusters.dns",
-		TypedConfig: r.pack(&dnsclusterv3.DnsCluster{
-			DnsLookupFamily: dnsv3.DnsLookupFamily_ALL,
-			// Envoy's own is 5 s, each time: long for a name that is late.
-			DnsFailureRefreshRate: &dnsclusterv3.DnsCluster_RefreshRate{
-				BaseInterval: durationpb.New(250 * time.Millisecond), MaxInterval: durationpb.New(2 * time.Second),
-			},
-		}),
-	}}
+	c.ClusterDiscoveryType = &clusterv3.Cluster_Type{Type: clusterv3.Cluster_EDS}
+	c.EdsClusterConfig = &clusterv3.Cluster_EdsClusterConfig{
+		ServiceName: ServiceName(e.Upstream),
+		EdsConfig: &corev3.ConfigSource{
+			ResourceApiVersion:    corev3.ApiVersion_V3,
+			ConfigSourceSpecifier: &corev3.ConfigSource_Ads{Ads: &corev3.AggregatedConfigSource{}},
+			InitialFetchTimeout:   durationpb.New(fetchTimeout),
+		},
+	}
 	c.OutlierDetection = outlierDetection()
-	// A name that does not resolve must hold nothing else up. Whoever starts Envoy knows which names do, and may wait for
-	// those, see WaitFor.
-	c.WaitForWarmOnInit = wrapperspb.Bool(false)
 	return c
 }
 
-// WaitFor makes Envoy wait, before it takes over, until it has resolved the upstreams whose host is among hosts. They
-// should be known to resolve. It is no part of the desired state, nor of its digest.
-func WaitFor(b *bootstrapv3.Bootstrap, hosts map[string]bool) {
-	for _, c := range b.GetStaticResources().GetClusters() {
-		if c.GetClusterType() == nil {
-			continue
-		}
-		host := c.LoadAssignment.Endpoints[0].LbEndpoints[0].GetEndpoint().Address.GetSocketAddress().Address
-		c.WaitForWarmOnInit = wrapperspb.Bool(hosts[host])
+// ServiceName is what Envoy asks for the addresses of an upstream by.
+func ServiceName(u schema.Upstream) string { return u.String() }
+
+// Endpoint is an address of an upstream.
+func Endpoint(addr netip.Addr, port uint16) *endpointv3.LbEndpoint {
+	return &endpointv3.LbEndpoint{HostIdentifier: &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{
+		Address: address(addr.String(), port),
+	}}}
+}
+
+func assignment(cluster string, endpoint *endpointv3.LbEndpoint) *endpointv3.ClusterLoadAssignment {
+	return &endpointv3.ClusterLoadAssignment{
+		ClusterName: cluster,
+		Endpoints:   []*endpointv3.LocalityLbEndpoints{{LbEndpoints: []*endpointv3.LbEndpoint{endpoint}}},
 	}
 }
 

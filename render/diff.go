@@ -147,7 +147,7 @@ func diffRules(title string, want, have []Rule) []string {
 }
 
 // DiffBootstraps returns what have has otherwise than want, a line each, by the path of the field. What tells no difference of
-// meaning is left out: where the admin interface is, what Envoy adds about itself to the node, and whether it waits for a name.
+// meaning is left out: where the admin interface is, and what Envoy adds about itself to the node.
 func DiffBootstraps(want, have *bootstrapv3.Bootstrap) []string {
 	w, h := plain(want), plain(have)
 	var lines []string
@@ -162,9 +162,6 @@ func DiffBootstraps(want, have *bootstrapv3.Bootstrap) []string {
 func plain(b *bootstrapv3.Bootstrap) any {
 	b = proto.CloneOf(b)
 	b.Admin, b.Node = nil, nil
-	for _, c := range b.GetStaticResources().GetClusters() {
-		c.WaitForWarmOnInit = nil
-	}
 	text, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(b)
 	var value any
 	if err == nil {

@@ -93,6 +93,12 @@ func (u Upstream) Addr() (netip.Addr, bool) {
 	return addr, err == nil
 }
 
+// IsName reports whether the host is a name.
+func (u Upstream) IsName() bool {
+	_, isAddress := u.Addr()
+	return !isAddress
+}
+
 func (u Upstream) String() string {
 	if addr, ok := u.Addr(); ok {
 		return netip.AddrPortFrom(addr, u.Port).String()

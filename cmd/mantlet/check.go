@@ -12,13 +12,15 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"mantlet/reconcile"
+	"mantlet/reconcile/dns"
 	"mantlet/reconcile/envoy"
 	"mantlet/reconcile/nft"
 	"mantlet/sandbox"
@@ -408,26 +410,48 @@ func triedOverrides(problem schema.Problem) finding {
 	return tried("override file", "", problem, "mantlet schema describes the file")
 }
 
-// lookupLimit is what a resolver gets that asks a second server after five seconds.
-const lookupLimit = 6 * time.Second
+// lookupLimit is more than a lookup takes where servers do not answer.
+const lookupLimit = 30 * time.Second
 
-// tryUpstreams resolves the names among upstreams. One that does not is waited for, and holds up nothing else.
+// tryUpstreams looks the names among upstreams up, as mantlet does. One that has no address is looked up again and again, and holds
+// up nothing else.
 func tryUpstreams(ctx context.Context, entries []schema.Egress) []finding {
 	ctx, cancel := context.WithTimeout(ctx, lookupLimit)
 	defer cancel()
+	resolver := dns.System()
 	all := make([]finding, len(entries))
-	var lookups sync.WaitGroup
+	var lookups errgroup.Group
+	lookups.SetLimit(lookupsAtOnce)
 	for i, e := range entries {
-		if _, isAddress := e.Upstream.Addr(); isAddress {
+		if !e.Upstream.IsName() || slices.ContainsFunc(entries[:i], func(other schema.Egress) bool { return other.Upstream.Host == e.Upstream.Host }) {
 			continue
 		}
-		lookups.Go(func() {
-			addrs, err := net.DefaultResolver.LookupHost(ctx, e.Upstream.Host)
-			all[i] = wanted("upstream "+e.Upstream.Host, strings.Join(addrs, ", "), err,
-				"connections to "+e.Listen.String()+" fail until it resolves: is there such a Service, and does the pod's DNS work?")
+		lookups.Go(func() error {
+			all[i] = tryUpstream(resolver.Lookup(ctx, e.Upstream.Host, dns.Record{}, time.Now()).Resolved(), e)
+			return nil
 		})
 	}
-	lookups.Wait()
-	all = slices.DeleteFunc(all, func(f finding) bool { return f.Need == "" })
-	return slices.Compact(all)
+	_ = lookups.Wait()
+	return slices.DeleteFunc(all, func(f finding) bool { return f.Need == "" })
+}
+
+// lookupsAtOnce keeps names, however many, from taking all descriptors.
+const lookupsAtOnce = 32
+
+// tryUpstream is what came of a lookup.
+func tryUpstream(r reconcile.Resolved, e schema.Egress) finding {
+	var addrs []string
+	for _, addr := range r.Addresses {
+		addrs = append(addrs, addr.String())
+	}
+	var err error
+	if len(addrs) == 0 {
+		err = fmt.Errorf("lookup %s: %s", e.Upstream.Host, r.Answer)
+	}
+	detail := strings.Join(addrs, ", ")
+	if r.Source != strings.TrimSuffix(e.Upstream.Host, ".") {
+		detail += " by " + r.Source
+	}
+	return wanted("upstream "+e.Upstream.Host, detail, err,
+		"connections to "+e.Listen.String()+" fail until it resolves: is there such a Service, and does the pod's DNS work?")
 }

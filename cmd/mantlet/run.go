@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mantlet/reconcile"
+	"mantlet/reconcile/dns"
 	"mantlet/reconcile/envoy"
 	"mantlet/reconcile/nft"
 	"mantlet/render"
@@ -172,6 +173,11 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 	if err := runner.Evict(); err != nil {
 		return errors.Join(err, runner.Close())
 	}
+	endpoints, err := envoy.ServeEndpoints(directory, log)
+	if err != nil {
+		return errors.Join(err, runner.Close())
+	}
+	names := dns.NewFollower(dns.System(), endpoints, log)
 	daemon := &reconcile.Daemon{
 		Version:     versionText(),
 		Environment: env,
@@ -180,12 +186,14 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 		Found:       found,
 		Secrets:     &envoy.Secrets{TLSDirectory: env.Process.TLSDirectory, RuntimeDirectory: directory, Runner: runner, Log: log},
 		Proxy:       proxy{runner},
+		Names:       names,
 		Log:         log,
 		LogLost:     func() (uint64, time.Duration) { return queue.lost(time.Now()) },
 	}
 	runner.Progress = daemon.Progress
 	err = serve(ctx, hups, daemon)
-	return errors.Join(err, runner.Close())
+	names.Close()
+	return errors.Join(err, endpoints.Close(), runner.Close())
 }
 
 // collectLater lets the heap grow to 16 MiB before garbage is collected, for a second: starting takes some 6 MiB, and the

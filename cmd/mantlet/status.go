@@ -135,6 +135,7 @@ func printStatus(to io.Writer, s reconcile.Status, now time.Time) error {
 	p.epochs(s.Epochs)
 	p.certificates(s.Certificates)
 	p.traffic(s)
+	p.upstreams(s.Upstreams)
 	p.repairs(s)
 	return p.Flush()
 }
@@ -200,6 +201,31 @@ func (p *page) certificates(all []reconcile.Certificate) {
 		p.row(c.Role, onLine(c.Subject), onLine(cmp.Or(strings.Join(c.SANs, ", "), "-")), c.NotAfter.Format(time.RFC3339), lasts(c.LeftSeconds))
 	}
 }
+
+// upstreams tells where egress entries go; those that are named, and what name servers say.
+func (p *page) upstreams(all []reconcile.Upstream) {
+	if len(all) > 0 {
+		p.head("EGRESS", "UPSTREAM", "ADDRESSES", "ANSWER")
+	}
+	for _, u := range all {
+		addresses := []string{}
+		for i, addr := range u.Addresses {
+			if i == fewAddresses {
+				addresses = append(addresses, fmt.Sprintf("and %d more", len(u.Addresses)-i))
+				break
+			}
+			addresses = append(addresses, addr.String())
+		}
+		answer := u.Answer
+		if u.StaleSince != nil {
+			answer = fmt.Sprintf("not confirmed for %s: %s", p.ago(*u.StaleSince), answer)
+		}
+		p.row(u.Listen, onLine(u.Upstream), cmp.Or(strings.Join(addresses, ", "), "none"), onLine(answer))
+	}
+}
+
+// fewAddresses are as many as fit a line.
+const fewAddresses = 4
 
 func (p *page) traffic(s reconcile.Status) {
 	p.head("PORTS", "MODE", "OPEN")

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -25,7 +24,6 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	"mantlet/lab"
 	"mantlet/render"
 	"mantlet/sandbox"
 	"mantlet/schema"
@@ -222,37 +220,26 @@ func kill(p *Process) {
 	<-p.exited
 }
 
-// hung returns a state whose Envoy is never live: it waits for a name, and the resolver does not answer.
+// hung returns a state whose Envoy is never live: it waits for the addresses of an upstream, and nobody tells them.
 func (s *stage) hung() render.State {
 	state, _ := s.hungUntil()
 	return state
 }
 
-// hungUntil returns a state whose Envoy is not live before the resolver says, as asked by answer, that there is no such name.
+// hungUntil returns a state whose Envoy is not live before it is told, by answer, that its upstream has no address.
 func (s *stage) hungUntil() (hung render.State, answer func()) {
 	s.t.Helper()
-	resolver, err := net.ListenPacket("udp", "127.0.0.1:53")
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	var answering sync.WaitGroup
-	s.t.Cleanup(func() { _ = resolver.Close(); answering.Wait() })
-	if err := lab.Resolver(netip.MustParseAddr("127.0.0.1")); err != nil {
-		s.t.Fatal(err)
-	}
 	hung, _ = state(s.t, s.Runner, "EDG_EGRESS_PROXY_CONFIG=hung#127.0.0.1:15097#hung.test:1")
-	render.WaitFor(hung.Bootstrap, map[string]bool{"hung.test": true})
+	for _, c := range hung.Bootstrap.StaticResources.Clusters {
+		if c.EdsClusterConfig != nil {
+			c.EdsClusterConfig.EdsConfig.InitialFetchTimeout = durationpb.New(0) // for ever
+		}
+	}
+	endpoints := serveEndpoints(s.t, s.Runner)
 	return hung, func() {
-		answering.Go(func() {
-			for query := make([]byte, 512); ; {
-				n, from, err := resolver.ReadFrom(query)
-				if err != nil {
-					return
-				}
-				query[2], query[3] = query[2]|0x80, query[3]|0x03 // RFC 1035, 4.1.1: a response, no such name
-				_, _ = resolver.WriteTo(query[:n], from)
-			}
-		})
+		if err := endpoints.Set(schema.Upstream{Host: "hung.test", Port: 1}, nil); err != nil {
+			s.t.Error(err)
+		}
 	}
 }
 
@@ -621,9 +608,11 @@ func TestParentHangs(t *testing.T) {
 func TestParentGoesOn(t *testing.T) {
 	s := newStage(t)
 	serving := s.start()
-	if count, err := s.sockets(serving); err != nil || count.listening == 0 {
-		t.Errorf("%+v, %v: it listens", count, err)
+	count, err := s.sockets(serving)
+	if err != nil || count.listening == 0 {
+		t.Fatalf("%+v, %v: it listens", count, err)
 	}
+	ingress := count.listening - s.settings.Concurrency // the other state has another egress entry
 	old := s.connect()
 	s.liveLimit = 5 * time.Second
 	hung, answer := s.hungUntil()
@@ -639,7 +628,7 @@ func TestParentGoesOn(t *testing.T) {
 	next := &Process{cmd: &exec.Cmd{Process: &os.Process{Pid: s.child(serving.Epoch + 1)}}}
 	until(t, "it has all sockets", func() bool {
 		count, err := s.sockets(next)
-		return err == nil && count.listening > 0 && !asks(t, next.PID())
+		return err == nil && count.listening >= ingress && !asks(t, next.PID())
 	})
 	hang(t, serving)
 	answer()

@@ -1,0 +1,110 @@
+package reconcile
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+
+	"mantlet/schema"
+)
+
+// Names resolves the names of upstreams, and tells Envoy their addresses.
+type Names interface {
+	// Follow makes these the upstreams whose names are looked up again and again; those that are addresses are passed over. It
+	// waits for no lookup: until the first one is done, there are no addresses.
+	Follow(upstreams []schema.Upstream)
+	// Refresh looks all names up now.
+	Refresh()
+	// Resolved returns what is known of a name; the zero value where nothing is yet.
+	Resolved(host string) Resolved
+}
+
+// Resolved is what is known of a name.
+type Resolved struct {
+	Asked      time.Time    `json:"-"`          // the last time; zero before the first
+	Addresses  []netip.Addr `json:"addresses"`  // that connections go to
+	Source     string       `json:"source"`     // what has them: a name in DNS, where a search domain was added, or the hosts file
+	Answer     string       `json:"answer"`     // why there are none, or why they are not confirmed: "NXDOMAIN by 10.96.0.10"; else empty
+	StaleSince *time.Time   `json:"staleSince"` // when addresses that are not confirmed now were confirmed last; null where all are
+}
+
+// Upstream is where an egress entry's connections go.
+type Upstream struct {
+	Listen   string `json:"listen"`
+	Upstream string `json:"upstream"`
+	Resolved
+}
+
+// follow follows the names that the wanted state and the one in force have.
+func (d *Daemon) follow() {
+	if d.Names == nil {
+		return
+	}
+	var all []schema.Upstream
+	for _, state := range []*desired{d.want, d.have} {
+		if state == nil {
+			continue
+		}
+		for _, e := range state.mesh.Egress {
+			all = append(all, e.Upstream)
+		}
+	}
+	d.Names.Follow(all)
+}
+
+// refresh looks all names up now.
+func (d *Daemon) refresh() {
+	if d.Names != nil {
+		d.Names.Refresh()
+	}
+}
+
+// upstreams describes the egress entries of the state in force, or of the one that is wanted where none is.
+func (d *Daemon) upstreams() []Upstream {
+	var state *desired
+	d.locked(func() {
+		if state = d.have; state == nil {
+			state = d.want
+		}
+	})
+	all := []Upstream{}
+	if state == nil {
+		return all
+	}
+	for _, e := range state.mesh.Egress {
+		u := Upstream{Listen: e.Listen.String(), Upstream: e.Upstream.String()}
+		if addr, isAddress := e.Upstream.Addr(); isAddress {
+			u.Addresses = []netip.Addr{addr}
+		} else if d.Names != nil {
+			u.Resolved = d.Names.Resolved(e.Upstream.Host)
+		}
+		if u.Addresses == nil {
+			u.Addresses = []netip.Addr{}
+		}
+		all = append(all, u)
+	}
+	return all
+}
+
+// toldUnresolved is how many entries are told of among the problems: the status has all.
+const toldUnresolved = 5
+
+// unresolved says of which egress entries the upstream has no address, or none that is confirmed. Until the first lookup is done
+// that is no problem.
+func (d *Daemon) unresolved(now time.Time) []error {
+	var all []error
+	for _, u := range d.upstreams() {
+		switch {
+		case u.Asked.IsZero():
+		case len(u.Addresses) == 0:
+			all = append(all, fmt.Errorf("egress %s: %s has no address: %s", u.Listen, u.Upstream, u.Answer))
+		case u.StaleSince != nil:
+			all = append(all, fmt.Errorf("egress %s: the addresses of %s were confirmed last %s ago: %s",
+				u.Listen, u.Upstream, now.Sub(*u.StaleSince).Round(time.Second), u.Answer))
+		}
+	}
+	if more := len(all) - toldUnresolved; more > 0 {
+		all = append(all[:toldUnresolved], fmt.Errorf("and %d more egress entries whose upstream has no address, or none that is confirmed", more))
+	}
+	return all
+}
