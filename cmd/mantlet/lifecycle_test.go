@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -192,6 +193,22 @@ func TestEnvoyIsLeftBehind(t *testing.T) {
 		t.Errorf("it was said %d times, want 2", got)
 	}
 	p.besieged()
+}
+
+// TestImpostor: a process that has the command line of an Envoy, and that mantlet may not end, keeps it from nothing.
+func TestImpostor(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	impostor := exec.Command("sh", "-c", "sleep 86399; exit", "envoy", "--base-id", strconv.FormatUint(p.baseID(), 10), "--restart-epoch", "0")
+	p.must(p.Start(impostor))
+	p.start()
+	if lab.EnvoyUser() != 0 && syscall.Kill(impostor.Process.Pid, 0) != nil {
+		t.Error("another user's process was ended; then the rest proves nothing")
+	}
+	p.must(p.exchange(netip.AddrPortFrom(p.IPv4, mtlsPort), p.client.ClientConfig("pod")))
+	p.besieged()
+	p.must(impostor.Process.Kill())
+	_ = impostor.Wait()
 }
 
 // TestMantletIsKilledWhileEnvoyStarts: Envoy asks for its end itself only once it runs.

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"mantlet/schema"
 )
 
 // What the kernel tells of Envoys, for when they tell nothing themselves.
@@ -63,24 +65,33 @@ const listening = "0A"
 // socketStates returns the state of each TCP socket in a process's network namespace, by what a descriptor links to.
 func socketStates(pid int) (map[string]string, error) {
 	states := map[string]string{}
+	err := eachSocket(fmt.Sprintf("/proc/%d", pid), func(_, state, _, inode string) { states["socket:["+inode+"]"] = state })
+	return states, err
+}
+
+// eachSocket calls do for each TCP socket in the network namespace of a process, or a thread, with the fields as the kernel prints them.
+func eachSocket(process string, do func(local, state, uid, inode string)) error {
 	for _, family := range []string{"tcp", "tcp6"} {
-		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/%s", pid, family))
+		text, err := os.ReadFile(filepath.Join(process, "net", family))
 		if err != nil && (family == "tcp" || !errors.Is(err, os.ErrNotExist)) { // a kernel without IPv6 has one of them
-			return nil, fmt.Errorf("reading the sockets of the network namespace: %w", err)
+			return fmt.Errorf("reading the sockets of the network namespace: %w", err)
 		}
 		for line := range strings.Lines(string(text)) {
 			if fields := strings.Fields(line); len(fields) > 9 {
-				states["socket:["+fields[9]+"]"] = fields[3]
+				do(fields[1], fields[3], fields[7], fields[9])
 			}
 		}
 	}
-	return states, nil
+	return nil
 }
 
 // Evict ends Envoys of this network namespace that this program did not start. A mantlet that was killed leaves one behind
 // where that was stopped: the signal that is to end it waits until it goes on. It would share the listeners' connections,
 // and let in what the configuration of then did. What they have in the runtime directory is removed. It is called before the
 // first Start.
+//
+// Every process can have the command line of an Envoy. The kernel lets none but Envoy's own user share its listeners, and whoever
+// has none of them shares nothing: such a process is left alone where it can't be ended.
 func (r *Runner) Evict() error {
 	b, err := newBase(nil)
 	if err != nil {
@@ -90,24 +101,90 @@ func (r *Runner) Evict() error {
 	if err != nil {
 		return err
 	}
+	var left []leftBehind
+	defer func() {
+		for _, l := range left {
+			if l.fd >= 0 {
+				_ = unix.Close(l.fd)
+			}
+		}
+	}()
 	for _, line := range lines {
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(line)))
-		if err != nil || !b.runs(pid) {
+		if err != nil || !b.runs(pid, r.UID) {
 			continue
 		}
 		r.Log.Warn("ending an Envoy that a mantlet before this one left behind", "pid", pid)
-		if err := r.spawner.do(func() error { return b.end(pid) }); err != nil {
-			return fmt.Errorf("ending Envoy %d, which a mantlet before this one left behind: %w", pid, err)
+		l := leftBehind{pid: pid, fd: -1}
+		l.err = r.spawner.do(func() (err error) {
+			l.fd, err = b.kill(pid, r.UID)
+			return err
+		})
+		if l.err != nil || l.fd >= 0 {
+			left = append(left, l)
 		}
+	}
+	for _, l := range awaitEnds(left) {
+		shares, err := r.listens()
+		if err != nil || shares {
+			return fmt.Errorf("ending Envoy %d, which a mantlet before this one left behind and whose listeners are there: %w", l.pid, errors.Join(l.err, err))
+		}
+		r.Log.Warn("a process with the command line of an Envoy could not be ended; it has no listener", "pid", l.pid, "error", l.err)
 	}
 	return r.sweep()
 }
 
-// runs reports whether a process was started as an Envoy of the network namespace that the base is made from.
-func (b *base) runs(pid int) bool {
+// leftBehind is a process that was told to end.
+type leftBehind struct {
+	pid int
+	fd  int   // its pidfd, or -1
+	err error // why it has not ended
+}
+
+// awaitEnds returns those that have not ended within termLimit, all together.
+func awaitEnds(all []leftBehind) (left []leftBehind) {
+	deadline := time.Now().Add(termLimit)
+	for _, l := range all {
+		if l.err == nil {
+			l.err = awaitEnd(l.fd, deadline)
+		}
+		if l.err != nil {
+			left = append(left, l)
+		}
+	}
+	return left
+}
+
+// awaitEnd returns nil once the process of a pidfd has ended.
+func awaitEnd(fd int, deadline time.Time) error {
+	ended := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	for {
+		n, err := unix.Poll(ended, int(max(0, time.Until(deadline))/time.Millisecond))
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err == nil && n == 0:
+			return errors.New("it does not end")
+		}
+		return err
+	}
+}
+
+// listens reports whether Envoy's user has a listener at one of the ingress listeners' addresses.
+func (r *Runner) listens() (bool, error) {
+	ends := []string{fmt.Sprintf(":%04X", schema.IngressMTLSPort), fmt.Sprintf(":%04X", schema.IngressTLSPort)}
+	found := false
+	err := eachSocket("/proc/thread-self", func(local, state, uid, _ string) {
+		found = found || state == listening && uid == strconv.Itoa(r.UID) && slices.ContainsFunc(ends, func(end string) bool { return strings.HasSuffix(local, end) })
+	})
+	return found, err
+}
+
+// runs reports whether a process was started as an Envoy of the network namespace that the base is made from, and is a user's.
+func (b *base) runs(pid, uid int) bool {
 	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	if err != nil {
-		return false // it has ended
+	if err != nil || !isOf(pid, uid) {
+		return false // or it has ended
 	}
 	arguments := strings.Split(string(bytes.TrimRight(line, "\x00")), "\x00")
 	i := slices.Index(arguments, "--base-id")
@@ -118,31 +195,36 @@ func (b *base) runs(pid int) bool {
 	return err == nil && id%(1<<baseBits) == uint64(b.id)
 }
 
-// end kills the process if it still is an Envoy of the base: its number may be another's since it was looked at.
-func (b *base) end(pid int) error {
-	fd, err := unix.PidfdOpen(pid, 0)
+// isOf reports whether one of a process's user IDs, real, effective, saved or the file system's, is a user's.
+func isOf(pid, uid int) bool {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return false
+	}
+	for line := range strings.Lines(string(text)) {
+		if ids, ok := strings.CutPrefix(line, "Uid:"); ok {
+			return slices.Contains(strings.Fields(ids), strconv.Itoa(uid))
+		}
+	}
+	return false
+}
+
+// kill sends SIGKILL to a process if it still is an Envoy of the base: its number may be another's since it was looked at. It returns
+// the process's pidfd, or -1 where there is none to wait for.
+func (b *base) kill(pid, uid int) (fd int, err error) {
+	fd, err = unix.PidfdOpen(pid, 0)
 	if errors.Is(err, unix.ESRCH) {
-		return nil
+		return -1, nil
 	}
 	if err != nil {
-		return err
+		return -1, err
 	}
-	defer func() { _ = unix.Close(fd) }()
-	if !b.runs(pid) {
-		return nil
+	if !b.runs(pid, uid) {
+		return -1, unix.Close(fd)
 	}
-	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-		return err
+	err = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+	if errors.Is(err, unix.ESRCH) {
+		err = nil
 	}
-	ended := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	for {
-		n, err := unix.Poll(ended, int(termLimit/time.Millisecond))
-		switch {
-		case errors.Is(err, unix.EINTR):
-			continue
-		case err == nil && n == 0:
-			return errors.New("it does not end")
-		}
-		return err
-	}
+	return fd, err
 }
