@@ -166,7 +166,8 @@ func (c collector) connections(s Status) {
 	}
 	for _, e := range s.Traffic.Egress {
 		c.counter("egress_connections_total", "Connections of the workload to an egress entry.", float64(e.Total), "listen", e.Listen)
-		c.counter("egress_connect_failures_total", "Failed attempts to reach an address of an upstream.", float64(e.Failed), "listen", e.Listen)
+		c.counter("egress_connect_failures_total", "Failed attempts to reach an address of an upstream.", float64(e.FailedAttempts), "listen", e.Listen)
+		c.counter("egress_connections_failed_total", "Connections of the workload that reached no endpoint.", float64(e.Failed), "listen", e.Listen)
 	}
 	for _, u := range s.Upstreams {
 		stale := 0.0

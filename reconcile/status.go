@@ -66,7 +66,9 @@ type Handshakes struct {
 type Dialled struct {
 	Listen string `json:"listen"`
 	Total  uint64 `json:"total"`
-	Failed uint64 `json:"failed"` // attempts to reach an address of the upstream
+	Failed uint64 `json:"failed"` // those that reached no endpoint: as many as are refused
+	// FailedAttempts counts attempts to reach an address of the upstream. The next one may have succeeded.
+	FailedAttempts uint64 `json:"failedAttempts"`
 }
 
 // Refused counts what was refused for one reason.

@@ -236,7 +236,7 @@ func (p *page) traffic(s reconcile.Status) {
 		p.row("all", string(h.Mode), fmt.Sprintf("%d handshakes since the start", h.Total))
 	}
 	for _, e := range s.Traffic.Egress {
-		p.row(e.Listen, "egress", fmt.Sprintf("%d connections since the start, %d failed attempts", e.Total, e.Failed))
+		p.row(e.Listen, "egress", fmt.Sprintf("%d connections since the start, %d failed", e.Total, e.Failed))
 	}
 	if s.Conntrack.Max > 0 {
 		p.row("conntrack", "", fmt.Sprintf("%d of %d entries", s.Conntrack.Entries, s.Conntrack.Max))

@@ -243,13 +243,16 @@ func (r *Runner) Epochs(ctx context.Context) []reconcile.Epoch {
 	return all
 }
 
-// The statistics that make up the traffic: handshakes with clients, connections of the workload, and those of them that
-// failed at an address of the upstream.
+// The statistics that make up the traffic: handshakes with clients, connections of the workload, how often one of them failed
+// at an address of the upstream, and how often one came to nothing, since all attempts failed or there was no address.
 const (
 	handshakes = "listener.ingress-%s.ssl.handshake"
 	dialled    = "tcp.%s.downstream_cx_total"
 	failures   = "cluster.%s.upstream_cx_connect_fail"
-	statistics = `^(listener\.ingress-m?tls\.ssl\.handshake|tcp\.egress-.*\.downstream_cx_total|cluster\.egress-.*\.upstream_cx_connect_fail)$`
+	exhausted  = "cluster.%s.upstream_cx_connect_attempts_exceeded"
+	nowhere    = "cluster.%s.upstream_cx_none_healthy"
+	statistics = `^(listener\.ingress-m?tls\.ssl\.handshake|tcp\.egress-.*\.downstream_cx_total|` +
+		`cluster\.egress-.*\.upstream_cx_(connect_fail|connect_attempts_exceeded|none_healthy))$`
 )
 
 // count asks the process that serves for its statistics. Those that drain take no new connections.
@@ -288,7 +291,9 @@ func (r *Runner) Traffic(ctx context.Context) reconcile.Traffic {
 		if listen, ok := strings.CutPrefix(l.Name, "egress-"); ok {
 			name := strings.ReplaceAll(l.Name, ":", "_") // as Envoy names it among its statistics
 			t.Egress = append(t.Egress, reconcile.Dialled{
-				Listen: listen, Total: all[fmt.Sprintf(dialled, name)], Failed: all[fmt.Sprintf(failures, name)],
+				Listen: listen, Total: all[fmt.Sprintf(dialled, name)],
+				Failed:         all[fmt.Sprintf(exhausted, name)] + all[fmt.Sprintf(nowhere, name)],
+				FailedAttempts: all[fmt.Sprintf(failures, name)],
 			})
 		}
 	}
