@@ -2,6 +2,7 @@ package reconcile
 
 import (
 	"fmt"
+	"net"
 	"net/netip"
 	"time"
 
@@ -72,19 +73,61 @@ func (d *Daemon) upstreams() []Upstream {
 		return all
 	}
 	for _, e := range state.mesh.Egress {
-		u := Upstream{Listen: e.Listen.String(), Upstream: e.Upstream.String()}
-		if addr, isAddress := e.Upstream.Addr(); isAddress {
-			u.Addresses = []netip.Addr{addr}
-		} else if d.Names != nil {
-			u.Resolved = d.Names.Resolved(e.Upstream.Host)
-		}
-		if u.Addresses == nil {
-			u.Addresses = []netip.Addr{}
-		}
-		all = append(all, u)
+		all = append(all, d.upstream(e))
 	}
 	return all
 }
+
+func (d *Daemon) upstream(e schema.Egress) Upstream {
+	u := Upstream{Listen: e.Listen.String(), Upstream: e.Upstream.String()}
+	if addr, isAddress := e.Upstream.Addr(); isAddress {
+		u.Addresses = []netip.Addr{addr}
+	} else if d.Names != nil {
+		u.Resolved = d.Names.Resolved(e.Upstream.Host)
+	}
+	if u.Addresses == nil {
+		u.Addresses = []netip.Addr{}
+	}
+	return u
+}
+
+// Upstream describes the upstream of the egress entry that listens at an address; the zero value where none does.
+func (d *Daemon) Upstream(listen string) Upstream {
+	addr, err := netip.ParseAddrPort(listen)
+	if err != nil {
+		return Upstream{}
+	}
+	var states []*desired
+	d.locked(func() { states = []*desired{d.have, d.want} })
+	for _, state := range states {
+		if state == nil {
+			continue
+		}
+		for _, e := range state.mesh.Egress {
+			if e.Listen == addr {
+				return d.upstream(e)
+			}
+		}
+	}
+	return Upstream{}
+}
+
+// IsOwn reports whether an address is one of this pod, beside loopback: the kernel then takes it as the source for itself.
+func IsOwn(addr netip.Addr) bool {
+	if addr.IsLoopback() {
+		return false
+	}
+	conn, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(addr, discardPort)))
+	if err != nil {
+		return false
+	}
+	defer conn.Close()
+	source, ok := conn.LocalAddr().(*net.UDPAddr)
+	return ok && source.AddrPort().Addr().Unmap() == addr.Unmap()
+}
+
+// discardPort is what nothing is sent to.
+const discardPort = 9
 
 // toldUnresolved is how many entries are told of among the problems: the status has all.
 const toldUnresolved = 5

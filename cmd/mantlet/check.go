@@ -423,6 +423,9 @@ func tryUpstreams(ctx context.Context, entries []schema.Egress) []finding {
 	var lookups errgroup.Group
 	lookups.SetLimit(lookupsAtOnce)
 	for i, e := range entries {
+		if addr, isAddress := e.Upstream.Addr(); isAddress && reconcile.IsOwn(addr) {
+			all[i] = itself(e, addr.String())
+		}
 		if !e.Upstream.IsName() || slices.ContainsFunc(entries[:i], func(other schema.Egress) bool { return other.Upstream.Host == e.Upstream.Host }) {
 			continue
 		}
@@ -438,11 +441,20 @@ func tryUpstreams(ctx context.Context, entries []schema.Egress) []finding {
 // lookupsAtOnce keeps names, however many, from taking all descriptors.
 const lookupsAtOnce = 32
 
+// itself is about an upstream with an address of this pod.
+func itself(e schema.Egress, addr string) finding {
+	return wanted("upstream "+e.Upstream.Host, "", fmt.Errorf("%s is this pod itself, whose own connections do not pass mantlet", addr),
+		"nothing speaks mutual TLS there: name another pod for "+e.Listen.String()+", or leave this one out of the Service")
+}
+
 // tryUpstream is what came of a lookup.
 func tryUpstream(r reconcile.Resolved, e schema.Egress) finding {
 	var addrs []string
 	for _, addr := range r.Addresses {
 		addrs = append(addrs, addr.String())
+	}
+	if i := slices.IndexFunc(r.Addresses, reconcile.IsOwn); i >= 0 {
+		return itself(e, addrs[i])
 	}
 	var err error
 	if len(addrs) == 0 {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -314,6 +315,29 @@ func (p *pod) upstream(address string) reconcile.Upstream {
 	}
 	p.t.Fatalf("the status has no egress entry %s", address)
 	return reconcile.Upstream{}
+}
+
+// resolved waits until all names were looked up, and Envoy has what came of it.
+func (p *pod) resolved() {
+	p.t.Helper()
+	p.await("names are looked up", func() bool {
+		said := p.told()
+		if len(said.Epochs) == 0 {
+			return false
+		}
+		admin := fmt.Sprintf("%s/envoy/admin-%d.sock", p.sidecar.RuntimeDirectory, said.Epochs[len(said.Epochs)-1].Epoch)
+		response, err := reconcile.OverSocket(admin).Get("http://envoy/clusters")
+		if err != nil {
+			return false
+		}
+		defer response.Body.Close()
+		clusters, err := io.ReadAll(response.Body)
+		return err == nil && !slices.ContainsFunc(said.Upstreams, func(u reconcile.Upstream) bool {
+			return u.Answer == "" && len(u.Addresses) == 0 || slices.ContainsFunc(u.Addresses, func(addr netip.Addr) bool {
+				return !strings.Contains(string(clusters), "egress-"+u.Listen+"::"+strings.TrimSuffix(netip.AddrPortFrom(addr, 0).String(), "0"))
+			})
+		})
+	})
 }
 
 // dialIn connects from the pod.

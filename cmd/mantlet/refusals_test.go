@@ -516,7 +516,9 @@ var egressRefusals = []egressRefusal{
 	{"tls_version", "the endpoint's TLS version is too old", "peers:8005", nil},
 	{"certificate_not_accepted", "the endpoint does not accept this workload's certificate", "peers:8006", nil},
 	{"endpoint_unreachable", "the endpoint takes no connection, or does not finish the TLS handshake in time", "peers:8007", nil},
-	{"no_endpoint", "the upstream's name has no address", "nobody:8008", nil},
+	{"no_endpoint", "the upstream's name has no address: nobody:8008 (NXDOMAIN by 127.0.0.1)", "nobody:8008", nil},
+	{"endpoint_is_self", "the endpoint is this pod itself, whose own connections do not pass mantlet", "myself:8009", nil},
+	{"endpoint_is_self", "the endpoint is this pod itself, whose own connections do not pass mantlet", "myself:8010", nil},
 }
 
 // TestEgressRefusals dials endpoints that are not who they should be, or not there.
@@ -524,7 +526,8 @@ func TestEgressRefusals(t *testing.T) {
 	t.Parallel()
 	p := newPod(t)
 	peers := p.host("peers")
-	p.zone(map[string][]netip.Addr{"peers": peers.Addrs()})
+	p.zone(map[string][]netip.Addr{"peers": peers.Addrs(), "myself": p.Addrs()})
+	p.serve(p.Host, lab.Service{Address: ":8009", Banner: "220 ready\r\n"})
 	stranger, err := lab.NewAuthority("mesh")
 	p.must(err)
 	foreign, err := stranger.Issue(lab.Leaf{DNSNames: []string{"peers"}})
@@ -557,6 +560,7 @@ func TestEgressRefusals(t *testing.T) {
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	p.run()
 	p.ready()
+	p.resolved()
 	closed := p.dial(p.outside, netip.AddrPortFrom(p.IPv4, mtlsPort))
 	p.must(closed.Close())
 	for i, c := range egressRefusals {
@@ -569,6 +573,22 @@ func TestEgressRefusals(t *testing.T) {
 		if got.Code != c.code || got.Reason != c.reason || got.Direction != "egress" || got.Destination != to.String() || !slices.Equal(got.SANs, c.sans) {
 			t.Errorf("the line is %+v, want %s of %q: %s", got, c.code, c.sans, c.reason)
 		}
+	}
+	var failed, refused uint64
+	said := p.told()
+	for _, e := range said.Traffic.Egress {
+		failed += e.Failed
+	}
+	for _, r := range said.Refused {
+		if r.Direction == "egress" {
+			refused += r.Count
+		}
+	}
+	if failed != uint64(len(egressRefusals)) || refused != failed {
+		t.Errorf("of %d connections that were refused, %d are told to have failed and %d to be refused", len(egressRefusals), failed, refused)
+	}
+	if _, text, _ := p.mantlet("check"); strings.Count(text, "is this pod itself") != 1 {
+		t.Errorf("check says of the pod itself:\n%s", text)
 	}
 	if p.log.count(closed.LocalAddr().String()) > 0 {
 		t.Error("a client that closes its connection is refused")

@@ -190,7 +190,7 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 		Log:         log,
 		LogLost:     func() (uint64, time.Duration) { return queue.lost(time.Now()) },
 	}
-	runner.Progress = daemon.Progress
+	runner.Progress, runner.Upstream = daemon.Progress, daemon.Upstream
 	err = serve(ctx, hups, daemon)
 	names.Close()
 	return errors.Join(err, endpoints.Close(), runner.Close())

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"mantlet/reconcile"
 	"mantlet/schema"
 )
 
@@ -19,8 +20,9 @@ const logFormat = "%l|%n|%v"
 
 // logs relays what an Envoy writes to mantlet's own log.
 type logs struct {
-	to      *slog.Logger
-	refused *refusals
+	to       *slog.Logger
+	refused  *refusals
+	upstream func(listen string) reconcile.Upstream // of an egress entry; may be nil
 
 	mu   sync.Mutex
 	last string
@@ -105,7 +107,14 @@ func (l *logs) access(from io.Reader) {
 			l.to.LogAttrs(context.Background(), slog.LevelInfo, "connection", c.attrs()...)
 			continue
 		}
-		refusal := c.refusal(reason)
+		if c.toItself(reason) {
+			reason = EndpointIsSelf
+		}
+		var upstream reconcile.Upstream
+		if reason == NoEndpoint && l.upstream != nil {
+			upstream = l.upstream(c.Destination)
+		}
+		refusal := c.refusal(reason, upstream)
 		if reason != "" {
 			l.refused.note(refusal)
 		}

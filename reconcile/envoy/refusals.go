@@ -43,10 +43,12 @@ const (
 	HandshakeFailed        Reason = "handshake_failed"
 	WorkloadUnreachable    Reason = "workload_unreachable"
 	EndpointUnreachable    Reason = "endpoint_unreachable"
+	EndpointIsSelf         Reason = "endpoint_is_self"
 	NoEndpoint             Reason = "no_endpoint"
 )
 
-// words says reasons to people. PEER is the client or the endpoint, LIST the key of the entry that names who is allowed.
+// words says reasons to people. PEER is the client or the endpoint, LIST the key of the entry that names who is allowed, NAME the
+// upstream's name and ANSWER what name servers say of it.
 var words = map[Reason]string{
 	NoClientCertificate:    "no client certificate",
 	UnknownCA:              "unknown CA: the PEER's certificate does not lead to the mesh CA",
@@ -65,7 +67,8 @@ var words = map[Reason]string{
 	HandshakeFailed:        "the TLS handshake failed",
 	WorkloadUnreachable:    "the client was let in, but the workload takes no connection at this port",
 	EndpointUnreachable:    "the endpoint takes no connection, or does not finish the TLS handshake in time",
-	NoEndpoint:             "the upstream's name has no address",
+	EndpointIsSelf:         "the endpoint is this pod itself, whose own connections do not pass mantlet",
+	NoEndpoint:             "the upstream's name has no address: NAME (ANSWER)",
 }
 
 // accessLine is a line of the access log, as package render has it written. What Envoy does not know is empty.
@@ -289,20 +292,42 @@ func (c *Certificates) untrusted(leaf *x509.Certificate, now time.Time) Reason {
 	}
 }
 
-func (c accessLine) refusal(reason Reason) reconcile.Refusal {
+// refusal describes a connection that came to nothing. Of an egress entry the upstream is given.
+func (c accessLine) refusal(reason Reason, upstream reconcile.Upstream) reconcile.Refusal {
 	peer, list := "client", "allow"
 	if c.Direction == egress {
 		peer, list = "endpoint", "serverNames"
 	}
 	r := reconcile.Refusal{
 		Time: time.Now(), Count: 1, Direction: c.Direction, Peer: c.Peer, Destination: c.Destination, SANs: c.sans(), Code: string(reason),
-		Reason: strings.NewReplacer("PEER", peer, "LIST", list).Replace(words[reason]),
+		Reason: strings.NewReplacer("PEER", peer, "LIST", list, "NAME", cmp.Or(upstream.Upstream, "?"), "ANSWER", answerOf(upstream)).Replace(words[reason]),
 		Detail: short(cmp.Or(c.Refused, c.Failed, c.Ended)),
 	}
 	if from, err := netip.ParseAddrPort(c.Peer); err == nil {
 		r.Peer = from.Addr().String() // the port of a client is another each time
 	}
 	return r
+}
+
+// answerOf is what name servers say of an upstream that Envoy had no address of.
+func answerOf(u reconcile.Upstream) string {
+	switch {
+	case u.Asked.IsZero():
+		return "it was not looked up yet"
+	case len(u.Addresses) > 0:
+		return "it has one by now"
+	default:
+		return short(u.Answer)
+	}
+}
+
+// toItself reports whether a connection that came to nothing went to an address of this pod.
+func (c accessLine) toItself(reason Reason) bool {
+	if c.Direction != egress || reason == "" || reason == NoEndpoint {
+		return false
+	}
+	to, err := netip.ParseAddrPort(c.Upstream)
+	return err == nil && reconcile.IsOwn(to.Addr())
 }
 
 // same reports whether both are one to people.

@@ -37,6 +37,8 @@ type Runner struct {
 	Needs            []sandbox.Capability // of mantlet's container
 	RuntimeDirectory string               // theirs and mantlet's: holds sockets, SDS files and bootstraps
 	Log              *slog.Logger
+	// Upstream describes the upstream of the egress entry that listens at an address. It may be nil.
+	Upstream func(listen string) reconcile.Upstream
 	// Progress is told each step that Start begins, and how long it takes at most. It may be nil.
 	Progress func(what string, limit time.Duration)
 
@@ -446,7 +448,7 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Proc
 		return nil, fmt.Errorf("removing the admin socket of an Envoy before this one: %w", err)
 	}
 	p.admin = newAdmin(socket)
-	p.logs = &logs{to: r.Log.With("epoch", p.Epoch), refused: &r.refused}
+	p.logs = &logs{to: r.Log.With("epoch", p.Epoch), refused: &r.refused, upstream: r.Upstream}
 	p.exited = make(chan struct{})
 	p.cmd = exec.Command(r.Path, arguments(config, r.socket(), p.base.id, p.Epoch, settings)...)
 	p.spawner = &r.spawner
