@@ -159,6 +159,9 @@ func comparePorts(from, to []schema.Ingress, add adder) {
 		case !reflect.DeepEqual(was.Allow, is.Allow):
 			add(HotRestart, "%s: %s -> %s", at, was, is)
 		}
+		if !slices.Equal(was.ALPN, is.ALPN) {
+			add(HotRestart, "%s: alpn %s -> %s", at, protocols(was.ALPN), protocols(is.ALPN))
+		}
 	}
 }
 
@@ -178,6 +181,9 @@ func compareEgress(from, to []schema.Egress, add adder) {
 		}
 		if ok && !slices.Equal(old.ServerNames, e.ServerNames) {
 			add(HotRestart, "egress %s: server names %s -> %s", title(e), anyOf(old.ServerNames), anyOf(e.ServerNames))
+		}
+		if ok && !slices.Equal(old.ALPN, e.ALPN) {
+			add(HotRestart, "egress %s: alpn %s -> %s", title(e), protocols(old.ALPN), protocols(e.ALPN))
 		}
 	}
 	for _, e := range from {
@@ -215,6 +221,13 @@ func title(e schema.Egress) string {
 		return e.Listen.String()
 	}
 	return e.Name
+}
+
+func protocols(alpn []string) string {
+	if alpn == nil {
+		return "none"
+	}
+	return strings.Join(alpn, ", ")
 }
 
 func anyOf(names []string) string {

@@ -129,3 +129,21 @@ func TestSmallFileSmallBootstrap(t *testing.T) {
 		t.Errorf("%d ranges with lists of their own take %d bytes", ranges, got)
 	}
 }
+
+// TestModeKeepsProtocols: a port with a list of protocols changes its mode without a new Envoy, as one without does.
+func TestModeKeepsProtocols(t *testing.T) {
+	digest := func(mode schema.Mode, alpn ...string) string {
+		mesh := schema.Mesh{Ingress: []schema.Ingress{{Ports: schema.Ports{First: 80, Last: 80}, Mode: mode, ALPN: alpn}}}
+		state, err := render.Render(mesh, place)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return state.Digest
+	}
+	if digest(schema.ModeTLS, "h2") != digest(schema.ModeMTLS, "h2") {
+		t.Error("the mode changes Envoy's state")
+	}
+	if digest(schema.ModeTLS, "h2") == digest(schema.ModeTLS, "h2", "http/1.1") || digest(schema.ModeTLS, "h2") == digest(schema.ModeTLS) {
+		t.Error("the list does not change Envoy's state")
+	}
+}

@@ -47,11 +47,9 @@ func (r *renderer) ingress(mode schema.Mode) *listenerv3.Listener {
 			Name:       "envoy.filters.listener.original_dst",
 			ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: r.pack(&originaldstv3.OriginalDst{})},
 		}},
-		FilterChains: []*listenerv3.FilterChain{r.ingressChain(name, mode, nil)},
+		FilterChains: []*listenerv3.FilterChain{r.ingressChain(name, mode, nil, nil)},
 	}
-	if mode == schema.ModeMTLS {
-		r.allow(l, mode)
-	}
+	r.listed(l, mode)
 	if !r.place.NoIPv6 {
 		l.AdditionalAddresses = []*listenerv3.AdditionalAddress{{Address: address("::1", listenerPort(mode))}}
 	}
@@ -59,10 +57,10 @@ func (r *renderer) ingress(mode schema.Mode) *listenerv3.Listener {
 }
 
 // ingressChain hands connections on to where the client dialled.
-func (r *renderer) ingressChain(name string, mode schema.Mode, allow []string) *listenerv3.FilterChain {
+func (r *renderer) ingressChain(name string, mode schema.Mode, allow, alpn []string) *listenerv3.FilterChain {
 	return &listenerv3.FilterChain{
 		Name:                          name,
-		TransportSocket:               r.downstreamTLS(mode, allow),
+		TransportSocket:               r.downstreamTLS(mode, allow, alpn),
 		TransportSocketConnectTimeout: durationpb.New(handshakeTimeout),
 		Filters: []*listenerv3.Filter{r.proxy(r.ingressLog, &tcpproxyv3.TcpProxy{
 			StatPrefix:       name,

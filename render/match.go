@@ -24,26 +24,27 @@ const (
 	alternatives = 64
 )
 
-// allowed is a list of clients, and the ports that let in those alone.
-type allowed struct {
-	chain string
-	names []string
-	ports []schema.Ports
+// lists are a list of clients and one of protocols, either of which may be nil, and the ports that have both.
+type lists struct {
+	chain       string
+	allow, alpn []string
+	ports       []schema.Ports
 }
 
-// lists returns the lists of clients of all entries, equal ones once.
-func (r *renderer) lists() []*allowed {
-	var all []*allowed
-	byNames := map[string]*allowed{}
+// lists returns what the entries of a listener's ports list, equal lists once. Those without a list of clients are in both
+// listeners, so that such a port can change its mode without a new Envoy.
+func (r *renderer) lists(mode schema.Mode) []*lists {
+	var all []*lists
+	byKey := map[string]*lists{}
 	for _, in := range r.mesh.Ingress {
-		if in.Allow == nil {
+		if in.Allow == nil && in.ALPN == nil || in.Allow != nil && mode != schema.ModeMTLS {
 			continue
 		}
-		key := strings.Join(in.Allow, "\x00") // which no name contains
-		list := byNames[key]
+		key := strings.Join(in.Allow, "\x00") + "\x00\x00" + strings.Join(in.ALPN, "\x00") // no name or protocol contains it, or is empty
+		list := byKey[key]
 		if list == nil {
-			list = &allowed{chain: fmt.Sprintf("%s-%d", ingressName(in.Mode), in.Ports.First), names: in.Allow}
-			byNames[key], all = list, append(all, list)
+			list = &lists{chain: fmt.Sprintf("%s-%d", ingressName(mode), in.Ports.First), allow: in.Allow, alpn: in.ALPN}
+			byKey[key], all = list, append(all, list)
 		}
 		if last := len(list.ports) - 1; last >= 0 && list.ports[last].Last+1 == in.Ports.First {
 			list.ports[last].Last = in.Ports.Last
@@ -54,17 +55,17 @@ func (r *renderer) lists() []*allowed {
 	return all
 }
 
-// allow adds, to a listener with the chain for ports without a list, a chain for each list of clients, and what sends the
-// ports to their chains. A connection whose port is not known is closed: no chain is for it.
-func (r *renderer) allow(l *listenerv3.Listener, mode schema.Mode) {
-	lists := r.lists()
+// listed adds, to a listener with the chain for ports without a list, a chain for each pair of lists, and what sends the ports
+// to their chains. A connection whose port is not known is closed: no chain is for it.
+func (r *renderer) listed(l *listenerv3.Listener, mode schema.Mode) {
+	lists := r.lists(mode)
 	if len(lists) == 0 {
 		return
 	}
 	single := map[string]*xdsmatcherv3.Matcher_OnMatch{}
 	var several []*xdsmatcherv3.Matcher_MatcherList_FieldMatcher
 	for _, list := range lists {
-		l.FilterChains = append(l.FilterChains, r.ingressChain(list.chain, mode, list.names))
+		l.FilterChains = append(l.FilterChains, r.ingressChain(list.chain, mode, list.allow, list.alpn))
 		to := r.chain(list.chain)
 		var ranges []schema.Ports
 		for _, p := range list.ports {

@@ -32,6 +32,7 @@ func drawMesh(t *rapid.T) schema.Mesh {
 		rapid.StringMatching(`[a-z]{1,6}://[A-Za-z0-9._~/?@!$&'()*+,;=%-]{1,12}`),
 	)
 	serverName := rapid.Custom(func(t *rapid.T) string { return strings.TrimPrefix(san.Draw(t, "SAN"), "*.") })
+	protocol := rapid.SampledFrom([]string{"h2", "http/1.1", "acme-tls/1", "x"})
 	// A list or none at all; nothing is in between.
 	list := func(of *rapid.Generator[string]) []string {
 		return rapid.OneOf(rapid.Just[[]string](nil), rapid.SliceOfNDistinct(of, 1, 4, rapid.ID)).Draw(t, "names")
@@ -57,6 +58,9 @@ func drawMesh(t *rapid.T) schema.Mesh {
 				in.Ports.Last = min(in.Ports.Last, max(in.Ports.First, in.Ports.First+2)) // a chain for each
 			}
 		}
+		if in.Mode != schema.ModePassthrough {
+			in.ALPN = list(protocol)
+		}
 		if !in.Ports.Contains(schema.IngressMTLSPort) && !in.Ports.Contains(schema.IngressTLSPort) {
 			mesh.Ingress = append(mesh.Ingress, in)
 		}
@@ -70,6 +74,7 @@ func drawMesh(t *rapid.T) schema.Mesh {
 				Port: rapid.Uint16Min(1).Draw(t, "port"),
 			},
 			ServerNames: list(serverName),
+			ALPN:        list(protocol),
 		})
 	}
 	file, err := json.Marshal(mesh)
@@ -177,8 +182,9 @@ func TestEveryPeerIsVerified(t *testing.T) {
 			t.Fatal(err)
 		}
 		resources := state.Bootstrap.StaticResources
-		serverNames := map[string][]string{}
+		serverNames, protocols := map[string][]string{}, map[string][]string{}
 		for _, e := range mesh.Egress {
+			protocols["egress-"+e.Listen.String()] = e.ALPN
 			serverNames["egress-"+e.Listen.String()] = e.ServerNames
 		}
 
@@ -186,29 +192,29 @@ func TestEveryPeerIsVerified(t *testing.T) {
 		if mutual.Name != "ingress-mtls" {
 			t.Fatalf("the first listener is %s", mutual.Name)
 		}
-		chains := map[string]*listenerv3.FilterChain{}
 		for _, chain := range mutual.FilterChains {
 			c := unpack[*tlsv3.DownstreamTlsContext](t, chain.TransportSocket)
 			if !c.RequireClientCertificate.GetValue() {
 				t.Errorf("%s demands no client certificate", chain.Name)
 			}
-			chains[chain.Name] = chain
 		}
 		for _, port := range edgesOf(mesh.Ingress) {
-			name := "ingress-mtls" // Envoy's own choice where nothing else can be chosen
-			if mutual.FilterChainMatcher != nil {
-				name = chosen(t, mutual.FilterChainMatcher, strconv.Itoa(int(port)))
-			} else if len(chains) != 1 {
-				t.Fatalf("nothing chooses among %d chains", len(chains))
-			}
-			chain := chains[name]
-			if chain == nil {
-				t.Fatalf("port %d has no chain: %q", port, name)
-			}
+			policy := schema.PolicyOf(mesh.Ingress, port)
+			chain := chainOf(t, mutual, port)
 			c := unpack[*tlsv3.DownstreamTlsContext](t, chain.TransportSocket)
-			trustsMeshAlone(t, chain.Name, c.CommonTlsContext, schema.PolicyOf(mesh.Ingress, port).Allow, func(m *tlsv3.SubjectAltNameMatcher) string {
+			trustsMeshAlone(t, chain.Name, c.CommonTlsContext, policy.Allow, func(m *tlsv3.SubjectAltNameMatcher) string {
 				return m.Matcher.GetSafeRegex().GetRegex()
 			}, regexp.QuoteMeta)
+			// A port without a list of clients may get to the other listener without a new Envoy.
+			for i, l := range resources.Listeners[:2] {
+				c := unpack[*tlsv3.DownstreamTlsContext](t, chainOf(t, l, port).TransportSocket).CommonTlsContext
+				if i == 1 && policy.Allow != nil {
+					continue
+				}
+				if !slices.Equal(c.AlpnProtocols, policy.ALPN) {
+					t.Errorf("%s agrees on %q at %d, want %q", l.Name, c.AlpnProtocols, port, policy.ALPN)
+				}
+			}
 		}
 		for _, l := range resources.Listeners[1:] {
 			for _, chain := range l.FilterChains {
@@ -239,11 +245,30 @@ func TestEveryPeerIsVerified(t *testing.T) {
 		}
 		for _, cluster := range clusters[1:] {
 			c := unpack[*tlsv3.UpstreamTlsContext](t, cluster.TransportSocket)
+			if !slices.Equal(c.CommonTlsContext.AlpnProtocols, protocols[cluster.Name]) {
+				t.Errorf("%s offers %q, want %q", cluster.Name, c.CommonTlsContext.AlpnProtocols, protocols[cluster.Name])
+			}
 			trustsMeshAlone(t, cluster.Name, c.CommonTlsContext, serverNames[cluster.Name], func(m *tlsv3.SubjectAltNameMatcher) string {
 				return m.Matcher.GetExact()
 			}, func(name string) string { return name })
 		}
 	})
+}
+
+// chainOf returns the chain of a listener that Envoy chooses for a port.
+func chainOf(t *rapid.T, l *listenerv3.Listener, port uint16) *listenerv3.FilterChain {
+	t.Helper()
+	name := l.Name // Envoy's own choice where nothing else can be chosen
+	if l.FilterChainMatcher != nil {
+		name = chosen(t, l.FilterChainMatcher, strconv.Itoa(int(port)))
+	} else if len(l.FilterChains) != 1 {
+		t.Fatalf("nothing chooses among %d chains", len(l.FilterChains))
+	}
+	i := slices.IndexFunc(l.FilterChains, func(c *listenerv3.FilterChain) bool { return c.Name == name })
+	if i < 0 {
+		t.Fatalf("port %d has no chain: %q", port, name)
+	}
+	return l.FilterChains[i]
 }
 
 // edgesOf returns the ports at both ends of each entry, and those beside them.

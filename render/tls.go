@@ -30,8 +30,8 @@ func SecretFile(secret string) string { return "sds-" + secret + ".json" }
 const sessionKeys = 64
 
 // downstreamTLS is what a listener speaks to clients. A list of allowed SANs is for ModeMTLS only.
-func (r *renderer) downstreamTLS(mode schema.Mode, allow []string) *corev3.TransportSocket {
-	c := &tlsv3.DownstreamTlsContext{CommonTlsContext: r.common()}
+func (r *renderer) downstreamTLS(mode schema.Mode, allow, alpn []string) *corev3.TransportSocket {
+	c := &tlsv3.DownstreamTlsContext{CommonTlsContext: r.common(alpn)}
 	if mode == schema.ModeMTLS {
 		c.RequireClientCertificate = wrapperspb.Bool(true)
 		r.trust(c.CommonTlsContext, r.sanMatchers(allow, wholeString))
@@ -42,7 +42,7 @@ func (r *renderer) downstreamTLS(mode schema.Mode, allow []string) *corev3.Trans
 
 func (r *renderer) upstreamTLS(e schema.Egress) *corev3.TransportSocket {
 	c := &tlsv3.UpstreamTlsContext{
-		CommonTlsContext: r.common(),
+		CommonTlsContext: r.common(e.ALPN),
 		Sni:              strings.TrimSuffix(e.SNI(), "."), // RFC 6066, section 3: without the dot of an absolute name
 		MaxSessionKeys:   wrapperspb.UInt32(sessionKeys),
 	}
@@ -114,8 +114,11 @@ func exact(name string) *matcherv3.StringMatcher {
 	return &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_Exact{Exact: name}}
 }
 
-func (r *renderer) common() *tlsv3.CommonTlsContext {
+// common is what both sides speak. Of its protocols Envoy's server takes the first that the client offers, and it goes on without
+// one where the client offers none of them.
+func (r *renderer) common(alpn []string) *tlsv3.CommonTlsContext {
 	return &tlsv3.CommonTlsContext{
+		AlpnProtocols:                  alpn,
 		TlsParams:                      r.parameters,
 		TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{r.identity},
 	}

@@ -24,7 +24,7 @@ func TestLastLook(t *testing.T) {
 		"a context that is not the mesh CA's": func(c *tlsv3.DownstreamTlsContext) { c.CommonTlsContext.ValidationContextType = withoutAnchor },
 	} {
 		r := newRenderer(schema.Mesh{}, Place{})
-		socket := r.downstreamTLS(schema.ModeMTLS, nil)
+		socket := r.downstreamTLS(schema.ModeMTLS, nil, nil)
 		if r.err != nil {
 			t.Fatal(r.err)
 		}

@@ -24,12 +24,14 @@ func (m Mesh) MarshalJSON() ([]byte, error) {
 	for _, in := range m.Ingress {
 		f.Ingress = append(f.Ingress, ingressForm{
 			Port: portsText(in.Ports.String()), Name: nameText(in.Name), Mode: in.Mode, Allow: texts[sanText](in.Allow),
+			ALPN: texts[alpnText](in.ALPN),
 		})
 	}
 	for _, e := range m.Egress {
 		f.Egress = append(f.Egress, egressForm{
 			Listen: listenText(e.Listen.String()), Name: nameText(e.Name),
 			Upstream: upstreamText(e.Upstream.String()), ServerNames: texts[serverNameText](e.ServerNames),
+			ALPN: texts[alpnText](e.ALPN),
 		})
 	}
 	for _, p := range m.Probes {

@@ -41,7 +41,7 @@ func (c Config) Explain() []Explained {
 
 func (e *entry) explain(key, path string) []Explained {
 	var all []Explained
-	for _, field := range []string{"name", "mode", "allow", "upstream", "serverNames", "http", "tcp", "grpc"} {
+	for _, field := range []string{"name", "mode", "allow", "upstream", "serverNames", "alpn", "http", "tcp", "grpc"} {
 		if s := e.fields[field]; s != nil && field != key {
 			all = append(all, s.explain(path+field))
 		}

@@ -18,6 +18,7 @@ type ingressForm struct {
 	Name   nameText   `json:"name,omitempty" jsonschema_description:"Informational."`
 	Mode   Mode       `json:"mode,omitempty" jsonschema:"default=mtls" jsonschema_description:"mtls: TLS, and a client certificate of the mesh is required. tls: TLS without client certificates. passthrough: not redirected to mantlet at all."`
 	Allow  []sanText  `json:"allow,omitempty" jsonschema:"minItems=1" jsonschema_description:"mtls only: the SANs of the clients that are admitted, DNS names or URIs, compared as whole strings. Without a list, every client with a certificate of the mesh CA is admitted."`
+	ALPN   []alpnText `json:"alpn,omitempty" jsonschema:"minItems=1,maxItems=16" jsonschema_description:"mtls and tls only: the protocols that TLS may agree on with the client (RFC 7301), the preferred first, for example h2 and http/1.1. The workload has to speak each of them in plaintext. Without a list, none is agreed on, and gRPC clients refuse the server."`
 	Remove removeText `json:"remove,omitempty" jsonschema_description:"Removes the entry of an earlier source; the port then requires mutual TLS."`
 }
 
@@ -26,6 +27,7 @@ type egressForm struct {
 	Name        nameText         `json:"name,omitempty" jsonschema_description:"Informational."`
 	Upstream    upstreamText     `json:"upstream,omitempty" jsonschema_description:"A host name or an IP address, and a port. A new entry must have it."`
 	ServerNames []serverNameText `json:"serverNames,omitempty" jsonschema:"minItems=1" jsonschema_description:"SANs, one of which the endpoint's certificate must have; the first DNS name is sent as SNI. Without a list, every workload of the mesh is accepted."`
+	ALPN        []alpnText       `json:"alpn,omitempty" jsonschema:"minItems=1,maxItems=16" jsonschema_description:"The protocols that the endpoint is offered by TLS (RFC 7301), the preferred first. The workload speaks the one that it speaks, whatever the endpoint chooses: name that one alone, as a rule. Without a list, none is offered."`
 	Remove      removeText       `json:"remove,omitempty" jsonschema_description:"Removes the entry of an earlier source."`
 }
 

@@ -24,7 +24,9 @@ func JSONSchema() ([]byte, error) {
 func (ingressForm) JSONSchemaExtend(s *jsonschema.Schema) {
 	mtls := jsonschema.NewProperties()
 	mtls.Set("mode", &jsonschema.Schema{Const: ModeMTLS})
-	s.DependentSchemas = map[string]*jsonschema.Schema{"allow": {Properties: mtls}, "remove": onlyKey()}
+	noPassthrough := jsonschema.NewProperties()
+	noPassthrough.Set("mode", &jsonschema.Schema{Not: &jsonschema.Schema{Const: ModePassthrough}})
+	s.DependentSchemas = map[string]*jsonschema.Schema{"allow": {Properties: mtls}, "alpn": {Properties: noPassthrough}, "remove": onlyKey()}
 }
 
 // JSONSchemaExtend says what depends on other fields.

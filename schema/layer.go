@@ -11,7 +11,7 @@ import (
 	"github.com/knadh/koanf/v2"
 )
 
-// setting is one value of one source, or for allow and serverNames a list of them.
+// setting is one value of one source, or for allow, serverNames and alpn a list of them.
 type setting struct {
 	text     string
 	list     []string // canonical; nil where the value is one text
@@ -21,7 +21,7 @@ type setting struct {
 
 func (s *setting) value() string {
 	if s.list != nil {
-		return "[" + strings.Join(s.list, ", ") + "]"
+		return listed(s.list)
 	}
 	return s.text
 }
@@ -188,7 +188,7 @@ func (all entries) add(list string, e *entry, report *report) {
 
 // means reports whether both mean the same, as far as they are right. Names do not count.
 func (e *entry) means(other *entry) bool {
-	for _, field := range []string{"mode", "upstream", "http", "tcp", "grpc", "remove", "allow", "serverNames"} {
+	for _, field := range []string{"mode", "upstream", "http", "tcp", "grpc", "remove", "allow", "serverNames", "alpn"} {
 		same := e.text(field) == other.text(field) && slices.Equal(e.list(field), other.list(field))
 		if !same && !e.bad[field] && !other.bad[field] {
 			return false

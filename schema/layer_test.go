@@ -145,6 +145,18 @@ probes[web].grpc = 9000/a.B (/config.yaml:1:28) < http: 8080/healthz (INLINE:1:2
 			file:   "probes: [{name: web, tcp: 80}]\n",
 			want:   "probes[web].tcp = 80 (/config.yaml:1:27) < removed (INLINE:1:30)\n",
 		},
+		"alpn, as a whole": {
+			environ: []string{ingress + "a#80#false", egress + "a#127.0.0.1:1#x:1"},
+			inline:  "ingress: [{port: 80, alpn: [h2, http/1.1, h2]}]\negress: [{listen: '127.0.0.1:1', alpn: [h2]}]\n",
+			file:    "ingress: [{port: 80, mode: mtls, alpn: [http/1.1]}]\n",
+			want: `ingress[80].name = a (IN entry 1)
+ingress[80].mode = mtls (/config.yaml:1:28) < tls (IN entry 1)
+ingress[80].alpn = [http/1.1] (/config.yaml:1:41) < [h2, http/1.1] (INLINE:1:29)
+egress[127.0.0.1:1].name = a (OUT entry 1)
+egress[127.0.0.1:1].upstream = x:1 (OUT entry 1)
+egress[127.0.0.1:1].alpn = [h2] (INLINE:2:41)
+`,
+		},
 		"times of several sources": {
 			environ: []string{"MANTLET_ENVOY_DRAIN_TIME=20m", "MANTLET_CONFIG_INLINE=envoy: {parentShutdownTime: 1h}"},
 			file:    "envoy: {drainTime: 59m}\n",
@@ -186,12 +198,12 @@ envoy.parentShutdownTime = 1h (INLINE:1:29) < 10m (default)
 // TestMergedMesh checks values, beside TestMerge's provenance.
 func TestMergedMesh(t *testing.T) {
 	config, err := environment(t, ingress+"a#80#true##b#81#true").Merge([]byte(
-		"ingress: [{port: 80, mode: mtls, allow: [b, a, b]}, {port: 82-83}]\negress: [{listen: '127.0.0.1:1', upstream: x:1, serverNames: [b, a, b]}]\n"))
+		"ingress: [{port: 80, mode: mtls, allow: [b, a, b], alpn: [h2, a, h2]}, {port: 82-83}]\negress: [{listen: '127.0.0.1:1', upstream: x:1, serverNames: [b, a, b]}]\n"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := []schema.Ingress{
-		{Name: "a", Ports: schema.Ports{First: 80, Last: 80}, Mode: schema.ModeMTLS, Allow: []string{"a", "b"}}, // sorted
+		{Name: "a", Ports: schema.Ports{First: 80, Last: 80}, Mode: schema.ModeMTLS, Allow: []string{"a", "b"}, ALPN: []string{"h2", "a"}}, // sorted; in order
 		{Name: "b", Ports: schema.Ports{First: 81, Last: 81}, Mode: schema.ModePassthrough},
 		{Ports: schema.Ports{First: 82, Last: 83}, Mode: schema.ModeMTLS},
 	}
@@ -265,6 +277,15 @@ func TestMergeProblems(t *testing.T) {
 			[]string{egress + "a#127.0.0.1:1#x:1"},
 			"egress: [{listen: '127.0.0.1:1', upstream: '127.0.0.1:1'}]\n",
 			[]string{`1:44: egress[127.0.0.1:1].upstream: "127.0.0.1:1": is the entry's own listen address: connections would loop back to mantlet`},
+		},
+		"alpn, of a mode that comes from elsewhere": {
+			[]string{ingress + "a#80#true"},
+			"ingress: [{port: 80, alpn: [h2]}]\n",
+			[]string{`1:29: ingress[80].alpn: "[h2]": requires mode mtls or tls, but the mode is passthrough (EDG_INGRESS_PROXY_CONFIG entry 1), where mantlet speaks no TLS`},
+		},
+		"alpn that differs": {
+			nil, "ingress: [{port: 80, alpn: [h2]}, {port: 80, alpn: [a]}]\n",
+			[]string{"1:35: ingress[80]: differs from the entry at /config.yaml:1:11; keep only one of them"},
 		},
 		"times": {
 			[]string{"MANTLET_ENVOY_DRAIN_TIME=20m", "MANTLET_ENVOY_PARENT_SHUTDOWN_TIME=1h"},

@@ -3,6 +3,7 @@ package schema
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/netip"
 	"net/url"
 	"regexp"
@@ -322,6 +323,44 @@ func (serverNameText) parse(text string) (string, string) {
 
 func (serverNameText) JSONSchema() *jsonschema.Schema {
 	return &jsonschema.Schema{Type: "string", Pattern: "^(" + hostPattern + "|" + uriPattern + ")$", Not: address()}
+}
+
+// alpnText is a protocol's identifier in ALPN (RFC 7301): any bytes, of which those that IANA has registered are printable.
+type alpnText string
+
+// misnamedALPN has what people call protocols whose identifiers are others.
+var misnamedALPN = map[string]string{
+	"http2": "h2", "http/2": "h2", "http/2.0": "h2", "h2c": "h2", "grpc": "h2", "http": "http/1.1", "http1": "http/1.1", "http1.1": "http/1.1", "http/1": "http/1.1", "h1": "http/1.1",
+}
+
+func (alpnText) scalar() yamlType { return yamlString }
+
+func (alpnText) parse(text string) (string, string) {
+	const right = "must be a protocol identifier of ALPN, for example h2 or http/1.1"
+	if !alpn.MatchString(text) {
+		return "", right
+	}
+	lower := strings.ToLower(text)
+	if id := misnamedALPN[lower]; id != "" {
+		return "", right + "; did you mean " + id + "?"
+	}
+	if lower != text && (lower == "h2" || lower == "http/1.1") {
+		return "", right + "; did you mean " + lower + "?"
+	}
+	return text, ""
+}
+
+// alpn matches an identifier that fits into its one byte of length. Envoy splits lists of them at commas.
+var alpn = regexp.MustCompile("^" + alpnPattern + "$")
+
+const alpnPattern = `[!-+\--~]{1,255}`
+
+// maxALPN keeps a list far below the 65,535 bytes that it may take in TLS.
+const maxALPN = 16
+
+func (alpnText) JSONSchema() *jsonschema.Schema {
+	s := enum(slices.Sorted(maps.Keys(misnamedALPN)))
+	return &jsonschema.Schema{Type: "string", Pattern: "^" + alpnPattern + "$", Not: &jsonschema.Schema{Enum: s.Enum}}
 }
 
 // probeName names a probe in a URL.

@@ -7,11 +7,11 @@ import (
 )
 
 // What a configuration may cost, so that a small file can't take a node's memory. Measured with Envoy 1.40: an egress entry
-// takes 115 KiB and 2.5 ms of a processor to start with, a list of clients 40 KiB and 1.4 ms, a name 6 KiB. A hot restart takes
-// it twice.
+// takes 115 KiB and 2.5 ms of a processor to start with, a list of clients or protocols 40 KiB and 1.4 ms, a name 6 KiB. A hot
+// restart takes it twice.
 const (
 	maxEgress = 10_000
-	maxLists  = 4_000  // of clients, equal ones counted once
+	maxLists  = 4_000  // of clients and of protocols, equal ones counted once
 	maxNames  = 20_000 // of clients and endpoints, those of equal lists of clients counted once
 )
 
@@ -19,6 +19,7 @@ const (
 type price struct {
 	setting              *setting
 	path                 string
+	key                  string // of lists: equal ones cost once
 	egress, lists, names int
 }
 
@@ -27,8 +28,14 @@ type price struct {
 func (c *Config) limits(r *report) {
 	var prices []price
 	for key, e := range c.merged.entries("ingress") {
-		if s := e.fields["allow"]; s != nil && !e.removed() {
-			prices = append(prices, price{setting: s, path: "ingress[" + key + "].allow", names: len(s.list)})
+		if e.removed() {
+			continue
+		}
+		lists := "+" + strings.Join(sorted(e.list("allow")), "\x00") + "\x00\x00" + strings.Join(e.list("alpn"), "\x00")
+		if s := e.fields["allow"]; s != nil {
+			prices = append(prices, price{setting: s, path: "ingress[" + key + "].allow", key: lists, lists: 1, names: len(s.list)})
+		} else if s := e.fields["alpn"]; s != nil { // of which both listeners have it
+			prices = append(prices, price{setting: s, path: "ingress[" + key + "].alpn", key: lists, lists: 2})
 		}
 	}
 	for key, e := range c.merged.entries("egress") {
@@ -40,11 +47,11 @@ func (c *Config) limits(r *report) {
 		}
 		prices = append(prices, price{setting: &setting{origin: e.origin}, path: "egress[" + key + "]", egress: 1})
 	}
-	names := 0
+	names, lists := 0, 0
 	for _, p := range prices {
-		names += p.names
+		names, lists = names+p.names, lists+p.lists
 	}
-	if len(prices) <= maxLists && names <= maxNames { // as a rule: that is enough to know
+	if lists <= maxLists && len(prices) <= maxEgress && names <= maxNames { // as a rule: that is enough to know
 		return
 	}
 	seen := map[string]bool{}
@@ -57,13 +64,11 @@ func (c *Config) limits(r *report) {
 	var sum price
 	for _, p := range prices {
 		before := sum
-		if list := strings.Join(sorted(p.setting.list), "\x00"); strings.HasPrefix(p.path, "ingress") {
-			if seen[list] {
-				continue
-			}
-			seen[list] = true
-			sum.lists++
+		if seen[p.key] {
+			continue
 		}
+		seen[p.key] = p.key != ""
+		sum.lists += p.lists
 		sum.egress += p.egress
 		sum.names += p.names
 		for _, limit := range []struct {
@@ -71,7 +76,7 @@ func (c *Config) limits(r *report) {
 			what              string
 		}{
 			{before.egress, sum.egress, maxEgress, "egress entries"},
-			{before.lists, sum.lists, maxLists, "different lists of clients (allow)"},
+			{before.lists, sum.lists, maxLists, "different lists of clients and protocols (allow, alpn)"},
 			{before.names, sum.names, maxNames, "names in lists (allow, serverNames)"},
 		} {
 			if limit.before <= limit.most && limit.now > limit.most {

@@ -184,12 +184,17 @@ func (c *Config) ingress(r *report) []Ingress {
 		if e.removed() {
 			continue
 		}
-		in := Ingress{Name: e.text("name"), Ports: ports(e.key), Mode: Mode(e.text("mode")), Allow: sorted(e.list("allow"))}
+		in := Ingress{Name: e.text("name"), Ports: ports(e.key), Mode: Mode(e.text("mode")), Allow: sorted(e.list("allow")), ALPN: e.list("alpn")}
 		if in.Mode == "" {
 			in.Mode = ModeMTLS
 		}
 		if in.Allow != nil && !e.unknown && !e.bad["mode"] {
 			in.checkAllow(e, r)
+		}
+		if in.ALPN != nil && in.Mode == ModePassthrough && !e.unknown && !e.bad["mode"] {
+			s := e.fields["alpn"]
+			r.add(s.origin, "ingress["+e.key+"].alpn", s.value(), fmt.Sprintf(
+				"requires mode mtls or tls, but the mode is passthrough (%s), where mantlet speaks no TLS", e.fields["mode"].origin))
 		}
 		list = append(list, in)
 	}
@@ -240,6 +245,7 @@ func (c *Config) egress(r *report) []Egress {
 			Name:        e.text("name"),
 			Listen:      netip.MustParseAddrPort(e.key),
 			ServerNames: e.list("serverNames"),
+			ALPN:        e.list("alpn"),
 		}
 		switch text := e.text("upstream"); {
 		case text == "" && e.mayMean("upstream"):

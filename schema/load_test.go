@@ -210,8 +210,8 @@ func TestOverridesNone(t *testing.T) {
 // TestMeshJSON checks that a mesh, written in the form of the override file, makes itself again.
 func TestMeshJSON(t *testing.T) {
 	config, err := environment(t, ingress+"web \"#8080#false##🦀#7890#true", egress+"a#127.0.0.1:80#[2001:db8::7]:1").Merge([]byte(`
-ingress: [{port: 1-9, allow: [b, a]}]
-egress: [{listen: "[::1]:80", upstream: b:1, serverNames: [z, "spiffe://mesh/a"]}]
+ingress: [{port: 1-9, allow: [b, a], alpn: [h2, http/1.1]}]
+egress: [{listen: "[::1]:80", upstream: b:1, serverNames: [z, "spiffe://mesh/a"], alpn: [h2]}]
 envoy: {drainTime: 61s, parentShutdownTime: 90m, concurrency: 7, logLevel: "off"}
 tls: {minVersion: "1.3"}
 otherProtocols: accept

@@ -36,6 +36,8 @@ type Ingress struct {
 	// Allow holds the SANs of the clients that are let in, DNS names and URIs compared as whole strings; nil is anyone whom
 	// the mesh CA signed. ModeMTLS only. Sorted.
 	Allow []string
+	// ALPN holds the protocols that TLS may agree on, the preferred first; nil is none. Not for ModePassthrough.
+	ALPN []string
 }
 
 // Ports is an inclusive range; First equals Last for a single port.
@@ -65,6 +67,8 @@ type Egress struct {
 	Upstream Upstream
 	// ServerNames holds the SANs of which the endpoint's certificate must have one; nil is any workload of the mesh.
 	ServerNames []string
+	// ALPN holds the protocols that the endpoint is offered, the preferred first; nil is none.
+	ALPN []string
 }
 
 // SNI returns what the endpoint is told whom it shall be: the first server name that is a DNS name, else the host name

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 )
 
 // With MANTLET_OVERRIDES=tighten the override file may make the mesh stricter and nothing else. What is stricter:
@@ -17,7 +18,8 @@ import (
 //	names            say nothing and may change
 //
 // All else must stay as it is: other fields, and the egress entries there are with their upstreams. A new egress entry
-// could take an address that the pod's own server means to use.
+// could take an address that the pod's own server means to use. alpn decides which protocol clients and workload take each
+// other's bytes for, so another list, longer or shorter, is not stricter; an ingress entry that is removed takes its own along.
 
 // tighten reports where config is not at least as strict as the environment alone, as far as both are right.
 func (e *Environment) tighten(config Config, r *report) {
@@ -39,8 +41,9 @@ func (e *Environment) tighten(config Config, r *report) {
 type Policy struct {
 	Mode  Mode
 	Allow []string
+	ALPN  []string
 
-	entry Ingress // the zero value where there is none
+	entry Ports // of the entry; the zero value where there is none
 }
 
 // looseness orders the modes.
@@ -74,39 +77,52 @@ func isPart(list, whole []string) bool {
 func PolicyOf(list []Ingress, port uint16) Policy {
 	i, _ := slices.BinarySearchFunc(list, port, func(in Ingress, port uint16) int { return cmp.Compare(in.Ports.Last, port) })
 	if i < len(list) && list[i].Ports.Contains(port) {
-		return Policy{list[i].Mode, list[i].Allow, list[i]}
+		return list[i].policy()
 	}
 	return Policy{Mode: ModeMTLS}
 }
+
+func (in Ingress) policy() Policy { return Policy{in.Mode, in.Allow, in.ALPN, in.Ports} }
 
 // tightenIngress compares the policies at each port where one of the two could change. Of entries that overlap others it
 // compares the first port.
 func (e *Environment) tightenIngress(config Config, r *report) {
 	base := e.partial
-	reported := map[Ports]bool{}
-	compare := func(port uint16, was, is Policy) {
-		at := cmp.Or(is.entry.Ports, was.entry.Ports)
-		old := base.merged.entries("ingress")[was.entry.Ports.String()]
-		isKnown := old == nil && !e.incomplete["ingress"] || old != nil && !old.bad["mode"] && !old.bad["allow"]
-		if is.Within(was) || reported[at] || !isKnown {
-			return
+	reported := map[string]bool{}
+	refuse := func(at Ports, format string, args ...any) {
+		key := at.String()
+		if kind := key + format; !reported[kind] {
+			reported[kind] = true
+			reason := fmt.Sprintf(overridesVariable+"=tighten does not let the file "+format, args...)
+			r.add(config.merged.entries("ingress")[key].origin, "ingress["+key+"]", "", reason)
 		}
-		reported[at] = true
-		entry := config.merged.entries("ingress")[at.String()]
-		r.add(entry.origin, "ingress["+at.String()+"]", "", fmt.Sprintf(
-			"%s=tighten does not let the file open port %d further: it is %s, and would be %s", overridesVariable, port, was, is))
+	}
+	compare := func(port uint16, was, is Policy) {
+		at := cmp.Or(is.entry, was.entry)
+		old := base.merged.entries("ingress")[was.entry.String()]
+		isKnown := old == nil && !e.incomplete["ingress"] || old != nil && !old.bad["mode"] && !old.bad["allow"]
+		if isKnown && !is.Within(was) {
+			refuse(at, "open port %d further: it is %s, and would be %s", port, was, is)
+		}
+		isRemoved := is.entry == (Ports{})
+		if isKnown && !isRemoved && was.Mode != ModePassthrough && !slices.Equal(is.ALPN, was.ALPN) && !(old != nil && old.bad["alpn"]) {
+			refuse(at, "change alpn of port %d: it is %s, and would be %s", port, listed(was.ALPN), listed(is.ALPN))
+		}
 	}
 	for _, part := range Parts(base.Mesh.Ingress, config.Mesh.Ingress) {
 		compare(part.First, PolicyOf(base.Mesh.Ingress, part.First), PolicyOf(config.Mesh.Ingress, part.First))
 	}
 	for _, in := range config.overlapping {
-		compare(in.Ports.First, PolicyOf(base.Mesh.Ingress, in.Ports.First), Policy{in.Mode, in.Allow, in})
+		compare(in.Ports.First, PolicyOf(base.Mesh.Ingress, in.Ports.First), in.policy())
 	}
 }
 
+// listed writes a list as the override file does.
+func listed(list []string) string { return "[" + strings.Join(list, ", ") + "]" }
+
 func (p Policy) String() string {
 	if p.Allow != nil {
-		return fmt.Sprintf("%s for %v", p.Mode, p.Allow)
+		return fmt.Sprintf("%s for %s", p.Mode, listed(p.Allow))
 	}
 	return string(p.Mode)
 }
@@ -161,7 +177,10 @@ func (e *Environment) tightenEgress(config Config, r *report) {
 		case entry.Upstream != was.Upstream && !bad["upstream"]:
 			refuse(key, fmt.Sprintf("change the upstream: it is %s, and would be %s", was.Upstream, entry.Upstream))
 		case !isPart(entry.ServerNames, was.ServerNames) && !bad["serverNames"]:
-			refuse(key, fmt.Sprintf("add server names: they are %v, and would be %v", was.ServerNames, entry.ServerNames))
+			refuse(key, fmt.Sprintf("add server names: they are %s, and would be %s", listed(was.ServerNames), listed(entry.ServerNames)))
+		}
+		if ok && !slices.Equal(entry.ALPN, was.ALPN) && !bad["alpn"] {
+			refuse(key, fmt.Sprintf("change alpn: it is %s, and would be %s", listed(was.ALPN), listed(entry.ALPN)))
 		}
 	}
 	for key := range is {

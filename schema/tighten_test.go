@@ -56,7 +56,7 @@ func TestTighten(t *testing.T) {
 		"a list for a tls port":   {inline: "ingress: [{port: 80, mode: tls}]", file: "ingress: [{port: 80, mode: mtls, allow: [x]}]"},
 		"a shorter list":          {inline: "ingress: [{port: 80, allow: [x, y]}]", file: "ingress: [{port: 80, allow: [y]}]"},
 		"the same list":           {inline: "ingress: [{port: 80, allow: [x, y]}]", file: "ingress: [{port: 80, allow: [y, x, y]}]"},
-		"a longer list":           {inline: "ingress: [{port: 80, allow: [x]}]", file: "ingress: [{port: 80, allow: [x, y]}]", want: []string{"1:11: ingress[80]: " + refused + "open port 80 further: it is mtls for [x], and would be mtls for [x y]"}},
+		"a longer list":           {inline: "ingress: [{port: 80, allow: [x]}]", file: "ingress: [{port: 80, allow: [x, y]}]", want: []string{"1:11: ingress[80]: " + refused + "open port 80 further: it is mtls for [x], and would be mtls for [x, y]"}},
 		"another list":            {inline: "ingress: [{port: 80, allow: [x]}]", file: "ingress: [{port: 80, allow: [y]}]", want: []string{"1:11: ingress[80]: " + refused + "open port 80 further: it is mtls for [x], and would be mtls for [y]"}},
 		"a part by a wildcard":    {inline: "ingress: [{port: 80, allow: ['*.x']}]", file: "ingress: [{port: 80, allow: [a.x]}]", want: []string{"1:11: ingress[80]: " + refused + "open port 80 further: it is mtls for [*.x], and would be mtls for [a.x]"}}, // names are whole
 		"a list, removed":         {inline: "ingress: [{port: 80, allow: [x]}]", file: "ingress: [{port: 80, remove: true}]", want: []string{"1:11: ingress[80]: " + refused + "open port 80 further: it is mtls for [x], and would be mtls"}},
@@ -67,11 +67,26 @@ func TestTighten(t *testing.T) {
 			"1:71: ingress[81]: " + refused + "open port 81 further: it is mtls for [x], and would be tls",
 		}},
 
+		// alpn stays, where mantlet speaks TLS already.
+		"alpn stays":             {inline: "ingress: [{port: 80, mode: tls, alpn: [h2, a]}]", file: "ingress: [{port: 80, mode: mtls, alpn: [h2, a]}]"},
+		"alpn, not named":        {inline: "ingress: [{port: 80, mode: tls, alpn: [h2]}]", file: "ingress: [{port: 80, mode: mtls}]"},
+		"alpn, removed":          {inline: "ingress: [{port: 80, mode: tls, alpn: [h2]}]", file: "ingress: [{port: 80, remove: true}]"},
+		"alpn of what was plain": {environ: []string{ingress + "a#80#true"}, file: "ingress: [{port: 80, mode: mtls, alpn: [h2]}]"},
+		"alpn, new":              {environ: []string{ingress + "a#80#false"}, file: "ingress: [{port: 80, alpn: [h2]}]", want: []string{"1:11: ingress[80]: " + refused + "change alpn of port 80: it is [], and would be [h2]"}},
+		"alpn of nothing":        {file: "ingress: [{port: 80-81, alpn: [h2]}]", want: []string{"1:11: ingress[80-81]: " + refused + "change alpn of port 80: it is [], and would be [h2]"}},
+		"alpn, shorter":          {inline: "ingress: [{port: 80, alpn: [h2, a]}]", file: "ingress: [{port: 80, alpn: [a]}]", want: []string{"1:11: ingress[80]: " + refused + "change alpn of port 80: it is [h2, a], and would be [a]"}},
+		"alpn, in another order": {inline: "ingress: [{port: 80, alpn: [h2, a]}]", file: "ingress: [{port: 80, alpn: [a, h2]}]", want: []string{"1:11: ingress[80]: " + refused + "change alpn of port 80: it is [h2, a], and would be [a, h2]"}},
+		"alpn, and a looser mode": {inline: "ingress: [{port: 80, alpn: [h2]}]", file: "ingress: [{port: 80, mode: tls, alpn: [a]}]", want: []string{
+			"1:11: ingress[80]: " + refused + "open port 80 further: it is mtls, and would be tls", "1:11: ingress[80]: " + refused + "change alpn of port 80: it is [h2], and would be [a]",
+		}},
+		"alpn of egress":        {inline: "egress: [{listen: '127.0.0.1:1', upstream: x:1, alpn: [h2]}]", file: "egress: [{listen: '127.0.0.1:1', alpn: [h2, a]}]", want: []string{"1:10: egress[127.0.0.1:1]: " + refused + "change alpn: it is [h2], and would be [h2, a]"}},
+		"alpn of egress, stays": {inline: "egress: [{listen: '127.0.0.1:1', upstream: x:1, alpn: [h2]}]", file: "egress: [{listen: '127.0.0.1:1', alpn: [h2]}]"},
+
 		// egress: names only, and fewer of them.
 		"new server names":      {environ: []string{egress + "a#127.0.0.1:1#x:1"}, file: "egress: [{listen: '127.0.0.1:1', name: b, serverNames: [y]}]"},
 		"fewer server names":    {inline: "egress: [{listen: '127.0.0.1:1', upstream: x:1, serverNames: [y, z]}]", file: "egress: [{listen: '127.0.0.1:1', serverNames: [z]}]"},
 		"server names, ordered": {inline: "egress: [{listen: '127.0.0.1:1', upstream: x:1, serverNames: [y, z]}]", file: "egress: [{listen: '127.0.0.1:1', serverNames: [z, y]}]"},
-		"more server names":     {inline: "egress: [{listen: '127.0.0.1:1', upstream: x:1, serverNames: [y]}]", file: "egress: [{listen: '127.0.0.1:1', serverNames: [y, z]}]", want: []string{"1:10: egress[127.0.0.1:1]: " + refused + "add server names: they are [y], and would be [y z]"}},
+		"more server names":     {inline: "egress: [{listen: '127.0.0.1:1', upstream: x:1, serverNames: [y]}]", file: "egress: [{listen: '127.0.0.1:1', serverNames: [y, z]}]", want: []string{"1:10: egress[127.0.0.1:1]: " + refused + "add server names: they are [y], and would be [y, z]"}},
 		"the same upstream":     {environ: []string{egress + "a#127.0.0.1:1#x:1"}, file: "egress: [{listen: '127.0.0.1:1', upstream: x:1}]"},
 		"another upstream":      {environ: []string{egress + "a#127.0.0.1:1#x:1"}, file: "egress: [{listen: '127.0.0.1:1', upstream: x:2}]", want: []string{"1:10: egress[127.0.0.1:1]: " + refused + "change the upstream: it is x:1, and would be x:2"}},
 		"an entry removed":      {environ: []string{egress + "a#127.0.0.1:1#x:1"}, file: "egress: [{listen: '127.0.0.1:1', remove: true}]", want: []string{"1:10: egress[127.0.0.1:1]: " + refused + "remove an entry"}},

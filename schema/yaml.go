@@ -340,10 +340,19 @@ func (r *reader) list(node *yaml.Node, item formField, path string) any {
 	return objects
 }
 
-// texts reads allow and serverNames. It returns nil where one of them is wrong.
+// texts reads allow, serverNames and alpn. It returns nil where one of them is wrong.
 func (r *reader) texts(node *yaml.Node, kind leaf, path string) *setting {
+	_, isALPN := kind.(alpnText)
+	if isALPN && len(node.Content) > maxALPN {
+		r.add(node, path, fmt.Sprintf("can have at most %d protocols", maxALPN))
+		return nil
+	}
 	if len(node.Content) == 0 {
-		r.add(node, path, "is an empty list, which could mean nobody or anybody; list at least one name or remove the key")
+		reason := "is an empty list, which could mean nobody or anybody; list at least one name or remove the key"
+		if isALPN {
+			reason = "is an empty list; list at least one protocol or remove the key"
+		}
+		r.add(node, path, reason)
 		return nil
 	}
 	all, good := &setting{list: []string{}, origin: r.origin(node.Content[0])}, true

@@ -134,8 +134,8 @@ func TestMeshGivenBack(t *testing.T) {
 // TestCompareKnowsEveryField changes each field of a mesh: no change of what a mesh does may be silent.
 func TestCompareKnowsEveryField(t *testing.T) {
 	const file = `
-ingress: [{port: 8080-8089, allow: [a]}, {port: 9000-9009, allow: [a, b]}]
-egress: [{listen: "127.0.0.1:1", upstream: "a:1", serverNames: [a, b]}]
+ingress: [{port: 8080-8089, allow: [a], alpn: [h2]}, {port: 9000-9009, allow: [a, b], alpn: [h2, http/1.1]}]
+egress: [{listen: "127.0.0.1:1", upstream: "a:1", serverNames: [a, b], alpn: [h2, a]}]
 probes: [{name: a, http: 80/b}, {name: b, grpc: 1/c}]
 `
 	env, err := schema.ParseEnvironment(nil)
