@@ -395,7 +395,7 @@ func tryOverrides(env *schema.Environment, err error) []finding {
 	case !env.ReadsFile():
 		return []finding{tried(need, "none is read", nil, "")}
 	case err == nil:
-		return []finding{tried(need, path, nil, "")}
+		return []finding{wanted(need, path, tryFollows(path), "mount the whole volume at a directory, without subPath")}
 	case schema.IsMissing(err):
 		return []finding{tried(need, "", err, "mount it; at its first start mantlet waits for it")}
 	}
@@ -408,6 +408,19 @@ func tryOverrides(env *schema.Environment, err error) []finding {
 
 func triedOverrides(problem schema.Problem) finding {
 	return tried("override file", "", problem, "mantlet schema describes the file")
+}
+
+// tryFollows returns an error if a file is a mount of its own, as one is that a manifest mounts with subPath. An update of the
+// volume replaces the file, and a mount stays with the one that it was made of. Kernels before 5.8 do not tell (statx(2)).
+func tryFollows(path string) error {
+	var about unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, path, 0, 0, &about); err != nil {
+		return fmt.Errorf("reading the attributes of %s: %w", path, err)
+	}
+	if about.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0 {
+		return fmt.Errorf("%s is a mount of its own (subPath): an edit of the ConfigMap never reaches it", path)
+	}
+	return nil
 }
 
 // lookupLimit is more than a lookup takes where servers do not answer.

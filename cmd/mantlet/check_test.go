@@ -84,6 +84,7 @@ func TestCheck(t *testing.T) {
 	empty, other, others, file := t.TempDir(), t.TempDir(), t.TempDir(), script("file", "")
 	p.must(os.Chown(others, 1337, 1337))
 	bad := script("bad.yaml", "ingress:\n  - {port: 0, mode: tls}\n  - {port: 80, mode: none}\n")
+	good := script("good.yaml", "ingress:\n  - {port: 80, mode: tls}\n")
 	for name, c := range map[string]struct {
 		prepare string
 		env     []string
@@ -94,7 +95,7 @@ func TestCheck(t *testing.T) {
 		"nothing": {},
 		"nothing, in whole": {env: []string{
 			"EDG_EGRESS_PROXY_CONFIG=a#127.0.0.2:1#localhost:2##b#127.0.0.3:1#192.0.2.1:1", "MANTLET_POD_IP=192.0.2.1", "MANTLET_HOST_IP=192.0.2.2",
-			"MANTLET_CONFIG=" + script("good.yaml", "ingress:\n  - {port: 80, mode: tls}\n"),
+			"MANTLET_CONFIG=" + good,
 		}},
 		"hostNetwork":             {"", []string{"MANTLET_POD_IP=192.0.2.1", "MANTLET_HOST_IP=192.0.2.1"}, "network namespace", warning, "hostNetwork"},
 		"no Envoy":                {"", []string{"MANTLET_ENVOY_PATH=no-envoy"}, "Envoy", failing, "executable file not found"},
@@ -138,8 +139,13 @@ func TestCheck(t *testing.T) {
 		},
 		"no override file":  {"", []string{"MANTLET_CONFIG=" + empty + "/mesh.yaml"}, "override file", failing, "no such file"},
 		"bad override file": {"", []string{"MANTLET_CONFIG=" + bad}, "override file", failing, "bad.yaml"},
-		"bad environment":   {"", []string{"EDG_INGRESS_PROXY_CONFIG=web#0#true"}, "environment", failing, "EDG_INGRESS_PROXY_CONFIG"},
-		"a dead name":       {"", []string{"EDG_EGRESS_PROXY_CONFIG=a#127.0.0.2:1#nowhere.invalid:1"}, "upstream nowhere.invalid", warning, "lookup nowhere.invalid"},
+		"override file by subPath": {
+			"echo '{}' >" + other + "/new; mount --bind " + other + "/new " + good,
+			[]string{"MANTLET_CONFIG=" + good},
+			"override file", warning, "never reaches it",
+		},
+		"bad environment": {"", []string{"EDG_INGRESS_PROXY_CONFIG=web#0#true"}, "environment", failing, "EDG_INGRESS_PROXY_CONFIG"},
+		"a dead name":     {"", []string{"EDG_EGRESS_PROXY_CONFIG=a#127.0.0.2:1#nowhere.invalid:1"}, "upstream nowhere.invalid", warning, "lookup nowhere.invalid"},
 		"conntrack is full": {
 			"echo 80 >" + other + "/80; echo 100 >" + other + "/100; cd /proc/sys/net/netfilter; mount --bind " + other + "/80 nf_conntrack_count; mount --bind " + other + "/100 nf_conntrack_max",
 			nil, "conntrack's table", warning, "80 of 100",
