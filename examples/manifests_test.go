@@ -183,6 +183,10 @@ func probes(t *testing.T, pod *corev1.PodSpec, mesh schema.Mesh) {
 	if diff := cmp.Diff(had, asked); diff != "" {
 		t.Errorf("probes (-mantlet's +the kubelet's):\n%s", diff)
 	}
+	live := pod.InitContainers[1].LivenessProbe
+	if grace := live.TerminationGracePeriodSeconds; grace == nil || *grace >= *pod.TerminationGracePeriodSeconds {
+		t.Error("a mantlet that hangs is given as long to end as one that drains")
+	}
 }
 
 // confined checks what each container may do: nothing out of the ordinary, and mantlet what it needs.
