@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -36,8 +37,9 @@ func TestVersions(t *testing.T) {
 			"go.mod":        `github.com/envoyproxy/go-control-plane/envoy v(\S+)`,
 		}},
 		{"Go", map[string]string{
-			"go.mod":        `(?m)^go (\d+\.\d+)`,
-			"Containerfile": `FROM golang:(\d+\.\d+)\.\d+-`,
+			"go.mod":              `(?m)^go (\d+\.\d+)`,
+			"internal/e2e/go.mod": `(?m)^go (\d+\.\d+)`,
+			"Containerfile":       `FROM golang:(\d+\.\d+)\.\d+-`,
 		}},
 		{"golangci-lint", map[string]string{
 			"Taskfile.yml":  `cmd/golangci-lint@v(\S+)`,
@@ -66,8 +68,12 @@ func TestClaims(t *testing.T) {
 	if err != nil {
 		t.Fatalf("listing the tests: %v", err)
 	}
+	e2e, err := filepath.Glob("internal/e2e/*_test.go") // of another module
+	if err != nil {
+		t.Fatal(err)
+	}
 	tests := map[string]bool{}
-	for _, file := range strings.Fields(string(files)) {
+	for _, file := range append(strings.Fields(string(files)), e2e...) {
 		for _, match := range regexp.MustCompile(`(?m)^func (Test\w+)\(`).FindAllStringSubmatch(read(t, file), -1) {
 			tests[match[1]] = true
 		}

@@ -15,7 +15,7 @@ import (
 )
 
 // After SIGTERM a server that loses no request goes on accepting until everybody knows that it ends, and then finishes what it
-// has begun. Envoys that have the address from a DNS answer are the last to know: they ask every five seconds.
+// has begun. Sidecars that have its address from DNS are the last to know: they ask again within five seconds.
 const (
 	lameDuck = 8 * time.Second
 	finish   = 25 * time.Second
