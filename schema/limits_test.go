@@ -41,20 +41,25 @@ func TestLimits(t *testing.T) {
 	}{
 		"most egress entries": {egress(maxEgress, ""), nil},
 		"one more": {egress(maxEgress+1, ""), []string{
-			"10002:5: egress[127.40.16.1:80]: is too much: there can be at most 10000 egress entries, since each costs Envoy memory"}},
+			"10002:5: egress[127.40.16.1:80]: is too much: there can be at most 10000 egress entries, since each costs Envoy memory",
+		}},
 		"most lists": {ingress(maxLists, func(i int) string { return fmt.Sprintf("n%d", i) }), nil},
 		"one more list": {ingress(maxLists+2, func(i int) string { return fmt.Sprintf("n%d", i) }), []string{
-			"4002:27: ingress[20000].allow: is too much: there can be at most 4000 different lists of clients and protocols (allow, alpn), since each costs Envoy memory"}},
+			"4002:27: ingress[20000].allow: is too much: there can be at most 4000 different lists of clients and protocols (allow, alpn), since each costs Envoy memory",
+		}},
 		"most lists of protocols": {strings.ReplaceAll(ingress(maxLists/2, func(i int) string { return fmt.Sprintf("n%d", i) }), "allow", "alpn"), nil},
 		"one more list of protocols": {strings.ReplaceAll(ingress(maxLists/2+2, func(i int) string { return fmt.Sprintf("n%d", i) }), "allow", "alpn"), []string{
-			"2002:26: ingress[18000].alpn: is too much: there can be at most 4000 different lists of clients and protocols (allow, alpn), since each costs Envoy memory"}},
+			"2002:26: ingress[18000].alpn: is too much: there can be at most 4000 different lists of clients and protocols (allow, alpn), since each costs Envoy memory",
+		}},
 		"many equal lists": {ingress(40_000, func(int) string { return "a" }), nil},
 		"one long list":    {ingress(1, func(int) string { return names(maxNames) }), nil},
 		"equal long lists": {ingress(1000, func(int) string { return hundred }), nil},
 		"one name more": {ingress(2, func(i int) string { return names(maxNames - i) }), []string{
-			"3:27: ingress[16001].allow: is too much: there can be at most 20000 names in lists (allow, serverNames), since each costs Envoy memory"}},
+			"3:27: ingress[16001].allow: is too much: there can be at most 20000 names in lists (allow, serverNames), since each costs Envoy memory",
+		}},
 		"names of endpoints": {egress(201, ", serverNames: ["+hundred+"]"), []string{
-			"202:63: egress[127.1.200.1:80].serverNames: is too much: there can be at most 20000 names in lists (allow, serverNames), since each costs Envoy memory"}},
+			"202:63: egress[127.1.200.1:80].serverNames: is too much: there can be at most 20000 names in lists (allow, serverNames), since each costs Envoy memory",
+		}},
 	} {
 		_, err := environment(t).Merge([]byte(c.text))
 		if got := places(err); !slices.Equal(got, c.want) {

@@ -105,7 +105,7 @@ func (e *Environment) tightenIngress(config Config, r *report) {
 			refuse(at, "open port %d further: it is %s, and would be %s", port, was, is)
 		}
 		isRemoved := is.entry == (Ports{})
-		if isKnown && !isRemoved && was.Mode != ModePassthrough && !slices.Equal(is.ALPN, was.ALPN) && !(old != nil && old.bad["alpn"]) {
+		if isKnown && !isRemoved && was.Mode != ModePassthrough && !slices.Equal(is.ALPN, was.ALPN) && (old == nil || !old.bad["alpn"]) {
 			refuse(at, "change alpn of port %d: it is %s, and would be %s", port, listed(was.ALPN), listed(is.ALPN))
 		}
 	}

@@ -360,3 +360,35 @@ func TestNeeds(t *testing.T) {
 		}
 	}
 }
+
+// FuzzParse gives a manifest any text: what is said of it has a place, and fits a line.
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(good))
+	for _, file := range []string{"web.yaml", "clients.yaml"} {
+		text, err := os.ReadFile("../../examples/" + file)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(text)
+	}
+	f.Add([]byte("kind: List\nitems: [{kind: Secret, data: {a: b}}, {spec: {containers: [{name: mantlet, env: [{name: A, valueFrom: {}}], envFrom: [{}]}]}}]\n"))
+	f.Add([]byte("a: &a [*a]\nspec: {containers: [{name: mantlet, ports: [{}], readinessProbe: {httpGet: {}}}]}\n"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		m, err := manifest.Parse("x", text)
+		if err != nil {
+			return
+		}
+		for _, s := range m.Sidecars("mantlet") {
+			environ, _, findings := s.Environ()
+			env, _ := schema.ParseEnvironment(environ)
+			_, _ = s.File(env.Process.ConfigFile)
+			mesh := env.Partial()
+			findings = append(findings, s.Check(manifest.Settings{Process: env.Process, Mesh: &mesh})...)
+			for _, f := range append(findings, s.Check(manifest.Settings{})...) {
+				if f.Origin.Source != "x" || f.Reason == "" || f.Path == "" {
+					t.Errorf("%#v", f)
+				}
+			}
+		}
+	})
+}
