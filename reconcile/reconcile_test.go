@@ -948,6 +948,28 @@ func TestLastGood(t *testing.T) {
 	}
 }
 
+// TestLinkIsNotTold: neither log nor status quote what a link out of the volume of the override file leads to.
+func TestLinkIsNotTold(t *testing.T) {
+	directory := t.TempDir()
+	volume, secret := filepath.Join(directory, "volume"), filepath.Join(directory, "secret")
+	err := errors.Join(os.Mkdir(volume, 0o700), os.WriteFile(secret, []byte("password: hunter2"), 0o600), os.Symlink(secret, filepath.Join(volume, "file")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	env, err := schema.ParseEnvironment([]string{"MANTLET_CONFIG=" + filepath.Join(volume, "file"), "MANTLET_RUNTIME_DIRECTORY=" + directory})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer
+	d := &Daemon{Environment: env, Place: render.Place{RuntimeDirectory: directory}, Log: slog.New(slog.NewJSONHandler(&log, nil))}
+	d.readConfig()
+	for _, said := range []string{log.String(), fmt.Sprint(d.badConfig)} {
+		if !strings.Contains(said, "withheld") || strings.Contains(said, "hunter2") || strings.Contains(said, "password") {
+			t.Errorf("it says %s", said)
+		}
+	}
+}
+
 // TestNext: Envoy changes before the rules, but for a port that comes to ask for certificates while an older TLS is let in.
 func TestNext(t *testing.T) {
 	directory := t.TempDir()
