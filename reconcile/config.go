@@ -134,11 +134,12 @@ func (d *Daemon) render(config schema.Config, err error) (*desired, error) {
 	if err != nil {
 		return nil, err
 	}
-	state, err := render.Render(config.Mesh, d.Place)
+	place := d.look()
+	state, err := render.Render(config.Mesh, place)
 	if err != nil {
 		return nil, err
 	}
-	return &desired{mesh: config.Mesh, state: state, source: "environment"}, nil
+	return &desired{mesh: config.Mesh, place: place, state: state, source: "environment"}, nil
 }
 
 // accept makes a good configuration the wanted one, unless it means the same.

@@ -82,6 +82,7 @@ func (d *Daemon) guard(ctx context.Context) {
 			d.mend("")
 			d.survey(&others) // not at each event: other software may make many, and have many rules
 			d.heed(time.Now())
+			d.look()
 		}
 	}
 }

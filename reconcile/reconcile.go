@@ -110,7 +110,8 @@ type Daemon struct {
 	Found       render.Ruleset // the rules that were in the kernel before deny-all
 	Secrets     Secrets
 	Proxy       Proxy
-	Names       Names // nil: names are not looked up, and have no addresses
+	Names       Names       // nil: names are not looked up, and have no addresses
+	HasIPv6     func() bool // tells whether Envoy can listen on ::1; nil: as Place says
 	Log         *slog.Logger
 	// LogLost returns how many lines of the log were dropped, and for how long whoever reads it has taken none; 0 while they
 	// do. Where it is nil, none are.
@@ -181,6 +182,7 @@ type Daemon struct {
 // desired is a desired state and what it was rendered from.
 type desired struct {
 	mesh        schema.Mesh
+	place       render.Place
 	state       render.State
 	generations render.Generations
 
@@ -236,6 +238,9 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 func (d *Daemon) converge(ctx context.Context) time.Duration {
 	d.watchdog.begin(loop, "its turn", turnLimit)
 	d.take()
+	if err := d.move(); err != nil {
+		d.Log.Error("the state can't be rendered for this place", "error", err)
+	}
 	var certified bool
 	d.locked(func() { certified = !d.expires.IsZero() })
 	if ctx.Err() != nil || d.want == nil || !certified {
@@ -291,9 +296,9 @@ func (d *Daemon) next() (*desired, error) {
 	}
 	mesh := d.want.mesh
 	mesh.TLS = d.have.mesh.TLS
-	state, err := render.Render(mesh, d.Place)
+	state, err := render.Render(mesh, d.want.place)
 	between := *d.have
-	between.mesh, between.state = mesh, state
+	between.mesh, between.state, between.place = mesh, state, d.want.place
 	return &between, err
 }
 
