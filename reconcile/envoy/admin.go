@@ -121,8 +121,11 @@ func (a admin) listeners(ctx context.Context) (map[string]bool, error) {
 // connections returns how many connections are open to the workload and to upstreams. Those of peers whose handshake is
 // not done are not among them: strangers must not hold up the end.
 func (a admin) connections(ctx context.Context) (int, error) {
-	return a.sum(ctx, `^cluster\.(workload|egress-.*)\.upstream_cx_active$`)
+	return a.sum(ctx, openConnections)
 }
+
+// openConnections are the statistics that count connections which would be cut if the process ended.
+const openConnections = `^cluster\.(workload|egress-.*)\.upstream_cx_active$`
 
 // caReads returns how often Envoy has read the mesh CA's file.
 func (a admin) caReads(ctx context.Context) (int, error) {

@@ -16,58 +16,10 @@ import (
 	"mantlet/schema"
 )
 
-// What the kernel tells of Envoys, for when they tell nothing themselves.
-
-// sockets is how many TCP sockets a process has.
-type sockets struct {
-	listening, open int
-}
-
-// sockets counts what the process has.
-func (r *Runner) sockets(p *Process) (sockets, error) {
-	states, err := socketStates(p.PID())
-	if err != nil {
-		return sockets{}, err
-	}
-	return r.socketsAmong(states, p)
-}
-
-// socketsAmong is sockets without a look at those that are new since the states were read. Only Envoy's own user may look
-// at what it has, so the spawner does.
-func (r *Runner) socketsAmong(states map[string]string, p *Process) (count sockets, err error) {
-	directory := fmt.Sprintf("/proc/%d/fd", p.PID())
-	err = r.spawner.do(func() error {
-		files, err := os.ReadDir(directory)
-		if err != nil {
-			return fmt.Errorf("reading which sockets Envoy has: %w", err)
-		}
-		for _, f := range files {
-			target, err := os.Readlink(filepath.Join(directory, f.Name()))
-			if err != nil {
-				continue // closed meanwhile
-			}
-			switch states[target] {
-			case "":
-			case listening:
-				count.listening++
-			default:
-				count.open++
-			}
-		}
-		return nil
-	})
-	return count, err
-}
+// What the kernel tells of Envoys.
 
 // listening is TCP_LISTEN of include/net/tcp_states.h, as /proc/net/tcp has it.
 const listening = "0A"
-
-// socketStates returns the state of each TCP socket in a process's network namespace, by what a descriptor links to.
-func socketStates(pid int) (map[string]string, error) {
-	states := map[string]string{}
-	err := eachSocket(fmt.Sprintf("/proc/%d", pid), func(_, state, _, inode string) { states["socket:["+inode+"]"] = state })
-	return states, err
-}
 
 // eachSocket calls do for each TCP socket in the network namespace of a process, or a thread, with the fields as the kernel prints them.
 func eachSocket(process string, do func(local, state, uid, inode string)) error {

@@ -27,10 +27,12 @@ type Process struct {
 	spawner *spawner
 	cmd     *exec.Cmd
 	admin   admin
-	logs    *logs
-	killed  atomic.Bool // by Kill
-	exited  chan struct{}
-	err     error // valid once exited is closed
+
+	interview interview
+	logs      *logs
+	killed    atomic.Bool // by Kill
+	exited    chan struct{}
+	err       error // valid once exited is closed
 }
 
 // pollInterval is how often an Envoy that starts is asked whether it is live: a small part of what it takes.

@@ -97,6 +97,29 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 			r.Log.Warn("a plain restart of Envoy, which cuts connections: a hot one is not possible", "error", err)
 		}
 	}
+	p, err := r.succeed(ctx, state, settings, parent)
+	if err != nil {
+		return nil, err
+	}
+	for _, old := range slices.Backward(abandoned) {
+		r.progress("ending an Envoy that nothing can follow", termLimit)
+		old.Stop()
+	}
+	r.add(p, parent, settings.ParentShutdownTime)
+	if parent != nil {
+		r.standIns.Go(func() { r.standIn(parent, p) })
+		r.progress("waiting until the Envoy before it takes no more connections", r.limit(state))
+		r.awaitDrain(parent, r.limit(state))
+	}
+	return p, nil
+}
+
+// succeed executes an Envoy that is to relieve a parent, if there is one, and returns it once it is live.
+func (r *Runner) succeed(ctx context.Context, state render.State, settings schema.Envoy, parent *Process) (*Process, error) {
+	if parent != nil {
+		parent.interview.yield(true)
+		defer parent.interview.yield(false)
+	}
 	p, err := r.execute(state, settings, parent)
 	if err != nil {
 		return nil, err
@@ -112,16 +135,6 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 			parent.base.stuck = errors.Join(r.spawner.do(parent.base.clearInitializing), r.settle(parent))
 		}
 		return nil, err
-	}
-	for _, old := range slices.Backward(abandoned) {
-		r.progress("ending an Envoy that nothing can follow", termLimit)
-		old.Stop()
-	}
-	r.add(p, parent, settings.ParentShutdownTime)
-	if parent != nil {
-		r.standIns.Go(func() { r.standIn(parent, p) })
-		r.progress("waiting until the Envoy before it takes no more connections", r.limit(state))
-		r.awaitDrain(parent, r.limit(state))
 	}
 	return p, nil
 }
@@ -317,14 +330,12 @@ func sums(to, more map[string]uint64) map[string]uint64 {
 const askLimit = time.Second
 
 // connections returns how many connections go through a process. One that was relieved, or whose relief failed, has no
-// admin interface any more; of that the kernel tells. What it can't tell is which handshakes are not done: those are cut
-// soon, and such a process accepts no more, or fails for a while.
+// admin interface any more, and is asked in its child's place.
 func (r *Runner) connections(ctx context.Context, p *Process) (int, error) {
 	if open, err := p.admin.connections(ctx); err == nil {
 		return open, nil
 	}
-	s, err := r.sockets(p)
-	return (s.open + 1) / 2, err // each has one on either side
+	return r.openIn(p)
 }
 
 // caReads returns how often the Envoy that serves has read the mesh CA; 0 where none does.
