@@ -188,8 +188,9 @@ func Drop() error {
 		effective: has.permitted & netAdmin.bit(),
 		permitted: has.permitted & (netAdmin.bit() | netRaw.bit() | NetBindService.bit()),
 	}
-	// Not dumpable: no process of Envoy's user, and none of root without CAP_SYS_PTRACE, gets at mantlet's memory.
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+	// Not dumpable: no process of Envoy's user, and none of root without CAP_SYS_PTRACE, gets at mantlet's memory. Envoy inherits the
+	// limit.
+	if err := errors.Join(unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0), unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})); err != nil {
 		return fmt.Errorf("closing mantlet's memory: %w", err)
 	}
 	if _, _, errno := psx.Syscall6(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0); errno != 0 {

@@ -28,6 +28,12 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	if text := os.Getenv(spyVariable); text != "" {
+		if err := spy(text); err != nil {
+			panic(err)
+		}
+		os.Exit(0)
+	}
 	if os.Getenv(asMantlet) != "" {
 		tellGoroutines()
 		main()

@@ -461,36 +461,24 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Proc
 	p.admin = newAdmin(socket)
 	p.logs = &logs{to: r.Log.With("epoch", p.Epoch), refused: &r.refused, upstream: r.Upstream}
 	p.exited = make(chan struct{})
-	p.cmd = exec.Command(r.Path, arguments(config, r.socket(), p.base.id, p.Epoch, settings)...)
 	p.spawner = &r.spawner
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{
-		Setpgid: true, // a terminal's Ctrl-C is for mantlet, which ends Envoy when it is time
-		// Until Envoy asks for SIGTERM itself: an Envoy without mantlet would serve what nobody watches.
-		Pdeathsig: syscall.SIGKILL,
-	}
-	return p, r.start(p)
+	return p, r.start(p, arguments(config, r.socket(), p.base.id, p.Epoch, settings))
 }
 
-// start makes the pipes too on the spawner's thread: Envoy opens /dev/stdout, and may only if its user made it.
-func (r *Runner) start(p *Process) error {
-	var stdout, stderr io.ReadCloser
-	err := r.spawner.do(func() (err error) {
-		if p.cmd.SysProcAttr.AmbientCaps, err = sandbox.AmbientCapabilities(ports(p.Bootstrap)); err != nil {
-			return err
-		}
-		if stderr, err = p.cmd.StderrPipe(); err != nil {
-			return fmt.Errorf("opening its standard error: %w", err)
-		}
-		if stdout, err = p.cmd.StdoutPipe(); err != nil {
-			return fmt.Errorf("opening its standard output: %w", err)
-		}
-		return p.cmd.Start()
-	})
+// start executes Envoy with arguments.
+func (r *Runner) start(p *Process, arguments []string) error {
+	stdout, stderr, dumpable, err := r.spawn(p, arguments)
+	if errors.Is(err, errUntraced) { // from now on it is not tried
+		stdout, stderr, dumpable, err = r.spawn(p, arguments)
+	}
 	if errors.Is(err, os.ErrPermission) {
 		err = cmp.Or(r.executable(), fmt.Errorf("%w: user %d must be allowed to execute it, where it was when mantlet started", err, r.UID))
 	}
 	if err != nil {
 		return fmt.Errorf("executing %q: %w", r.Path, err)
+	}
+	if dumpable != nil {
+		r.Log.Warn("other processes of Envoy's user can read its memory, and the key", "pid", p.PID(), "error", dumpable)
 	}
 	go func() {
 		read := make(chan struct{})
@@ -501,6 +489,31 @@ func (r *Runner) start(p *Process) error {
 		close(p.exited)
 	}()
 	return nil
+}
+
+// spawn makes the pipes too on the spawner's thread: Envoy opens /dev/stdout, and may only if its user made it. dumpable is why others
+// can look into the process, if they can.
+func (r *Runner) spawn(p *Process, arguments []string) (stdout, stderr io.ReadCloser, dumpable, err error) {
+	p.cmd = exec.Command(r.Path, arguments...)
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{
+		Setpgid: true, // a terminal's Ctrl-C is for mantlet, which ends Envoy when it is time
+		// Until Envoy asks for SIGTERM itself: an Envoy without mantlet would serve what nobody watches.
+		Pdeathsig: syscall.SIGKILL,
+	}
+	err = r.spawner.do(func() (err error) {
+		if p.cmd.SysProcAttr.AmbientCaps, err = sandbox.AmbientCapabilities(ports(p.Bootstrap)); err != nil {
+			return err
+		}
+		if stderr, err = p.cmd.StderrPipe(); err != nil {
+			return fmt.Errorf("opening its standard error: %w", err)
+		}
+		if stdout, err = p.cmd.StdoutPipe(); err != nil {
+			return fmt.Errorf("opening its standard output: %w", err)
+		}
+		dumpable, err = r.spawner.start(p.cmd)
+		return err
+	})
+	return stdout, stderr, dumpable, err
 }
 
 // ports returns those of a bootstrap's listeners.

@@ -78,6 +78,29 @@ type spawner struct {
 	mu     sync.Mutex
 	calls  chan func()
 	failed error // why it does nothing
+
+	untraced bool // the kernel does not let the thread trace what it starts; the thread alone has it
+}
+
+// errUntraced is that a process could not be started as one that is traced.
+var errUntraced = errors.New("the kernel does not let mantlet trace Envoy as it starts")
+
+// start starts a command as a process that other processes of its user can't look into. It is called on the thread. The error is
+// errUntraced where the kernel forbids the first such attempt: the next ones are as usual. A process that runs with dumpable set could
+// not be made undumpable: why is told.
+func (s *spawner) start(cmd *exec.Cmd) (dumpable, err error) {
+	cmd.SysProcAttr.Ptrace = !s.untraced
+	if err := cmd.Start(); err != nil {
+		if cmd.SysProcAttr.Ptrace && errors.Is(err, unix.EPERM) {
+			s.untraced = true
+			return nil, errUntraced
+		}
+		return nil, err
+	}
+	if s.untraced {
+		return errUntraced, nil
+	}
+	return sandbox.Undumpable(cmd.Process.Pid), nil
 }
 
 // do calls fn on the thread.
