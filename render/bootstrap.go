@@ -200,6 +200,7 @@ func (r *renderer) upstream(e schema.Egress) *clusterv3.Cluster {
 		PerConnectionBufferLimitBytes: wrapperspb.UInt32(bufferLimit),
 		CircuitBreakers:               circuitBreakers(),
 		UpstreamConnectionOptions:     &clusterv3.UpstreamConnectionOptions{TcpKeepalive: keepalive()},
+		UpstreamBindConfig:            priority("connects to no own listener", EndpointPriority),
 		TransportSocket:               r.upstreamTLS(e),
 	}
 	if addr, ok := e.Upstream.Addr(); ok {

@@ -23,6 +23,8 @@ const (
 	inputChain     = "input"
 	egressChain    = "egress"
 	insideChain    = "inside"
+	beginsChain    = "begins_inside"
+	loopsChain     = "loops"
 	icmpChain      = "icmp_in"
 	modesMap       = "modes"
 	answersMap     = "answers"
@@ -57,6 +59,10 @@ const StatusSocket uint32 = 0x6d6e746c
 // (ip_tos2prio, net/ipv4/route.c), so no other socket has it by chance. A process that sets it gains nothing: what it sends
 // outside is dropped.
 const WorkloadPriority uint32 = 5
+
+// EndpointPriority is the priority of the sockets that connect to upstreams of egress entries. They must not connect to listeners
+// of Envoy's own: each connection would make another one. As WorkloadPriority it is no IP_TOS's.
+const EndpointPriority uint32 = 3
 
 // Generation numbers the policies of a mode that the mode alone does not tell apart: who is let in, by which CA, with
 // which TLS. A connection lives on only while its port keeps the generation that it was let in under.
@@ -228,7 +234,7 @@ func DenyAll(replies bool) Ruleset {
 	}
 	in.Rules = append(append(in.Rules, answersToThePod(drop)...), Rule{Count{}, drop})
 	out.Rules = append(outgoing(), Rule{Count{}, drop})
-	return Ruleset{Chains: []Chain{in, out, icmp(), inside()}}
+	return Ruleset{Chains: []Chain{in, out, icmp(), inside(beginsInside...)}}
 }
 
 // OnlyStatus returns DenyAll's rules but for the port of mantlet's own status: whoever probes must be able to tell a mantlet
@@ -301,12 +307,33 @@ func icmp() Chain {
 // enough.
 var workloadLeg = Rule{SocketPriority{WorkloadPriority}, Loopback{Output: true, Op: NotEqual}, Count{}, drop}
 
-// inside marks connections that begin over lo.
-func inside() Chain {
-	return Chain{Name: insideChain, Rules: []Rule{
-		{firstSYN, SetMark{MarkInside}, accept},
-		{accept},
-	}}
+// inside is where packets over lo go on. Connections that begin there go to begins, as a rule to be marked.
+func inside(begins ...Statement) Chain {
+	return Chain{Name: insideChain, Rules: []Rule{append(Rule{firstSYN}, begins...), {accept}}}
+}
+
+var beginsInside = []Statement{SetMark{MarkInside}, accept}
+
+// begins refuses connections that lead from Envoy to itself: to the listeners that the kernel hands connections to, by whoever
+// dials them, and to others by those that go out to an upstream. A name server decides where the upstream's name leads.
+func begins(mesh schema.Mesh) []Chain {
+	refuse := func(at netip.AddrPort) Rule {
+		return Rule{Destination{netip.PrefixFrom(at.Addr(), at.Addr().BitLen())}, DestinationPort{at.Port()}, Count{}, Reset{}}
+	}
+	begin, loops := Chain{Name: beginsChain}, Chain{Name: loopsChain}
+	for _, mode := range []schema.Mode{schema.ModeMTLS, schema.ModeTLS} {
+		to4, to6 := policy{mode: mode}.listeners()
+		begin.Rules = append(begin.Rules, refuse(to4.To), refuse(to6.To))
+	}
+	begin.Rules = append(begin.Rules, Rule{SocketPriority{EndpointPriority}, goTo(loopsChain)}, beginsInside)
+	for _, e := range mesh.Egress {
+		loops.Rules = append(loops.Rules, refuse(e.Listen))
+	}
+	if mesh.StatusPort != 0 {
+		loops.Rules = append(loops.Rules, Rule{DestinationPort{mesh.StatusPort}, Count{}, Reset{}})
+	}
+	loops.Rules = append(loops.Rules, beginsInside) // upstreams may be in the pod
+	return []Chain{begin, loops}
 }
 
 // outgoing are the rules for packets that the pod sends, up to those that answer somebody outside. What stays inside goes over lo.
@@ -314,6 +341,8 @@ func outgoing() []Rule {
 	return append([]Rule{
 		workloadLeg,
 		{Loopback{Output: true}, goTo(insideChain)},
+		// It is for the rules alone, and not for queues that prefer some priorities.
+		{SocketPriority{EndpointPriority}, ClearPriority{}},
 		// Whatever sends it: the workload's answers to Envoy, and what no socket sends any more.
 		{Marked{Mark: MarkInside}, Count{}, drop},
 	}, madeByThePod()...)
@@ -375,9 +404,10 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 			icmp(),
 			input(mesh.OtherProtocols),
 			egress(standard),
-			inside(),
+			inside(goTo(beginsChain)),
 		},
 	}
+	r.Chains = append(r.Chains, begins(mesh)...)
 	if mesh.StatusPort != 0 {
 		r.Chains = append(r.Chains, statusIngress())
 	}
@@ -644,6 +674,7 @@ const (
 	refusedRedirect   = "redirect"            // ICMP that names another router
 	refusedElsewhere  = "not_for_the_pod"     // it was for another host when it came
 	refusedLeft       = "left_the_pod"        // it belongs inside the pod, and its address is the pod's no more
+	refusedLoop       = "own_listener"        // from Envoy, or from the workload, to a listener of Envoy's that is not for it
 	refusedInvalid    = "invalid_segment"     // of no connection that conntrack knows, or out of its window
 	refusedOver       = "policy_changed"      // the connection was let in under what holds no more
 	refusedNoListener = "envoy_not_listening" // a SYN, which the client will repeat
@@ -655,7 +686,7 @@ const (
 // Refusals returns the names of all that Refusal returns.
 func Refusals() []string {
 	return []string{
-		refusedClosed, refusedProtocol, refusedForged, refusedRedirect, refusedElsewhere, refusedLeft, refusedInvalid, refusedOver,
+		refusedClosed, refusedProtocol, refusedForged, refusedRedirect, refusedElsewhere, refusedLeft, refusedLoop, refusedInvalid, refusedOver,
 		refusedNoListener, refusedNoStatus, refusedUnknown, refusedAround,
 	}
 }
@@ -674,6 +705,8 @@ func Refusal(chain string, rule Rule) string {
 		return refusedRedirect
 	case chain == inputChain:
 		return refusedElsewhere
+	case chain == beginsChain, chain == loopsChain:
+		return refusedLoop
 	case has(Marked{Mark: MarkInside}) && chain == egressChain, has(SocketPriority{WorkloadPriority}),
 		has(Destination{loopback4}), has(Destination{loopback6}):
 		return refusedLeft

@@ -58,15 +58,21 @@ type Destination struct{ Prefix netip.Prefix }
 
 // Text implements Statement.
 func (d Destination) Text() string {
-	switch {
-	case d.Prefix.Addr().Is4():
-		return "ip daddr " + d.Prefix.String()
-	case d.Prefix.IsSingleIP():
-		return "ip6 daddr " + d.Prefix.Addr().String()
-	default:
-		return "ip6 daddr " + d.Prefix.String()
+	family, address := "ip", d.Prefix.String()
+	if d.Prefix.Addr().Is6() {
+		family = "ip6"
 	}
+	if d.Prefix.IsSingleIP() {
+		address = d.Prefix.Addr().String()
+	}
+	return family + " daddr " + address
 }
+
+// DestinationPort matches TCP packets by their destination port.
+type DestinationPort struct{ Port uint16 }
+
+// Text implements Statement.
+func (d DestinationPort) Text() string { return fmt.Sprintf("tcp dport %d", d.Port) }
 
 // Forwarded matches packets for another host: the FIB calls their destination unicast, not local.
 type Forwarded struct{}
@@ -111,6 +117,12 @@ func oneOrSet(values []string) string {
 	}
 	return "{ " + strings.Join(values, ", ") + " }"
 }
+
+// ClearPriority gives packets the priority of those whose socket has none.
+type ClearPriority struct{}
+
+// Text implements Statement.
+func (ClearPriority) Text() string { return "meta priority set none" }
 
 // Redirect matches the messages by which routers name another router, of one IP family.
 type Redirect struct{ IPv6 bool }

@@ -340,6 +340,64 @@ func (p *pod) resolved() {
 	})
 }
 
+// TestEgressMeetsItself: a name server that leads an upstream to a listener of Envoy's own makes no connection of more than one,
+// and once it leads elsewhere all is well. Upstreams in the pod are reached.
+func TestEgressMeetsItself(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, "EDG_EGRESS_PROXY_CONFIG="+strings.Join([]string{
+		"itself v4#127.137.0.1:8088#itself-v4.:8088",
+		"itself v6#[::1]:8088#itself-v6.:8088",
+		"another#127.137.0.2:8089#another.:8088",
+		"mtls v4#127.137.0.3:8088#localhost-v4.:15006",
+		"tls v6#127.137.0.4:8088#localhost-v6.:15007",
+		"status#127.137.0.5:8088#pod-v4.:9901",
+		"inside v4#127.137.0.6:8088#pod-v4.:8080",
+		"inside v6#127.137.0.7:8088#pod-v6.:8080",
+	}, "##"), "MANTLET_STATUS_ADDRESS=:9901")
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	led := map[string][]netip.Addr{
+		"itself-v4": {netip.MustParseAddr("127.137.0.1")}, "itself-v6": {netip.IPv6Loopback()},
+		"another": {netip.MustParseAddr("127.137.0.1")},
+		"localhost-v4": {netip.MustParseAddr("127.0.0.1")}, "localhost-v6": {netip.IPv6Loopback()},
+		"pod-v4": {p.IPv4}, "pod-v6": {p.IPv6},
+	}
+	zone := p.zone(led)
+	endpoint := p.host("endpoint")
+	p.serve(endpoint, lab.Service{Address: ":8088", TLS: p.issue("*").ServerConfig()})
+	inside := p.serve(p.Host, lab.Service{Address: ":8080", TLS: p.issue("*").ServerConfig()})
+	p.run()
+	p.protect(mtlsPort)
+	p.ready()
+	before := p.refused("kernel", "own_listener")
+	for _, at := range []string{
+		"127.137.0.1:8088", "[::1]:8088", "127.137.0.2:8089", "127.137.0.3:8088", "127.137.0.4:8088", "127.137.0.5:8088",
+	} {
+		conn := p.dial(p.Host, listen(at))
+		_, _ = io.WriteString(conn, "one request")
+		if err := cut(conn); err != nil {
+			t.Errorf("%s: %v", at, err)
+		}
+		after := p.refused("kernel", "own_listener")
+		if made := after - before; made == 0 || made > 3 { // attempts
+			t.Errorf("%s: Envoy tried to connect to itself %d times", at, made)
+		}
+		before = after
+	}
+	for _, at := range []string{"127.137.0.6:8088", "127.137.0.7:8088"} {
+		if err := echo(p.dial(p.Host, listen(at))); err != nil {
+			t.Errorf("%s, an upstream in the pod: %v", at, err)
+		}
+	}
+	if got := len(inside.Connections()); got != 2 {
+		t.Errorf("the upstream in the pod has %d connections", got)
+	}
+	zone.SetAddrs(map[string][]netip.Addr{"itself-v4": {endpoint.IPv4}, "itself-v6": {endpoint.IPv6}})
+	for _, at := range []string{"127.137.0.1:8088", "[::1]:8088"} {
+		p.await(at+" leads outside", func() bool { return echo(p.dial(p.Host, listen(at))) == nil })
+	}
+	p.ready()
+}
+
 // dialIn connects from the pod.
 func (p *pod) dialIn(to netip.AddrPort) (net.Conn, error) {
 	ctx, cancel := p.context()

@@ -207,6 +207,7 @@ func TestDiffOfWhatIsInForce(t *testing.T) {
 	p.differs(
 		"map modes: have `8080 : goto tls_in`, want `8080 : goto mtls_in`; no restart",
 		"map answers: have `8080 : goto tls_out`, want `8080 : goto mtls_out`; no restart",
+		"chain loops rule 1: have `ip daddr 127.137.0.1 tcp dport 8081 counter reject with tcp reset`, want `ip daddr 127.137.0.2 tcp dport 8082 *",
 		"chain tls_in: not wanted; no restart",
 		"chain tls_out: not wanted; no restart",
 		"envoy.drainTime: 1s -> 3s; hot restart",
@@ -215,6 +216,8 @@ func TestDiffOfWhatIsInForce(t *testing.T) {
 		"Envoy: listener egress-127.137.0.1:8081 not wanted; hot restart",
 		"Envoy: listener egress-127.137.0.2:8082 missing; hot restart",
 		"Envoy: listener ingress-mtls.filter_chains.ingress-mtls.*",
+		"Envoy: listener ingress-mtls.filter_chains.ingress-mtls.*",
+		"Envoy: listener ingress-tls.filter_chains.ingress-tls.*",
 		"Envoy: listener ingress-tls.filter_chains.ingress-tls.*",
 	)
 	m.write(strings.Replace(billing, ":8080'", ":9999'", 1))

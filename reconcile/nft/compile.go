@@ -56,6 +56,16 @@ func (b *batch) statement(s render.Statement) ([]expr.Any, error) {
 		return []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg1}, compare(render.Equal, native(s.Priority))}, nil
 	case render.Destination:
 		return destination(s.Prefix), nil
+	case render.DestinationPort:
+		return append(onlyTCP(),
+			&expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2},
+			compare(render.Equal, port(s.Port)),
+		), nil
+	case render.ClearPriority:
+		return []expr.Any{
+			&expr.Immediate{Register: reg1, Data: native(0)},
+			&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg1, SourceRegister: true},
+		}, nil
 	case render.Forwarded:
 		return []expr.Any{
 			&expr.Fib{Register: reg1, FlagDADDR: true, ResultADDRTYPE: true},
@@ -116,6 +126,9 @@ func (b *batch) statement(s render.Statement) ([]expr.Any, error) {
 		return nil, fmt.Errorf("statement %T is not known", s)
 	}
 }
+
+// destinationPort is its offset in the headers of TCP and UDP (RFC 9293, RFC 768).
+const destinationPort = 2
 
 func native(v uint32) []byte { return binaryutil.NativeEndian.PutUint32(v) }
 
@@ -230,7 +243,7 @@ func (b *batch) lookUp(l render.LookUp) ([]expr.Any, error) {
 		if all, err = b.protocol(render.Equal, render.TCP, render.UDP); err != nil {
 			return nil, err
 		}
-		offset = 2 // RFC 9293, RFC 768: destination port
+		offset = destinationPort
 	}
 	return append(all,
 		&expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2},

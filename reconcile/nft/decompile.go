@@ -82,7 +82,13 @@ func (r *reader) guesses(all []expression) (s []render.Statement) {
 	if is("ct", "bitwise", "ct") {
 		s = append(s, render.SetMark{Mark: render.Mark(all[1].data.native("5.1"))})
 	}
+	if is("immediate", "meta") {
+		s = append(s, render.ClearPriority{})
+	}
 	if is("meta", "cmp", "payload", "cmp") {
+		if port := all[3].data["3.1"]; len(port) == 2 {
+			s = append(s, render.DestinationPort{Port: binary.BigEndian.Uint16(port)})
+		}
 		s = append(s, destinationOf(all[3].data["3.1"], all[1].data["3.1"])...)
 	}
 	if is("meta", "cmp", "meta", "cmp", "payload", "cmp") {

@@ -2,10 +2,13 @@ package nft
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
 	"os"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -383,4 +386,61 @@ func redirection(router, host, destination, other netip.Addr) []byte {
 	packet := datagram(router, host, render.ICMPv6, append(message, destination.AsSlice()...), checksumAt)
 	packet[7] = 255 // RFC 4861, 8.1: hop limit
 	return packet
+}
+
+// What leads from Envoy to a listener of its own is refused, at once, and nothing else that goes over lo.
+func TestOwnListeners(t *testing.T) {
+	t.Parallel()
+	listeners := [2][]schema.Egress{listening("127.137.0.1:8081", "127.137.0.2:8081"), listening("[::1]:8081", "[::1]:8082")}
+	whole := render.Rules(schema.Mesh{StatusPort: statusPort, Egress: slices.Concat(listeners[:]...)}, render.Generations{})
+	dials := func(priority uint32, to func(x *trial) []netip.AddrPort) func(x *trial) bool {
+		return func(x *trial) bool {
+			x.apply()
+			through := false
+			for _, addr := range to(x) {
+				x.serve(lab.Service{Address: addr.String()})
+				conn, err := x.dialAs(netip.Addr{}, addr, unix.SO_PRIORITY, int(priority), limit)
+				switch {
+				case err == nil && x.passes(conn, conn):
+					through = true
+				case !errors.Is(err, unix.ECONNREFUSED):
+					x.t.Errorf("dialling %s: %v", addr, err)
+				}
+			}
+			return through
+		}
+	}
+	tproxied := func(x *trial) []netip.AddrPort {
+		loopback := []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()}[x.family]
+		return []netip.AddrPort{
+			netip.AddrPortFrom(loopback, schema.IngressMTLSPort), netip.AddrPortFrom(loopback, schema.IngressTLSPort),
+		}
+	}
+	egress := func(x *trial) []netip.AddrPort {
+		all := []netip.AddrPort{x.target(statusPort)}
+		for _, e := range listeners[x.family] {
+			all = append(all, e.Listen)
+		}
+		return all
+	}
+	stops(t, whole, without(t, whole, "begins_inside", "reset"), dials(0, tproxied))
+	stops(t, whole, without(t, whole, "loops", "reset"), dials(render.EndpointPriority, egress))
+	try(t, "others", whole, true, func(x *trial) bool {
+		// The workload's own connections, and those to upstreams that are in the pod.
+		return dials(0, egress)(x) && dials(render.EndpointPriority, func(x *trial) []netip.AddrPort {
+			return []netip.AddrPort{x.target(8081), netip.AddrPortFrom(tproxied(x)[0].Addr(), 9443)}
+		})(x)
+	})
+}
+
+// The priority of what goes out to upstreams does not leave the pod: queues prefer some.
+func TestPriorityIsForTheRulesAlone(t *testing.T) {
+	t.Parallel()
+	load := func(x *trial) bool {
+		load(x.t, x.pod, "table inet other { chain c { type filter hook postrouting priority 0; meta priority != none oif != lo counter; }; }")
+		x.apply()
+		conn, err := x.dialAs(netip.Addr{}, x.echo("tcp"), unix.SO_PRIORITY, int(render.EndpointPriority), limit)
+		return err == nil && x.passes(conn, conn) && !strings.Contains(nft(x.t, x.pod, "list", "table", "inet", "other"), "packets 0 ")
+	}
+	stops(t, rules(), without(t, rules(), "egress", "set none"), load)
 }

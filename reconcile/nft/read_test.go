@@ -227,6 +227,11 @@ var substitutes = [][2]string{
 	{"iif ", "oif "},
 	{"oif ", "iif "},
 	{"priority 0:5", "priority 0:4"},
+	{"priority 0:3", "priority 0:4"},
+	{"set none", "set 0:1"},
+	{"dport 15", "dport 16"},
+	{"dport 9901", "dport 9902"},
+	{"127.0.0.1", "127.0.0.2"},
 	{"127.0.0.0/8", "127.0.0.0/16"},
 	{"::1", "::2"},
 	{"unicast", "local"},
@@ -270,6 +275,7 @@ func TestEachStatementCounts(t *testing.T) {
 	p := newPlace(t)
 	want := render.Rules(schema.Mesh{
 		StatusPort: statusPort, Ingress: []schema.Ingress{port1(7890, schema.ModePassthrough), port1(8080, schema.ModeTLS)},
+		Egress: listening("127.0.0.1:1531", "[::1]:1531"),
 	}, render.Generations{})
 	p.replace(want)
 	told := func(command, start string) {

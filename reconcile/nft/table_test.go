@@ -46,6 +46,7 @@ func states() map[string]render.Ruleset {
 		"only status":    render.OnlyStatus(statusPort),
 		"remembered":     render.OnlyStatus(statusPort).Remembering(rules(port1(7890, pass), port1(8080, tls))),
 		"status":         render.Rules(schema.Mesh{StatusPort: statusPort, Ingress: []schema.Ingress{port1(8080, tls)}}, render.Generations{}),
+		"egress":         render.Rules(schema.Mesh{Egress: listening("127.137.0.1:8081", "[::1]:8082")}, render.Generations{}),
 		"none":           rules(),
 		"web":            rules(port1(7890, pass), port1(8080, tls)),
 		"ranges": rules(port1(1, tls), ports(2, 100, pass), ports(101, 200, tls), ports(201, 300, tls), port1(1000, mtls),
@@ -59,6 +60,14 @@ func states() map[string]render.Ruleset {
 		}),
 		"1,500 entries": many(1500),
 	}
+}
+
+// listening returns egress entries that listen at these addresses.
+func listening(at ...string) (all []schema.Egress) {
+	for _, address := range at {
+		all = append(all, schema.Egress{Listen: netip.MustParseAddrPort(address)})
+	}
+	return all
 }
 
 // many renders n entries, ranges among them.
