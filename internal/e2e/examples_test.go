@@ -23,6 +23,7 @@ func TestExamples(t *testing.T) {
 	run("Hairpin", testHairpin)
 	run("Probes", testProbes)
 	run("LeastPrivilege", testLeastPrivilege)
+	run("Egress", testEgress)
 }
 
 // testOrder checks that the initializer ended, then mantlet started, and then the workload.
@@ -151,12 +152,52 @@ func testProbes(n namespace) {
 	}
 }
 
+// testEgress checks that an egress entry follows its name: to IPv6, to nowhere, and back.
+func testEgress(n namespace) {
+	shop := n.pod("shop")
+	order := func() string {
+		body, _ := get(n.t, shop, "plaintext", "127.137.0.1:8081")
+		return body
+	}
+	if body := order(); !strings.HasSuffix(body, n.pod("billing").Status.PodIP+":8080") {
+		n.t.Errorf("over IPv4: %q", body)
+	}
+	n.kubectl("delete", "service", "billing-svc")
+	n.apply(&corev1.Service{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Service"},
+		ObjectMeta: metav1.ObjectMeta{Name: "billing-svc"},
+		Spec: corev1.ServiceSpec{
+			ClusterIP:  corev1.ClusterIPNone,
+			IPFamilies: []corev1.IPFamily{corev1.IPv6Protocol},
+			Selector:   map[string]string{"app": "billing"},
+			Ports:      []corev1.ServicePort{{Name: "mesh", Port: 8080}},
+		},
+	})
+	eventually(n.t, "an order over IPv6", func() bool { return strings.HasSuffix(order(), n.pod("billing").Status.PodIPs[1].IP+"]:8080") })
+
+	n.kubectl("scale", "deployment/billing", "--replicas=0")
+	eventually(n.t, "an upstream without addresses", func() bool {
+		upstreams := n.status(shop).Upstreams
+		return len(upstreams) == 2 && len(upstreams[0].Addresses) == 0 && upstreams[0].Answer != ""
+	})
+	if body := order(); body != "" {
+		n.t.Errorf("without a backend: %q", body)
+	}
+	n.kubectl("scale", "deployment/billing", "--replicas=1")
+	eventually(n.t, "an order at the new pod", func() bool { return order() != "" })
+}
+
 // state is what `mantlet status -o json` says, as far as tests ask.
 type state struct {
 	Ready    bool
 	Problems []string
 	Envoys   struct{ Started, Ended int }
 	Refused  []struct{ Reason string }
+
+	Upstreams []struct {
+		Addresses []string
+		Answer    string
+	}
 }
 
 // status asks a pod's mantlet.

@@ -15,8 +15,9 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// workers is how many requests the load has open at once: as many a crash can cut.
-const workers = 4
+// crash is how many requests of the load's four workers a crash of Envoy can cut: those that are open, and those that come next
+// while the process is dead and the kernel has not closed its listeners yet.
+const crash = 2 * 4
 
 // victim applies a server of one pod, and the pod outside.
 func (n namespace) victim() {
@@ -63,7 +64,7 @@ func TestKilled(t *testing.T) {
 		eventually(t, "a container that is restarted", func() bool { return n.restarts() == int32(restarts+1) })
 		s.answered()
 	}
-	s.raise(3 * workers)
+	s.raise(3 * crash)
 }
 
 // TestHang checks that the kubelet restarts a mantlet that hangs.
@@ -76,7 +77,7 @@ func TestHang(t *testing.T) {
 	eventually(t, "a container that is restarted", func() bool { return n.restarts() == 1 })
 	t.Logf("restarted after %v", time.Since(start).Round(time.Second))
 	s.answered()
-	s.raise(workers)
+	s.raise(crash)
 	n.kubectl("wait", "--for=condition=Ready", "pod/"+n.pod("web").Name, "--timeout=60s")
 }
 
@@ -112,7 +113,7 @@ func TestOutOfMemory(t *testing.T) {
 	}
 	s.answered()
 	t.Logf("Envoy was killed at %d MiB; the container was restarted %d times", size, n.restarts())
-	s.raise(workers)
+	s.raise(crash)
 }
 
 // resident returns how much memory a process has, in KiB.

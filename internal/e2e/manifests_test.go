@@ -80,7 +80,10 @@ func rename(d *appsv1.Deployment, name string) {
 }
 
 // mantletOf returns a pod's mantlet.
-func mantletOf(pod *corev1.PodSpec) *corev1.Container { return &pod.InitContainers[1] }
+func mantletOf(pod *corev1.PodSpec) *corev1.Container {
+	i := slices.IndexFunc(pod.InitContainers, func(c corev1.Container) bool { return c.Name == "mantlet" })
+	return &pod.InitContainers[i]
+}
 
 func set(c *corev1.Container, name, value string) {
 	unset(c, name)
