@@ -1,9 +1,12 @@
 package e2e
 
 import (
+	"encoding/json"
 	"net"
+	"os"
 	"strings"
 	"testing"
+	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -50,6 +53,7 @@ func TestConfigMap(t *testing.T) {
 
 	n.apply(configMap("ingress: [{port: 9000, mode: tls}]\n"))
 	eventually(t, "port 9000 being open", open)
+	t.Logf("in force %v after the kubelet changed the volume", n.inForce(pod).Sub(changed(t, pod)))
 
 	n.apply(configMap("ingress: [{port: 9000, mode: tsl}]\n"))
 	const told = "mantlet.yaml:1:30: ingress[9000].mode"
@@ -68,6 +72,32 @@ func TestConfigMap(t *testing.T) {
 	if s := n.status(pod); len(s.Problems) > 0 {
 		t.Errorf("problems that are no more: %q", s.Problems)
 	}
+}
+
+// changed returns when the kubelet last changed the volume of ConfigMap "mesh".
+func changed(t *testing.T, pod corev1.Pod) time.Time {
+	t.Helper()
+	// A link to the directory of the current files, replaced as a whole.
+	link, err := os.Lstat(cluster.Path("/var/lib/kubelet/pods/" + string(pod.UID) + "/volumes/kubernetes.io~configmap/mesh/..data"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return link.ModTime()
+}
+
+// inForce returns when a pod's mantlet last put rules in force.
+func (n namespace) inForce(pod corev1.Pod) (last time.Time) {
+	n.t.Helper()
+	for line := range strings.Lines(n.kubectl("logs", pod.Name, "--container=mantlet")) {
+		var entry struct {
+			Time time.Time
+			Msg  string
+		}
+		if json.Unmarshal([]byte(line), &entry) == nil && entry.Msg == "rules are in force" {
+			last = entry.Time
+		}
+	}
+	return last
 }
 
 // TestSubPath checks that mantlet tells of an override file that edits never reach.
