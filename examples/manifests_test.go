@@ -76,8 +76,8 @@ func TestManifests(t *testing.T) {
 	web.Probes = []schema.Probe{{Name: "web", Kind: schema.ProbeHTTP, Port: 8080, Target: "/healthz"}}
 	_, clients := load(t, nil)
 	clients.Egress = []schema.Egress{
-		{Name: "billing", Listen: netip.MustParseAddrPort("127.137.0.1:8081"), Upstream: schema.Upstream{Host: "billing-svc", Port: 8080}},
-		{Name: "cart", Listen: netip.MustParseAddrPort("127.137.0.2:8081"), Upstream: schema.Upstream{Host: "cart-svc", Port: 8080}},
+		{Name: "billing", Listen: netip.MustParseAddrPort("127.137.0.1:8081"), Upstream: schema.Upstream{Host: "billing-svc", Port: 8080}, ServerNames: []string{"billing-svc"}},
+		{Name: "cart", Listen: netip.MustParseAddrPort("127.137.0.2:8081"), Upstream: schema.Upstream{Host: "cart-svc", Port: 8080}, ServerNames: []string{"cart-svc"}},
 	}
 	for file, want := range map[string]schema.Mesh{"web.yaml": web, "clients.yaml": clients} {
 		t.Run(file, func(t *testing.T) {
