@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"mantlet/lab"
 	"mantlet/reconcile"
 	"mantlet/reconcile/nft"
 	"mantlet/render"
@@ -286,6 +288,50 @@ func BenchmarkIdle(b *testing.B) {
 	if ours > most {
 		b.Errorf("an idle mantlet takes %.2f %% of a core; %v %% at most", ours, most)
 	}
+}
+
+// BenchmarkNames measures what a thousand egress entries with names of their own take: until mantlet is ready and Envoy has all
+// addresses, and of one core while nothing changes.
+func BenchmarkNames(b *testing.B) {
+	const count = 1000
+	p := newPod(b, web)
+	p.inMemory()
+	names := map[string]lab.Answer{}
+	var config strings.Builder
+	config.WriteString("egress:\n")
+	for i := range count {
+		name := fmt.Sprintf("svc-%d.shop.svc.cluster.local", i)
+		names[name] = lab.Answer{Addrs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, byte(i / 250), byte(i%250 + 1)})}, TTL: 5}
+		fmt.Fprintf(&config, "  - {listen: \"127.1.%d.%d:80\", upstream: \"svc-%d:8080\"}\n", i/250, i%250+1, i)
+	}
+	p.must(p.ResolvConf(clusterDNS))
+	p.zone(nil).Set(names)
+	p.override(config.String())
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	began := time.Now()
+	p.run()
+	p.ready()
+	ready := time.Since(began)
+	p.resolved()
+	resolved := time.Since(began)
+	started := processor(b, p.sidecar.PID())
+	envoy := p.envoy()
+	tick := time.NewTicker(30 * time.Second)
+	defer tick.Stop()
+	var ours, envoys float64
+	for b.Loop() {
+		began, before, envoyBefore := time.Now(), processor(b, p.sidecar.PID()), processor(b, envoy)
+		<-tick.C
+		percent := func(used time.Duration) float64 { return 100 * float64(used) / float64(time.Since(began)) }
+		ours, envoys = percent(processor(b, p.sidecar.PID())-before), percent(processor(b, envoy)-envoyBefore)
+	}
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(ready.Seconds(), "ready-s")
+	b.ReportMetric(resolved.Seconds(), "resolved-s")
+	b.ReportMetric(started.Seconds(), "start-cpu-s")
+	b.ReportMetric(ours, "mantlet-%")
+	b.ReportMetric(envoys, "envoy-%")
+	b.ReportMetric(float64(resident(b, p.sidecar.PID()))/(1<<20), "resident-MiB")
 }
 
 // processor returns how long a process ran on any core up to now, in the steps of 10 ms that the kernel tells.

@@ -5,7 +5,6 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/netip"
-	"slices"
 	"sync"
 	"time"
 
@@ -220,8 +219,10 @@ func (f *Follower) lookup(ctx context.Context, h *host) bool {
 	if next.Err == nil {
 		h.failed = 0
 	}
-	f.publish(h)
-	f.tell(h.name, known, next)
+	if !known.same(next) { // as a rule: with a thousand names the rest would take more than the lookups
+		f.publish(h)
+		f.tell(h.name, known, next)
+	}
 	return true
 }
 
@@ -230,10 +231,8 @@ func (f *Follower) tell(name string, was, is Record) {
 	before, now := was.Resolved(), is.Resolved()
 	_, wasStale := was.Stale()
 	since, stale := is.Stale()
-	same := !was.Asked.IsZero() && before.Answer == now.Answer && wasStale == stale && slices.Equal(before.Addresses, now.Addresses)
 	good := len(now.Addresses) > 0 && !stale
 	switch {
-	case same:
 	case good && (was.Asked.IsZero() || len(before.Addresses) > 0 && !wasStale):
 		f.log.Debug("a name has addresses", "host", name, "addresses", now.Addresses, "source_name", now.Source)
 	case !f.said.Allow():

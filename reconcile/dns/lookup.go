@@ -81,6 +81,22 @@ func (r Record) Stale() (since time.Time, stale bool) {
 	return since, stale
 }
 
+// same reports whether there is nothing new in the next record: neither addresses, nor what name servers said of them.
+func (r Record) same(next Record) bool {
+	if r.Asked.IsZero() || r.Source != next.Source || (r.Err == nil) != (next.Err == nil) || r.Err != nil && r.Err.Error() != next.Err.Error() {
+		return false
+	}
+	for i, f := range r.families {
+		other := next.families[i]
+		if len(f.addrs) != len(other.addrs) || !slices.Equal(f.addrs, other.addrs) && !slices.Equal(r.Addrs(), next.Addrs()) {
+			return false
+		}
+	}
+	_, was := r.Stale()
+	_, is := next.Stale()
+	return was == is
+}
+
 // hostsTTL is how long what the hosts file says is good for. Looking at it again costs little.
 const hostsTTL = 5 * time.Second
 

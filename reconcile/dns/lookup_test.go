@@ -57,8 +57,13 @@ func newPlace(t *testing.T, servers int, resolvConf string) *place {
 
 func (p *place) write(name, content string) {
 	p.t.Helper()
-	if err := os.WriteFile(filepath.Join(p.directory, name), []byte(content), 0o644); err != nil {
-		p.t.Fatal(err)
+	write(p.t, filepath.Join(p.directory, name), content)
+}
+
+func write(t testing.TB, path, content string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+		t.Fatal(err)
 	}
 }
 
