@@ -28,6 +28,7 @@ func (s Sidecar) Check(settings Settings) []Finding {
 	c.privileges()
 	c.start()
 	c.volumes()
+	c.override()
 	for _, other := range s.pod.containers() {
 		if other.path == s.container.path {
 			continue
@@ -174,6 +175,16 @@ func (c *check) volumes() {
 		c.add(Error, c.container.place, at, "", "mantlet cannot write to %s, since the root file system is read-only; mount an emptyDir with medium: Memory there", process.RuntimeDirectory)
 	case !ok || v.EmptyDir == nil || v.EmptyDir.Medium != "Memory":
 		c.add(Warning, c.container.place, at, mount.Name, "the key would be written to the node's disk; mount an emptyDir with medium: Memory at %s", process.RuntimeDirectory)
+	}
+}
+
+// override looks at how the override file is mounted.
+func (c *check) override() {
+	file := c.settings.Process.ConfigFile
+	mount, ok := c.container.mountOf(file)
+	if ok && mount.MountPath == file && mount.SubPath != "" {
+		c.add(Warning, c.container.place, c.container.path+".volumeMounts", mount.MountPath,
+			"a file that is mounted with subPath never changes: an edit of the ConfigMap does not reach mantlet; mount the whole volume at a directory")
 	}
 }
 

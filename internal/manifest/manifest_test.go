@@ -175,13 +175,16 @@ func TestCheck(t *testing.T) {
 		"a runtime directory on disk": {"{name: run, emptyDir: {medium: Memory}}", "{name: run, emptyDir: {}}", []string{"warning " + mantlet + ".volumeMounts: the key would be written to the node's disk"}},
 		"a shared runtime directory":  {"    - name: shop\n", "    - name: shop\n      volumeMounts: [{name: run, mountPath: /run/x}]\n", []string{"error " + mantlet + ".volumeMounts: holds the key, and container shop mounts it, too"}},
 		"a directory of others":       {"      env:\n", "      env:\n        - {name: MANTLET_RUNTIME_DIRECTORY, value: /tmp}\n", []string{"error " + mantlet + ".env[MANTLET_RUNTIME_DIRECTORY]: others use this directory"}},
-		"the node's address":          {"status.podIP", "status.hostIP", []string{"error " + mantlet + ".env[MANTLET_POD_IP]: must be the field status.podIP"}},
-		"a variable twice":            {"      env:\n", "      env:\n        - {name: MANTLET_STATUS_ADDRESS, value: nonsense}\n", []string{"warning " + mantlet + ".env[MANTLET_STATUS_ADDRESS]: is set more than once"}},
-		"two of them":                 {"  containers:\n", "  containers:\n    - {name: mantlet, securityContext: {capabilities: {drop: [ALL]}}}\n", []string{"error spec.containers[mantlet]: the pod has two containers of this name"}},
+		"a file by subPath": {"      volumeMounts: [{name: tls, mountPath: /tls-config}, {", "      envFrom: [{configMapRef: {name: c}}]\n      volumeMounts: [{name: c, mountPath: /c.yaml, subPath: c.yaml}, {name: tls, mountPath: /tls-config}, {", []string{
+			"warning " + mantlet + ".volumeMounts: a file that is mounted with subPath never changes",
+		}},
+		"the node's address": {"status.podIP", "status.hostIP", []string{"error " + mantlet + ".env[MANTLET_POD_IP]: must be the field status.podIP"}},
+		"a variable twice":   {"      env:\n", "      env:\n        - {name: MANTLET_STATUS_ADDRESS, value: nonsense}\n", []string{"warning " + mantlet + ".env[MANTLET_STATUS_ADDRESS]: is set more than once"}},
+		"two of them":        {"  containers:\n", "  containers:\n    - {name: mantlet, securityContext: {capabilities: {drop: [ALL]}}}\n", []string{"error spec.containers[mantlet]: the pod has two containers of this name"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			text := strings.Replace(good, c.old, c.new, 1)
-			if c.old != "" && text == good {
+			text := strings.Replace(good, c.old, c.new, 1) + "---\nkind: ConfigMap\nmetadata: {name: c}\ndata: {MANTLET_CONFIG: /c.yaml}\n"
+			if !strings.Contains(good, c.old) {
 				t.Fatalf("%q is not in the pod", c.old)
 			}
 			got := check(t, text)
