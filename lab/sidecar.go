@@ -28,6 +28,7 @@ type Sidecar struct {
 	Contained        bool                 // PID 1, with a read-only root and the system calls that RuntimeDefault lets through
 	Forbidden        []uint32             // further system calls that a contained one can't make
 	Binary           string               // mantlet
+	Args             []string             // its arguments; nil: run
 	Log              io.Writer
 
 	executed time.Time
@@ -60,10 +61,14 @@ func (s *Sidecar) Command(args ...string) *exec.Cmd {
 	return cmd
 }
 
-// Start executes `mantlet run` as a container runtime would: root, with no more capabilities than its container adds, and no
+// Start executes mantlet as a container runtime would: root, with no more capabilities than its container adds, and no
 // way to more. It does not wait until anything works.
 func (s *Sidecar) Start() error {
-	s.cmd = s.Command("run")
+	args := s.Args
+	if args == nil {
+		args = []string{"run"}
+	}
+	s.cmd = s.Command(args...)
 	s.cmd.Stdout, s.cmd.Stderr = s.Log, s.Log
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	s.exited = make(chan struct{})

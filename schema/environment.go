@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -31,6 +32,9 @@ const statusVariable = "MANTLET_STATUS_ADDRESS"
 // GateVariable names the socket at which a workload may ask whether the sidecar is ready. mantlet and `mantlet gate` read it.
 const GateVariable = "MANTLET_GATE_SOCKET"
 
+// LogLevelVariable holds Envoy's log level.
+const LogLevelVariable = "MANTLET_ENVOY_LOG_LEVEL"
+
 // The variables that hold status.podIP and status.hostIP of the downward API.
 const (
 	podVariable  = "MANTLET_POD_IP"
@@ -54,7 +58,7 @@ const defaultEnvoyUID = 1337
 type Process struct {
 	EnvoyPath        string // found on PATH where it has no slash
 	EnvoyUID         int    // and number of its group; mantlet's own means the same user and group
-	TLSDirectory     string // holds certChain.pem, key.pem and mesh-ca.pem
+	TLSDirectory     string // holds certChain.pem, key.pem and mesh-ca.pem; see defaultTLSDirectory
 	RuntimeDirectory string // private to mantlet; comes to hold the key
 	StatusAddress    string // where the status is served over TCP, an IP address or nothing before the port; empty for nowhere
 	GateSocket       string // where any user of the pod may ask whether the sidecar is ready; empty for nowhere
@@ -258,7 +262,7 @@ func ParseEnvironment(environ []string) (*Environment, error) {
 	env := &Environment{Process: Process{
 		EnvoyPath:        "envoy",
 		EnvoyUID:         defaultEnvoyUID,
-		TLSDirectory:     "/tls-config",
+		TLSDirectory:     defaultTLSDirectory("/"),
 		RuntimeDirectory: "/run/mantlet",
 		LogLevel:         "info",
 		Overrides:        OverridesAll,
@@ -289,6 +293,20 @@ func (e *Environment) Err() error { return e.bad }
 // Partial returns the mesh of the environment alone as far as it is right. It is for what can be said beside problems, and
 // nothing to run by.
 func (e *Environment) Partial() Mesh { return e.partial.Mesh }
+
+// defaultTLSDirectory returns the first of the usual directories that is there below root. Where none is yet, the volume tells in
+// which one an initializer will make it.
+func defaultTLSDirectory(root string) string {
+	const usual, volume, inVolume = "/tls-config", "/contrast", "/contrast/tls-config"
+	isThere := func(path string) bool {
+		info, err := os.Stat(filepath.Join(root, path))
+		return err == nil && info.IsDir()
+	}
+	if !isThere(usual) && isThere(volume) {
+		return inVolume
+	}
+	return usual
+}
 
 func defaultLayer() layer {
 	l := layer{}
@@ -370,10 +388,19 @@ func (p *parser) ingress() entries {
 			case "false":
 				return string(ModeTLS), ""
 			default:
-				return "", `must be "true" (passthrough, no TLS) or "false" (TLS without client certificates)`
+				return "", `must be "true" (passthrough, no TLS) or "false" (TLS without client certificates)` + spelledOut(text)
 			}
 		}},
 	})
+}
+
+// spelledOut suggests the word for a text that other programs take for true or false (strconv.ParseBool).
+func spelledOut(text string) string {
+	meant, err := strconv.ParseBool(text)
+	if err != nil {
+		return ""
+	}
+	return fmt.Sprintf("; write %t", meant)
 }
 
 func (p *parser) egress() entries {

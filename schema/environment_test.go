@@ -215,9 +215,9 @@ func environmentProblems() map[string]environmentProblem {
 		"disableTLS": {
 			[]string{ingress + "a#80#True##b#81#yes##c#82#1##d#83#true ##e#84#false\n"},
 			[]string{
-				` entry 1: disableTLS of "a#80#True": "True": ` + disable,
+				` entry 1: disableTLS of "a#80#True": "True": ` + disable + `; write true`,
 				` entry 2: disableTLS of "b#81#yes": "yes": ` + disable,
-				` entry 3: disableTLS of "c#82#1": "1": ` + disable,
+				` entry 3: disableTLS of "c#82#1": "1": ` + disable + `; write true`,
 				` entry 4: disableTLS of "d#83#true ": "true ": ends with a space: remove it`,
 				` entry 5: disableTLS of "e#84#false\n": "false\n": ends with a line break: remove it`,
 			},

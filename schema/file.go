@@ -59,7 +59,7 @@ var scalarVariables = map[string]struct {
 	"MANTLET_ENVOY_CONCURRENCY":          {"envoy.concurrency", threadsText("")},
 	"MANTLET_ENVOY_DRAIN_TIME":           {"envoy.drainTime", durationText("")},
 	"MANTLET_ENVOY_PARENT_SHUTDOWN_TIME": {"envoy.parentShutdownTime", durationText("")},
-	"MANTLET_ENVOY_LOG_LEVEL":            {"envoy.logLevel", EnvoyLogLevel("")},
+	LogLevelVariable:                     {"envoy.logLevel", EnvoyLogLevel("")},
 	"MANTLET_OTHER_PROTOCOLS":            {"otherProtocols", OtherProtocols("")},
 	"MANTLET_ACCESS_LOG":                 {"accessLog", AccessLog("")},
 }

@@ -568,6 +568,10 @@ func (Mode) choices() []string {
 	return []string{string(ModeMTLS), string(ModeTLS), string(ModePassthrough)}
 }
 func (TLSVersion) choices() []string { return []string{string(TLS12), string(TLS13)} }
+
+// EnvoyLogLevels returns the values of EnvoyLogLevel, the most talkative first.
+func EnvoyLogLevels() []string { return EnvoyLogLevel("").choices() }
+
 func (EnvoyLogLevel) choices() []string {
 	return []string{"trace", "debug", "info", "warning", "error", "critical", "off"}
 }

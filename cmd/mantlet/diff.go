@@ -27,13 +27,14 @@ func diffCommand() *cobra.Command {
 		Args: cobra.NoArgs,
 	}
 	output := outputFlag(cmd, "how to say it:", "text", "json")
+	level := envoyLogLevelFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		var steps []reconcile.Step
 		var err error
 		if cmd.Flags().Changed("against") {
 			steps, err = compare(against)
 		} else {
-			steps, err = diffLive(cmd.Context(), cmd.ErrOrStderr())
+			steps, err = diffLive(cmd.Context(), level.environ(), cmd.ErrOrStderr())
 		}
 		if err != nil {
 			return err
@@ -58,10 +59,10 @@ func diffCommand() *cobra.Command {
 const liveLimit = 10 * time.Second
 
 // diffLive returns the steps from what is in force in this network namespace to the current configuration.
-func diffLive(ctx context.Context, notes io.Writer) ([]reconcile.Step, error) {
+func diffLive(ctx context.Context, environ []string, notes io.Writer) ([]reconcile.Step, error) {
 	ctx, cancel := context.WithTimeout(ctx, liveLimit)
 	defer cancel()
-	env, config, err := load(os.Environ())
+	env, config, err := load(environ)
 	if err != nil {
 		return nil, fmt.Errorf("the current configuration: %w", incomparable(err))
 	}

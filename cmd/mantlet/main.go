@@ -98,9 +98,13 @@ func execute(args []string, stdout, stderr io.Writer) int {
 	}
 }
 
-// commandFirst moves what stands before `run` behind it. A flag there is a mistake, and it is run that says so: the pod is closed by
-// then.
+// commandFirst moves what stands before `run` behind it, and adds the command where only the flag -l of it is given: pods that were
+// made for another proxy give no command. A wrong flag is a mistake, and it is run that says so: the pod is closed by then.
 func commandFirst(args []string) []string {
+	const short, long = "-l", "--" + envoyLogLevel
+	if len(args) > 0 && (strings.HasPrefix(args[0], short) || args[0] == long || strings.HasPrefix(args[0], long+"=")) {
+		return slices.Concat([]string{"run"}, args)
+	}
 	i := slices.IndexFunc(args, func(arg string) bool { return !strings.HasPrefix(arg, "-") })
 	if i < 0 || args[i] != "run" {
 		return args

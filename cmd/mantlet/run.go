@@ -39,6 +39,7 @@ func runCommand() *cobra.Command {
 			"desired state is in force.",
 		DisableFlagParsing: true, // the pod is closed whether flags are right or not
 	}
+	level := envoyLogLevelFlag(cmd)
 	allowed := cmd.Flags().Count(allowHostNetwork, "given twice: run in the machine's own network namespace, and cut the machine off")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if asksForHelp(args) {
@@ -48,10 +49,10 @@ func runCommand() *cobra.Command {
 		if failed != nil {
 			failed = fmt.Errorf("%w: `mantlet run --help` says what it takes", failed)
 		}
-		level := new(slog.LevelVar)
-		log, queue := logTo(unblock(), level)
+		own := new(slog.LevelVar)
+		log, queue := logTo(unblock(), own)
 		defer queue.flush(flushLimit)
-		err := run(cmd.Context(), arguments{max(*allowed, given(args, "--"+allowHostNetwork)), failed}, log, queue, level)
+		err := run(cmd.Context(), arguments{max(*allowed, given(args, "--"+allowHostNetwork)), level.environ(), failed}, log, queue, own)
 		if err == nil {
 			return nil
 		}
@@ -69,8 +70,37 @@ func runCommand() *cobra.Command {
 
 // arguments are run's own.
 type arguments struct {
-	allowHostNetwork int   // how often that was given
-	err              error // why they are not right
+	allowHostNetwork int      // how often that was given
+	environ          []string // the environment, with what they say instead
+	err              error    // why they are not right
+}
+
+const envoyLogLevel = "envoy-log-level"
+
+// logLevel is the value of a flag for Envoy's log level.
+type logLevel struct{ format }
+
+// envoyLogLevelFlag adds the flag -l, which takes the place of schema.LogLevelVariable.
+func envoyLogLevelFlag(cmd *cobra.Command) *logLevel {
+	level := &logLevel{format{all: schema.EnvoyLogLevels()}}
+	cmd.Flags().VarP(level, envoyLogLevel, "l", "the `LEVEL` of Envoy's log, instead of "+schema.LogLevelVariable+": "+strings.Join(level.all, ", "))
+	return level
+}
+
+// Set implements pflag.Value. Envoy takes warn for warning, too.
+func (l *logLevel) Set(name string) error {
+	if name == "warn" {
+		name = "warning"
+	}
+	return l.format.Set(name)
+}
+
+// environ returns the process's environment with the level in it, if the flag was given.
+func (l *logLevel) environ() []string {
+	if l.chosen == "" {
+		return os.Environ()
+	}
+	return append(os.Environ(), schema.LogLevelVariable+"="+l.chosen)
 }
 
 // parse reads what follows `mantlet run`.
@@ -127,7 +157,7 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 	}
 	table, found, err := closePod(log)
 	if errors.Is(err, syscall.EPERM) {
-		env, _ := schema.ParseEnvironment(os.Environ())
+		env, _ := schema.ParseEnvironment(args.environ)
 		needs := capabilities(env, env.Base())
 		err = errors.Join(sandbox.Missing(needs), fmt.Errorf("%w; %s", err, sandbox.Remedy(needs)))
 	}
@@ -141,10 +171,10 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 	if args.err != nil {
 		return args.err
 	}
-	if err := schema.HostNetwork(os.Environ()); err != nil {
+	if err := schema.HostNetwork(args.environ); err != nil {
 		log.Warn("the environment says that the pod has hostNetwork, and its network namespace says that it has not", "environment", err)
 	}
-	env, err := schema.ParseEnvironment(os.Environ())
+	env, err := schema.ParseEnvironment(args.environ)
 	if err != nil {
 		_, err = env.Load() // which tells what is wrong with the override file, too
 		return invalid{err}

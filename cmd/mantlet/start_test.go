@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mantlet/lab"
+	"mantlet/schema"
 )
 
 // TestArguments: whatever follows `mantlet run`, the pod is closed first; then mantlet says what is wrong. Help alone touches nothing.
@@ -26,6 +27,8 @@ func TestArguments(t *testing.T) {
 	for args, says := range map[string]string{
 		"run --nonsense": "unknown flag: --nonsense", "run nonsense": `takes no arguments, but gets \"nonsense\"`, "--nonsense run": "unknown flag: --nonsense",
 		"run -x --allow-host-network": "unknown shorthand flag: 'x'", "run help": `takes no arguments, but gets \"help\"`,
+		"-l debug --nonsense": "unknown flag: --nonsense", "-l debug nonsense": `takes no arguments, but gets \"nonsense\"`, "-l loud": "must be one of trace, debug, info",
+		"-l": "flag needs an argument: 'l' in -l", "run -l debug --port=80": "unknown flag: --port",
 	} {
 		t.Run(args, func(t *testing.T) {
 			t.Parallel()
@@ -53,6 +56,25 @@ func TestArguments(t *testing.T) {
 			}
 			if left := tables(p); left != "" {
 				t.Errorf("it made tables:\n%s", left)
+			}
+		})
+	}
+}
+
+// TestEnvoyLogLevel: what -l says takes the place of the variable, with and without the command's name.
+func TestEnvoyLogLevel(t *testing.T) {
+	t.Parallel()
+	for _, args := range []string{"-l debug", "run -l debug", "--envoy-log-level=debug", "run -ldebug"} {
+		t.Run(args, func(t *testing.T) {
+			t.Parallel()
+			p := newPod(t, web, schema.LogLevelVariable+"=error")
+			p.sidecar.Args = strings.Fields(args)
+			p.start()
+			if code, out, said := p.mantlet("diff", "-l", "debug"); code != 0 {
+				t.Errorf("diff -l debug: exit code %d: %s%s", code, out, said)
+			}
+			if code, out, said := p.mantlet("diff"); code != 1 || !strings.Contains(out, "envoy.logLevel: debug -> error") {
+				t.Errorf("diff: exit code %d: %s%s", code, out, said)
 			}
 		})
 	}
