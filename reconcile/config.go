@@ -136,6 +136,9 @@ func (d *Daemon) render(config schema.Config, err error) (*desired, error) {
 	}
 	place := d.look()
 	state, err := render.Render(config.Mesh, place)
+	if err == nil {
+		err = d.Limits.Fit(state.Cost)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -181,6 +181,9 @@ func (c collector) connections(s Status) {
 		c.counter("refused_total", "Packets that the kernel's rules ended, and connections that Envoy did.", float64(r.Count),
 			"by", r.By, "direction", r.Direction, "reason", r.Reason)
 	}
+	const limit = "How many connections are open at most; of the workload, at each egress entry."
+	c.gauge("connections_limit", limit, float64(s.Capacity.Ingress), "direction", "ingress")
+	c.gauge("connections_limit", limit, float64(s.Capacity.Egress), "direction", "egress")
 	c.gauge("conntrack_entries", "Entries of the kernel's table of connections.", float64(s.Conntrack.Entries))
 	c.gauge("conntrack_entries_limit", "How many entries that table takes; 0 where the kernel does not tell.", float64(s.Conntrack.Max))
 }

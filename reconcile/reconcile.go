@@ -110,8 +110,9 @@ type Daemon struct {
 	Found       render.Ruleset // the rules that were in the kernel before deny-all
 	Secrets     Secrets
 	Proxy       Proxy
-	Names       Names       // nil: names are not looked up, and have no addresses
-	HasIPv6     func() bool // tells whether Envoy can listen on ::1; nil: as Place says
+	Names       Names         // nil: names are not looked up, and have no addresses
+	HasIPv6     func() bool   // tells whether Envoy can listen on ::1; nil: as Place says
+	Limits      render.Limits // of mantlet and its Envoys
 	Log         *slog.Logger
 	// LogLost returns how many lines of the log were dropped, and for how long whoever reads it has taken none; 0 while they
 	// do. Where it is nil, none are.
@@ -212,6 +213,7 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 	running.Go(func() { d.guard(beside) })
 	running.Go(func() { d.configure(beside, reload, reread) })
 	running.Go(func() { d.certify(beside, reread) })
+	running.Go(func() { d.tellShed(beside) })
 	defer running.Wait()
 	defer stop()
 	defer d.watchdog.idle(loop)

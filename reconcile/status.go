@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -32,6 +33,7 @@ type Status struct {
 	Inbound      []Inbound     `json:"inbound"`   // connections from outside that are open, by entry and mode
 	Upstreams    []Upstream    `json:"upstreams"` // of the egress entries
 	Traffic      Traffic       `json:"traffic"`
+	Capacity     Capacity      `json:"capacity"`
 	// Refused counts the packets that the kernel's rules ended and the connections that Envoy did, since mantlet started.
 	Refused   []Refused `json:"refused"`
 	Refusals  []Refusal `json:"refusals"` // the last ones, the newest last
@@ -54,6 +56,8 @@ type Inbound struct {
 type Traffic struct {
 	Ingress []Handshakes `json:"ingress"`
 	Egress  []Dialled    `json:"egress"`
+	// Shed is how many were closed as they came, since too many were open, by direction. It is told among Refused.
+	Shed map[string]uint64 `json:"-"`
 }
 
 // Handshakes counts the TLS handshakes with clients that were finished.
@@ -341,6 +345,10 @@ func (d *Daemon) count(ctx context.Context, s *Status) {
 	for _, c := range counts {
 		s.Refused = append(s.Refused, Refused{"envoy", c.Direction, c.Code, uint64(c.Count)})
 	}
+	for _, direction := range slices.Sorted(maps.Keys(s.Traffic.Shed)) {
+		s.Refused = append(s.Refused, Refused{"envoy", direction, connectionLimit, s.Traffic.Shed[direction]})
+	}
+	s.Capacity = d.capacity()
 	open, entries, most, err := d.Kernel.Inbound()
 	if err != nil {
 		d.Log.Debug("connections can't be counted", "error", err)

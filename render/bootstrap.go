@@ -14,8 +14,6 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
-	overloadv3 "github.com/envoyproxy/go-control-plane/envoy/config/overload/v3"
-	connectionsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/resource_monitors/downstream_connections/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	"google.golang.org/protobuf/proto"
@@ -33,9 +31,9 @@ const (
 	workload = "workload"
 	// discoveryCluster is the cluster that mantlet itself is.
 	discoveryCluster = "mantlet"
-	// bufferLimit bounds what Envoy holds for each side of a connection. Measured: 256 KiB cost neither throughput nor CPU
-	// and take a third of the memory of Envoy's default (1 MiB) when clients stall; 32 KiB cost 15-20 % CPU.
-	bufferLimit = 256 << 10
+	// bufferLimit bounds what Envoy holds for each side of a connection. Measured in CPU per GiB, both ways: 128 KiB cost no more than
+	// 256 KiB or Envoy's default of 1 MiB do, 64 KiB 10 % more, 32 KiB 20 %. See connectionMemory for what a stalled client then takes.
+	bufferLimit = 128 << 10
 	// maxConnections is as many as conntrack's table (262,144 entries) can hold at all: each takes an entry for the outer
 	// and one for the inner leg. Envoy's default of 1024 connections per cluster is far too low for a sidecar.
 	maxConnections = 131072
@@ -109,14 +107,6 @@ func bootstrap(mesh schema.Mesh, place Place) (*bootstrapv3.Bootstrap, error) {
 			Listeners: []*listenerv3.Listener{r.ingress(schema.ModeMTLS), r.ingress(schema.ModeTLS)},
 			Clusters:  []*clusterv3.Cluster{originalDestination()},
 		},
-		OverloadManager: &overloadv3.OverloadManager{
-			ResourceMonitors: []*overloadv3.ResourceMonitor{{
-				Name: "envoy.resource_monitors.global_downstream_max_connections",
-				ConfigType: &overloadv3.ResourceMonitor_TypedConfig{
-					TypedConfig: r.pack(&connectionsv3.DownstreamConnectionsConfig{MaxActiveDownstreamConnections: maxConnections}),
-				},
-			}},
-		},
 	}
 	for _, e := range mesh.Egress {
 		b.StaticResources.Listeners = append(b.StaticResources.Listeners, r.egress(e))
@@ -126,8 +116,8 @@ func bootstrap(mesh schema.Mesh, place Place) (*bootstrapv3.Bootstrap, error) {
 		b.StaticResources.Clusters = append(b.StaticResources.Clusters, r.discoveryServer())
 		b.DynamicResources = &bootstrapv3.Bootstrap_DynamicResources{AdsConfig: discovery()}
 	}
-	if r.err != nil {
-		return nil, r.err
+	if err := errors.Join(r.err, Limit(b, Limits{}.Capacity(CostOf(mesh)))); err != nil {
+		return nil, err
 	}
 	if err := b.ValidateAll(); err != nil {
 		return nil, fmt.Errorf("validating the bootstrap: %w", err)

@@ -162,6 +162,7 @@ func DiffBootstraps(want, have *bootstrapv3.Bootstrap) []string {
 func plain(b *bootstrapv3.Bootstrap) any {
 	b = proto.CloneOf(b)
 	b.Admin, b.Node = nil, nil
+	b.OverloadManager, b.LayeredRuntime = nil, nil // see Limit
 	text, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(b)
 	var value any
 	if err == nil {

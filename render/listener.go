@@ -78,6 +78,7 @@ func (r *renderer) egress(e schema.Egress) *listenerv3.Listener {
 	return &listenerv3.Listener{
 		Name:                          name,
 		StatPrefix:                    name,
+		IgnoreGlobalConnLimit:         true, // which is that of strangers; this listener has its own, see Limit
 		Address:                       address(e.Listen.Addr().String(), e.Listen.Port()),
 		PerConnectionBufferLimitBytes: wrapperspb.UInt32(bufferLimit),
 		TcpKeepalive:                  keepalive(),

@@ -466,7 +466,7 @@ var (
 
 // wellFormed checks that rules are those of a mesh with the same modes but for the elements of the maps.
 func wellFormed(rules []byte, mesh schema.Mesh) error {
-	like := schema.Mesh{OtherProtocols: mesh.OtherProtocols}
+	like := schema.Mesh{OtherProtocols: mesh.OtherProtocols, Egress: mesh.Egress}
 	for i, in := range mesh.Ingress {
 		port := uint16(i + 1)
 		like.Ingress = append(like.Ingress, schema.Ingress{Ports: schema.Ports{First: port, Last: port}, Mode: in.Mode})

@@ -22,6 +22,7 @@ type State struct {
 	Ruleset   Ruleset
 	Bootstrap *bootstrapv3.Bootstrap
 	Digest    string // of the bootstrap and of Envoy's settings; /server_info shows it under node.metadata, see DigestKey
+	Cost      Cost
 }
 
 // DigestKey is the field of node.metadata that tells which desired state an Envoy runs.
@@ -44,7 +45,7 @@ func Render(mesh schema.Mesh, place Place) (State, error) {
 		return State{}, fmt.Errorf("marshalling the bootstrap: %w", err)
 	}
 	b.Node.Metadata = &structpb.Struct{Fields: map[string]*structpb.Value{DigestKey: structpb.NewStringValue(digest)}}
-	return State{Ruleset: Rules(mesh, Generations{}), Bootstrap: b, Digest: digest}, nil
+	return State{Ruleset: Rules(mesh, Generations{}), Bootstrap: b, Digest: digest, Cost: CostOf(mesh)}, nil
 }
 
 // digestOf hashes all that an Envoy is started with. Of the bootstrap it takes the binary form: its text takes longer than all

@@ -23,6 +23,7 @@ import (
 	"mantlet/reconcile/dns"
 	"mantlet/reconcile/envoy"
 	"mantlet/reconcile/nft"
+	"mantlet/render"
 	"mantlet/sandbox"
 	"mantlet/schema"
 )
@@ -142,6 +143,8 @@ func findings(ctx context.Context, environ []string) []finding {
 		return all
 	}
 	all = append(all, tried("environment", "", nil, ""))
+	most, _ := limits()
+	all = append(all, tryLimits(most, render.CostOf(config.Mesh)))
 	return slices.Concat(all, tryOverrides(env, unloaded), tryUpstreams(ctx, config.Mesh.Egress))
 }
 

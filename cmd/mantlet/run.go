@@ -195,8 +195,12 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 			log.Warn("the status address can't be reached until the desired state is in force", "error", err)
 		}
 	}
+	if err := raiseDescriptors(); err != nil {
+		log.Warn("Envoy takes fewer connections than it could", "error", err)
+	}
+	limits, memory := limits()
 	directory := env.Process.EnvoyDirectory()
-	runner := &envoy.Runner{Path: env.Process.EnvoyPath, UID: env.Process.EnvoyUID, Needs: capabilities(env, env.Base()), RuntimeDirectory: directory, Log: log}
+	runner := &envoy.Runner{Path: env.Process.EnvoyPath, UID: env.Process.EnvoyUID, Needs: capabilities(env, env.Base()), RuntimeDirectory: directory, Log: log, Limits: limits, Memory: memory}
 	if err := confine(runner, env.Process, log); err != nil {
 		return errors.Join(err, runner.Close())
 	}
@@ -218,6 +222,7 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 		Secrets:     &envoy.Secrets{TLSDirectory: env.Process.TLSDirectory, RuntimeDirectory: directory, Runner: runner, Log: log},
 		Proxy:       proxy{runner},
 		Names:       names,
+		Limits:      limits,
 		Log:         log,
 		LogLost:     func() (uint64, time.Duration) { return queue.lost(time.Now()) },
 	}

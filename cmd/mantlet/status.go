@@ -238,6 +238,9 @@ func (p *page) traffic(s reconcile.Status) {
 	for _, e := range s.Traffic.Egress {
 		p.row(e.Listen, "egress", fmt.Sprintf("%d connections since the start, %d failed", e.Total, e.Failed))
 	}
+	if c := s.Capacity; c.Ingress > 0 {
+		p.row("limit", "", fmt.Sprintf("%d from outside at a time, %s; %d at each egress entry", c.Ingress, limitedBy(c.By, c.Memory, c.Descriptors), c.Egress))
+	}
 	if s.Conntrack.Max > 0 {
 		p.row("conntrack", "", fmt.Sprintf("%d of %d entries", s.Conntrack.Entries, s.Conntrack.Max))
 	}

@@ -32,7 +32,8 @@ type Process struct {
 	logs      *logs
 	killed    atomic.Bool // by Kill
 	exited    chan struct{}
-	err       error // valid once exited is closed
+	err       error  // valid once exited is closed
+	killer    string // who killed it, if somebody did; valid once exited is closed
 }
 
 // pollInterval is how often an Envoy that starts is asked whether it is live: a small part of what it takes.
@@ -137,7 +138,7 @@ func (p *Process) Err() error {
 	case err == nil:
 		err = errors.New("exit status 0")
 	case !p.killed.Load() && signalled(err) == syscall.SIGKILL:
-		err = fmt.Errorf("%w, probably out of memory", err)
+		err = fmt.Errorf("%w, %s", err, p.killer)
 	}
 	if said := p.logs.lastError(); said != "" {
 		err = fmt.Errorf("%w: %s", err, said)

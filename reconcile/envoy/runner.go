@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -23,6 +24,7 @@ import (
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	"google.golang.org/protobuf/proto"
 
+	"mantlet/internal/cgroup"
 	"mantlet/reconcile"
 	"mantlet/render"
 	"mantlet/sandbox"
@@ -37,6 +39,8 @@ type Runner struct {
 	Needs            []sandbox.Capability // of mantlet's container
 	RuntimeDirectory string               // theirs and mantlet's: holds sockets, SDS files and bootstraps
 	Log              *slog.Logger
+	Limits           render.Limits  // of mantlet and all Envoys
+	Memory           *cgroup.Memory // that they have; nil where the kernel does not tell
 	// Upstream describes the upstream of the egress entry that listens at an address. It may be nil.
 	Upstream func(listen string) reconcile.Upstream
 	// Progress is told each step that Start begins, and how long it takes at most. It may be nil.
@@ -266,7 +270,8 @@ const (
 	failures   = "cluster.%s.upstream_cx_connect_fail"
 	exhausted  = "cluster.%s.upstream_cx_connect_attempts_exceeded"
 	nowhere    = "cluster.%s.upstream_cx_none_healthy"
-	statistics = `^(listener\.ingress-m?tls\.ssl\.handshake|tcp\.egress-.*\.downstream_cx_total|` +
+	statistics = `^(listener\.ingress-m?tls\.ssl\.handshake|listener\.(ingress|egress)-.*\.downstream_(global_cx_overflow|cx_overflow|cx_overload_reject)|` +
+		`tcp\.egress-.*\.downstream_cx_total|` +
 		`cluster\.egress-.*\.upstream_cx_(connect_fail|connect_attempts_exceeded|none_healthy))$`
 )
 
@@ -295,7 +300,7 @@ func (r *Runner) Traffic(ctx context.Context) reconcile.Traffic {
 	for _, p := range r.running {
 		all = sums(all, p.counted)
 	}
-	t := reconcile.Traffic{Ingress: []reconcile.Handshakes{}, Egress: []reconcile.Dialled{}}
+	t := reconcile.Traffic{Ingress: []reconcile.Handshakes{}, Egress: []reconcile.Dialled{}, Shed: shedOf(all)}
 	for _, mode := range []schema.Mode{schema.ModeMTLS, schema.ModeTLS} {
 		t.Ingress = append(t.Ingress, reconcile.Handshakes{Mode: mode, Total: all[fmt.Sprintf(handshakes, mode)]})
 	}
@@ -313,6 +318,27 @@ func (r *Runner) Traffic(ctx context.Context) reconcile.Traffic {
 		}
 	}
 	return t
+}
+
+// shed are the directions of connections that were closed since too many were open, and the statistics that count them: over the
+// limit of all listeners, over that of one, and for lack of memory.
+var shed = map[string]*regexp.Regexp{
+	"ingress": regexp.MustCompile(`^listener\.ingress-.*\.downstream_(global_cx_overflow|cx_overload_reject)$`),
+	egress:    regexp.MustCompile(`^listener\.egress-.*\.downstream_(cx_overflow|cx_overload_reject)$`),
+}
+
+// shedOf returns how many connections were closed as they came, since too many were open, by direction.
+func shedOf(all map[string]uint64) map[string]uint64 {
+	counts := map[string]uint64{}
+	for direction, names := range shed {
+		counts[direction] = 0
+		for name, n := range all {
+			if names.MatchString(name) {
+				counts[direction] += n
+			}
+		}
+	}
+	return counts
 }
 
 // sums adds numbers to others by their names.
@@ -448,6 +474,9 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Proc
 	}
 	p.Bootstrap = proto.CloneOf(state.Bootstrap)
 	p.Bootstrap.Admin = render.Admin(r.RuntimeDirectory, p.Epoch)
+	if err := render.Limit(p.Bootstrap, r.Limits.Capacity(state.Cost)); err != nil {
+		return nil, err
+	}
 	p.Digest = state.Digest
 	config, err := r.write(bootstrapFile(p.Epoch), p.Bootstrap)
 	if err != nil {
@@ -480,12 +509,14 @@ func (r *Runner) start(p *Process, arguments []string) error {
 	if dumpable != nil {
 		r.Log.Warn("other processes of Envoy's user can read its memory, and the key", "pid", p.PID(), "error", dumpable)
 	}
+	before, _ := r.kills()
 	go func() {
 		read := make(chan struct{})
 		go func() { defer close(read); p.logs.access(stdout) }()
 		p.logs.messages(stderr)
 		<-read
 		p.err = p.cmd.Wait()
+		p.killer = r.killer(before)
 		close(p.exited)
 	}()
 	return nil
@@ -514,6 +545,30 @@ func (r *Runner) spawn(p *Process, arguments []string) (stdout, stderr io.ReadCl
 		return err
 	})
 	return stdout, stderr, dumpable, err
+}
+
+// kills returns how many processes the kernel killed since they took too much memory; false where it does not tell.
+func (r *Runner) kills() (count uint64, ok bool) {
+	if r.Memory == nil {
+		return 0, false
+	}
+	count, err := r.Memory.Kills()
+	return count, err == nil
+}
+
+// killer says why a process was killed that mantlet did not kill, when before was what kills returned as it started.
+func (r *Runner) killer(before uint64) string {
+	switch now, ok := r.kills(); {
+	case !ok:
+		return "probably out of memory"
+	case now == before:
+		return "by another process"
+	}
+	limit, file := r.Memory.Limit()
+	if limit == 0 {
+		return "out of memory: the machine has no more"
+	}
+	return fmt.Sprintf("out of memory: %s is %d MiB", filepath.Base(file), limit>>20)
 }
 
 // ports returns those of a bootstrap's listeners.

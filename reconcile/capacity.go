@@ -1,0 +1,59 @@
+package reconcile
+
+import (
+	"context"
+	"time"
+)
+
+// Capacity is how many connections are open at most. Those that are too many are closed as they come.
+type Capacity struct {
+	Ingress uint64 `json:"ingress"` // of clients
+	// By names what the limit of clients follows from: memory, descriptors, or conntrack where neither limits it.
+	By          string `json:"by"`
+	Egress      uint64 `json:"egress"`      // of the workload, at each egress entry
+	Memory      uint64 `json:"memory"`      // bytes that the container may have; 0 for no limit
+	Descriptors uint64 `json:"descriptors"` // that each Envoy may have; 0 for no limit
+}
+
+// connectionLimit is the code of connections that were too many.
+const connectionLimit = "connection_limit"
+
+// capacity returns that of the Envoy that serves, or will.
+func (d *Daemon) capacity() Capacity {
+	var state *desired
+	d.locked(func() {
+		if state = d.have; state == nil {
+			state = d.want
+		}
+	})
+	if state == nil {
+		return Capacity{Memory: d.Limits.Memory, Descriptors: d.Limits.Descriptors}
+	}
+	c := d.Limits.Capacity(state.state.Cost)
+	return Capacity{Ingress: c.Ingress, By: c.By, Egress: c.Egress, Memory: d.Limits.Memory, Descriptors: d.Limits.Descriptors}
+}
+
+// lookForShed is how often Envoy is asked whether connections were too many: it writes no line of the access log for them.
+const lookForShed = 10 * time.Second
+
+// tellShed logs connections that were too many, until ctx ends.
+func (d *Daemon) tellShed(ctx context.Context) {
+	tick := time.NewTicker(lookForShed)
+	defer tick.Stop()
+	told := map[string]uint64{}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		capacity := d.capacity()
+		for direction, count := range d.Proxy.Traffic(ctx).Shed {
+			if count > told[direction] {
+				d.Log.Warn("connections rejected", "code", connectionLimit, "direction", direction, "count", count-told[direction],
+					"reason", "too many are open", "limit_ingress", capacity.Ingress, "limit_by", capacity.By, "limit_egress", capacity.Egress)
+			}
+			told[direction] = count
+		}
+	}
+}
