@@ -434,10 +434,11 @@ func TestOwnListeners(t *testing.T) {
 }
 
 // The priority of what goes out to upstreams does not leave the pod: queues prefer some.
+// Only TCP is looked at: the kernel gives a priority to its own IGMP and MLD.
 func TestPriorityIsForTheRulesAlone(t *testing.T) {
 	t.Parallel()
 	load := func(x *trial) bool {
-		load(x.t, x.pod, "table inet other { chain c { type filter hook postrouting priority 0; meta priority != none oif != lo counter; }; }")
+		load(x.t, x.pod, "table inet other { chain c { type filter hook postrouting priority 0; meta l4proto tcp meta priority != none oif != lo counter; }; }")
 		x.apply()
 		conn, err := x.dialAs(netip.Addr{}, x.echo("tcp"), unix.SO_PRIORITY, int(render.EndpointPriority), limit)
 		return err == nil && x.passes(conn, conn) && !strings.Contains(nft(x.t, x.pod, "list", "table", "inet", "other"), "packets 0 ")

@@ -626,7 +626,7 @@ func TestCheckNamesWhatDiffers(t *testing.T) {
 		{func() string { return "insert rule inet mantlet ingress accept" }, "chain ingress rule 1: `accept` not wanted"},
 		{
 			func() string { return "insert rule inet mantlet ingress tcp dport 22 jump mtls_in" },
-			"chain ingress rule 1: `meta l4proto tcp @th,16,16 == 0x0016 jump mtls_in` not wanted",
+			"chain ingress rule 1: `tcp dport 22 jump mtls_in` not wanted",
 		},
 		{
 			func() string { return "flush chain inet mantlet passthrough_in" },
