@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -67,7 +68,9 @@ func (d *Daemon) guard(ctx context.Context) {
 		}
 	}()
 	d.repairLog = newValve()
-	others := tables{log: newValve(), warned: map[string]bool{}}
+	var surveying sync.WaitGroup // beside: other software may have many rules
+	surveying.Go(func() { d.surveyAll(ctx) })
+	defer surveying.Wait()
 	look := time.NewTicker(resync)
 	defer look.Stop()
 	defer d.watchdog.idle(guard)
@@ -80,7 +83,6 @@ func (d *Daemon) guard(ctx context.Context) {
 			d.mend(who)
 		case <-look.C:
 			d.mend("")
-			d.survey(&others) // not at each event: other software may make many, and have many rules
 			d.heed(time.Now())
 			d.look()
 		}
@@ -93,10 +95,24 @@ type tables struct {
 	warned map[string]bool // what undermines the rules now
 }
 
+// surveyAll looks at other tables from time to time, until ctx ends. It takes a tenth of a processor at most.
+func (d *Daemon) surveyAll(ctx context.Context) {
+	t := tables{log: newValve(), warned: map[string]bool{}}
+	for pause := resync; ; {
+		if sleep(ctx, pause); ctx.Err() != nil {
+			return
+		}
+		began := time.Now()
+		d.survey(&t)
+		d.watchdog.idle(surveyor)
+		pause = max(resync, 10*time.Since(began))
+	}
+}
+
 // survey warns of what undermines the rules from other tables when it comes, and says when nothing does any more. They are their
 // owners' business.
 func (d *Daemon) survey(t *tables) {
-	d.watchdog.begin(guard, "looking at other tables", kernelLimit)
+	d.watchdog.begin(surveyor, "looking at other tables", surveyLimit)
 	found, err := d.Kernel.Undermining()
 	if err != nil {
 		return // mend can't look at the rules either, and says so

@@ -134,6 +134,7 @@ func (w *world) Mend() ([]string, error) {
 }
 
 func (w *world) Undermining() ([]string, error) {
+	w.wait("survey")
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.foreign, nil
@@ -616,6 +617,27 @@ func TestChangesDoNotFlood(t *testing.T) {
 		if last, count := w.Repairs(); len(last) != keptRepairs || count < 1001 {
 			t.Errorf("%d repairs of %d are kept", len(last), count)
 		}
+	})
+}
+
+// TestRepairWhileOtherTablesAreRead: other software may have so many rules that they take long to read.
+func TestRepairWhileOtherTablesAreRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		survey := make(chan struct{})
+		w.hang = map[string]chan struct{}{"survey": survey}
+		w.run(t)
+		time.Sleep(2 * resync)
+		synctest.Wait()
+		_, before := w.Repairs()
+		w.set(func() { w.found = errors.New("the table is not there") })
+		w.changes <- "nft"
+		synctest.Wait()
+		w.set(func() { w.found = nil })
+		if _, count := w.Repairs(); count == before {
+			t.Error("nothing was put back")
+		}
+		close(survey)
 	})
 }
 

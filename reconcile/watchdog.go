@@ -26,6 +26,7 @@ const (
 	loop         = "loop"         // takes steps from what is in force to what is wanted
 	starter      = "start"        // of an Envoy, for the loop
 	guard        = "guard"        // of the rules
+	surveyor     = "surveyor"     // of other tables
 	configurer   = "configurer"   // reads the configuration
 	certificates = "certificates" // reads and publishes them
 )
@@ -34,6 +35,7 @@ const (
 const (
 	turnLimit        = 5 * time.Second  // nothing but mantlet's own work
 	kernelLimit      = 10 * time.Second // one transaction of 65,536 ports at most
+	surveyLimit      = time.Minute      // some million rules of other software
 	configLimit      = 2 * time.Minute  // the largest file that is let in, with nothing but errors, on a tenth of a processor
 	certificateLimit = time.Minute      // files.Limit for each file, then what Envoy takes to read them
 	startLimit       = 30 * time.Second // a step of a start that tells no limit of its own

@@ -282,7 +282,7 @@ func TestUnreadableContentIsADifference(t *testing.T) {
 
 // answered returns a table whose kernel gives these answers to requests of a kind.
 func answered(answers func(kind uint16) [][]byte) *Table {
-	return &Table{raw: nltest.Dial(func(requests []netlink.Message) (replies []netlink.Message, err error) {
+	return &Table{dialogue: dialogue{nltest.Dial(func(requests []netlink.Message) (replies []netlink.Message, err error) {
 		if len(requests) == 0 {
 			return nil, nil
 		}
@@ -294,7 +294,7 @@ func answered(answers func(kind uint16) [][]byte) *Table {
 		}
 		done := netlink.Message{Header: netlink.Header{Type: netlink.Done, Sequence: header.Sequence, PID: header.PID, Flags: netlink.Multi}}
 		return append(replies, done), nil
-	})}
+	})}}
 }
 
 // generation is the kernel's answer to NFT_MSG_GETGEN.
@@ -379,7 +379,7 @@ func FuzzAnswers(f *testing.F) {
 			_, _ = again.Text(), render.Diff(again, have)
 		}
 		_, _ = table.generation()
-		_, _ = table.survey()
+		_, _ = (&others{dialogue: table.dialogue}).survey()
 		_ = table.refused.look(table)
 		m := monitor{notes: make(chan string, 1)}
 		for _, kind := range kinds {

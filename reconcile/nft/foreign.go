@@ -3,6 +3,7 @@ package nft
 import (
 	"fmt"
 	"slices"
+	"sync"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -10,25 +11,35 @@ import (
 	"mantlet/render"
 )
 
-// Undermining returns what there is in other tables that would undermine this one, a line each, sorted; not chains that accept
-// or drop, whatever their priority: neither takes anything away from mantlet's rules. Nothing of it is touched. While the kernel
-// numbers no further transaction it is not read again.
-func (t *Table) Undermining() ([]string, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	now, err := t.generation()
-	if err == nil && now != t.surveyed {
-		t.foreign, err = t.survey()
-		t.surveyed = now // what came in between makes another generation
-	}
-	if err != nil {
-		t.surveyed = 0
-		return nil, fmt.Errorf("reading other tables of nftables: %w", t.explain(err))
-	}
-	return t.foreign, nil
+// others looks at other tables, by a socket of its own: they may have many rules, and mantlet's own must not have to wait.
+type others struct {
+	dialogue
+
+	mu       sync.Mutex
+	surveyed uint32   // the generation at which they were looked at last; 0 for none
+	found    []string // what of them undermines mantlet's table
 }
 
-func (t *Table) survey() ([]string, error) {
+// Undermining returns what there is in other tables that would undermine this one, a line each, sorted; not chains that accept
+// or drop, whatever their priority: neither takes anything away from mantlet's rules. Nothing of it is touched. While the kernel
+// numbers no further transaction it is not read again. It holds up no other method.
+func (t *Table) Undermining() ([]string, error) {
+	o := &t.others
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	now, err := o.generation()
+	if err == nil && now != o.surveyed {
+		o.found, err = o.survey()
+		o.surveyed = now // what came in between makes another generation
+	}
+	if err != nil {
+		o.surveyed = 0
+		return nil, fmt.Errorf("reading other tables of nftables: %w", hint(err))
+	}
+	return o.found, nil
+}
+
+func (o *others) survey() ([]string, error) {
 	s := survey{hooks: map[site][]render.Hook{}}
 	for _, part := range []struct {
 		of   uint16
@@ -38,7 +49,7 @@ func (t *Table) survey() ([]string, error) {
 		{unix.NFT_MSG_GETFLOWTABLE, s.addFlowtable},
 		{unix.NFT_MSG_GETRULE, s.addRule},
 	} {
-		if err := t.ask(part.of, netlink.Request|netlink.Dump, unix.NFPROTO_UNSPEC, nil, part.each); err != nil {
+		if err := o.ask(part.of, netlink.Request|netlink.Dump, unix.NFPROTO_UNSPEC, nil, part.each); err != nil {
 			return nil, err
 		}
 	}

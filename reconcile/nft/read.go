@@ -89,9 +89,12 @@ func (t *Table) read() (render.Ruleset, uint32, error) {
 	return render.Ruleset{}, 0, errBusy
 }
 
+// dialogue is a socket to the kernel's nftables. It holds one conversation at a time.
+type dialogue struct{ raw *netlink.Conn }
+
 // generation returns the number of the last transaction in this network namespace, whosever. It is never 0.
-func (t *Table) generation() (generation uint32, err error) {
-	err = t.request(unix.NFT_MSG_GETGEN, netlink.Request, nil, func(a attributes) error {
+func (d dialogue) generation() (generation uint32, err error) {
+	err = d.request(unix.NFT_MSG_GETGEN, netlink.Request, nil, func(a attributes) error {
 		generation = a.u32(unix.NFTA_GEN_ID)
 		return nil
 	})
@@ -161,9 +164,9 @@ const (
 )
 
 // list calls each for each of the table's objects of a kind.
-func (t *Table) list(kind, table uint16, each func(attributes) error) error {
+func (d dialogue) list(kind, table uint16, each func(attributes) error) error {
 	about := []netlink.Attribute{text(table, render.Table)}
-	return t.request(kind, netlink.Request|netlink.Dump, about, func(a attributes) error {
+	return d.request(kind, netlink.Request|netlink.Dump, about, func(a attributes) error {
 		if a.text(table) != render.Table {
 			return nil
 		}
@@ -218,21 +221,21 @@ func each(data []byte, do func(kind uint16, value []byte) error) error {
 var errCut = errors.New("an attribute is cut off")
 
 // request calls each for each object of the family inet that the kernel tells of. What is not there is no error.
-func (t *Table) request(
+func (d dialogue) request(
 	of uint16, flags netlink.HeaderFlags, about []netlink.Attribute, each func(attributes) error,
 ) error {
-	return t.ask(of, flags, unix.NFPROTO_INET, about, func(_ byte, a attributes) error { return each(a) })
+	return d.ask(of, flags, unix.NFPROTO_INET, about, func(_ byte, a attributes) error { return each(a) })
 }
 
 // ask is request for any family, or for all.
-func (t *Table) ask(
+func (d dialogue) ask(
 	of uint16, flags netlink.HeaderFlags, family byte, about []netlink.Attribute, each func(family byte, a attributes) error,
 ) error {
 	data, err := netlink.MarshalAttributes(about)
 	if err != nil {
 		return err
 	}
-	replies, err := t.raw.Execute(message(unix.NFNL_SUBSYS_NFTABLES<<8|of, flags, family, 0, data))
+	replies, err := d.raw.Execute(message(unix.NFNL_SUBSYS_NFTABLES<<8|of, flags, family, 0, data))
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return err
 	}

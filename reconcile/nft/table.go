@@ -23,8 +23,9 @@ var ErrOwned = errors.New("another mantlet owns this network namespace")
 
 // Table is a connection to the kernel's table inet mantlet. Its methods may be called concurrently.
 type Table struct {
+	dialogue // by conn's own socket, for messages that the library cannot send
+
 	conn  *nftables.Conn
-	raw   *netlink.Conn // conn's own socket, for messages that the library cannot send
 	table *nftables.Table
 	needs []need
 
@@ -38,8 +39,7 @@ type Table struct {
 	refused tally          // what the rules counted
 	intact  uint32         // the generation of the kernel's rules at which the table was seen to hold that; 0 for none
 
-	surveyed uint32   // the generation at which other tables were looked at last; 0 for none
-	foreign  []string // what of them undermines this one
+	others others
 }
 
 // bufferSize holds a transaction's messages, and the kernel's acknowledgement of each. Some 70 messages of rules and the
@@ -58,6 +58,9 @@ func Open() (*Table, error) {
 		return nil, fmt.Errorf("connecting to nftables: %w", hint(err))
 	}
 	t.conn = conn
+	if t.others.raw, err = netlink.Dial(unix.NETLINK_NETFILTER, nil); err != nil {
+		return nil, errors.Join(fmt.Errorf("connecting to nftables: %w", hint(err)), conn.CloseLasting())
+	}
 	return t, nil
 }
 
@@ -85,7 +88,7 @@ func (t *Table) Close() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.holder.release()
-	return t.conn.CloseLasting()
+	return errors.Join(t.conn.CloseLasting(), t.others.raw.Close())
 }
 
 // Flags of a table (include/uapi/linux/netfilter/nf_tables.h), since Linux 5.12 and 6.9.
