@@ -23,6 +23,7 @@ type Manifest struct {
 	source string
 	pods   []pod
 	values map[reference]map[string]map[string]string // of kind and name; by namespace, by key
+	others []*Manifest
 }
 
 // pod is a pod, and what it is part of.
@@ -256,6 +257,11 @@ func (m *Manifest) lookup(kind, name, namespace string) (map[string]string, bool
 			return values, true
 		}
 	}
+	for _, other := range m.others {
+		if values, ok := other.lookup(kind, name, namespace); ok {
+			return values, true
+		}
+	}
 	return nil, false
 }
 
@@ -263,4 +269,14 @@ func (m *Manifest) lookup(kind, name, namespace string) (map[string]string, bool
 func (s Sidecar) finding(severity Severity, at place, path, value, format string, args ...any) Finding {
 	origin := schema.Origin{Source: s.manifest.source, Line: at.line, Column: at.column}
 	return Finding{schema.Problem{Origin: origin, Path: path, Value: value, Reason: fmt.Sprintf(format, args...)}, severity}
+}
+
+// Refer lets the manifest's pods use the ConfigMaps and Secrets of others, which do not change it.
+func (m *Manifest) Refer(others ...*Manifest) { m.others = append(m.others, others...) }
+
+// Lookup returns a value of a ConfigMap or a Secret, as a pod of a namespace sees it.
+func (m *Manifest) Lookup(kind, name, namespace, key string) (string, bool) {
+	values, _ := m.lookup(kind, name, namespace)
+	value, ok := values[key]
+	return value, ok
 }
