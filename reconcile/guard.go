@@ -117,6 +117,9 @@ func (d *Daemon) survey(t *tables) {
 	if err != nil {
 		return // mend can't look at the rules either, and says so
 	}
+	if d.Environment.Process.IngressOff != "" {
+		found = nil // there is nothing that they could undermine
+	}
 	if more := len(found) - maxFound; more > 0 {
 		found = append(slices.Clone(found[:maxFound]), fmt.Sprintf("%d more rules of other tables undermine mantlet's", more))
 	}

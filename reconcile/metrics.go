@@ -1,6 +1,7 @@
 package reconcile
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net/http"
@@ -39,6 +40,26 @@ func (d *Daemon) serveMetrics(w http.ResponseWriter, r *http.Request) {
 	if err := WriteMetrics(w, seldom(d, r, "status", d.Status)); err != nil {
 		d.Log.Debug("the metrics were not written", "error", err) // to a client that is gone
 	}
+}
+
+// serveStatistics passes on Envoy's own statistics. Nothing of the request goes to Envoy, whose admin interface can do more than tell.
+func (d *Daemon) serveStatistics(w http.ResponseWriter, r *http.Request) {
+	type answer struct {
+		text []byte
+		err  error
+	}
+	said := seldom(d, r, "statistics", func(ctx context.Context) answer {
+		ctx, cancel := context.WithTimeout(ctx, checkLimit)
+		defer cancel()
+		text, err := d.Proxy.Statistics(ctx)
+		return answer{text, err}
+	})
+	if said.err != nil {
+		http.Error(w, said.err.Error(), http.StatusServiceUnavailable)
+		return
+	}
+	w.Header().Set("Content-Type", string(metricsFormat()))
+	_, _ = w.Write(said.text) // to a client that is gone
 }
 
 // metrics is a Status as a collector.

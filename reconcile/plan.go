@@ -104,6 +104,9 @@ func Compare(from, to schema.Mesh) []Step {
 	add := func(need Need, format string, args ...any) {
 		steps = append(steps, Step{fmt.Sprintf(format, args...), need})
 	}
+	if from.IngressOff != to.IngressOff {
+		add(HotRestart, "ingress: %s -> %s", onOff(!from.IngressOff), onOff(!to.IngressOff))
+	}
 	comparePorts(from.Ingress, to.Ingress, add)
 	compareEgress(from.Egress, to.Egress, add)
 	compareProbes(from.Probes, to.Probes, add)
@@ -119,6 +122,13 @@ func Compare(from, to schema.Mesh) []Step {
 		restarts("accessLog: %v -> %v", from.AccessLog, to.AccessLog)
 	}
 	return steps
+}
+
+func onOff(on bool) string {
+	if on {
+		return "on"
+	}
+	return "off"
 }
 
 func compareSettings(from, to schema.Envoy, add func(format string, args ...any)) {

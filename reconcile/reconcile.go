@@ -75,6 +75,8 @@ type Proxy interface {
 	Epochs(context.Context) []Epoch
 	// Traffic returns how many connections there were since the start. It may be called at any time.
 	Traffic(context.Context) Traffic
+	// Statistics returns those of the Envoy that serves, in Prometheus' text format and by Envoy's names. It may be called at any time.
+	Statistics(context.Context) ([]byte, error)
 	// Stop ends all that Start made, and returns when they are gone.
 	Stop()
 	// Refusals returns the connections that came to nothing last, the newest last, and how many there were since the start.

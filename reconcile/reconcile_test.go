@@ -202,6 +202,8 @@ func (w *world) Epochs(context.Context) []Epoch { return nil }
 
 func (w *world) Traffic(context.Context) Traffic { return Traffic{} }
 
+func (w *world) Statistics(context.Context) ([]byte, error) { return nil, nil }
+
 func (w *world) Inbound() ([]Inbound, int, int, error) { return nil, 0, 0, nil }
 
 func (w *world) Refused() (map[string]uint64, error) { return nil, nil }

@@ -168,6 +168,7 @@ func (d *Daemon) handler() http.Handler {
 		_ = encoder.Encode(seldom(d, r, "status", d.Status)) // to a client that is gone
 	})
 	mux.HandleFunc("GET /metrics", d.serveMetrics)
+	mux.HandleFunc("GET /stats/prometheus", d.serveStatistics)
 	return mux
 }
 

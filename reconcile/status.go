@@ -95,6 +95,7 @@ type Summary struct {
 	Digest       string `json:"digest"`     // of Envoy's bootstrap
 	Ingress      int    `json:"ingress"`    // entries
 	Egress       int    `json:"egress"`
+	IngressOff   bool   `json:"ingressOff,omitempty"`   // nothing that comes in is redirected or dropped
 	Source       string `json:"source"`                 // the override file, or "environment"
 	SourceDigest string `json:"sourceDigest,omitempty"` // SHA-256 of the file's content
 }
@@ -398,7 +399,7 @@ func (w *desired) summary() *Summary {
 		return nil
 	}
 	return &Summary{
-		Generation: w.number, Digest: w.state.Digest, Ingress: len(w.mesh.Ingress), Egress: len(w.mesh.Egress),
+		Generation: w.number, Digest: w.state.Digest, Ingress: len(w.mesh.Ingress), Egress: len(w.mesh.Egress), IngressOff: w.mesh.IngressOff,
 		Source: w.source, SourceDigest: w.sourceDigest,
 	}
 }

@@ -101,12 +101,13 @@ func Admin(runtimeDirectory string, epoch int) *bootstrapv3.Admin {
 func bootstrap(mesh schema.Mesh, place Place) (*bootstrapv3.Bootstrap, error) {
 	r := newRenderer(mesh, place)
 	b := &bootstrapv3.Bootstrap{
-		Node:  &corev3.Node{Id: node, Cluster: node},
-		Admin: Admin(place.RuntimeDirectory, 0),
-		StaticResources: &bootstrapv3.Bootstrap_StaticResources{
-			Listeners: []*listenerv3.Listener{r.ingress(schema.ModeMTLS), r.ingress(schema.ModeTLS)},
-			Clusters:  []*clusterv3.Cluster{originalDestination()},
-		},
+		Node:            &corev3.Node{Id: node, Cluster: node},
+		Admin:           Admin(place.RuntimeDirectory, 0),
+		StaticResources: &bootstrapv3.Bootstrap_StaticResources{},
+	}
+	if !mesh.IngressOff {
+		b.StaticResources.Listeners = []*listenerv3.Listener{r.ingress(schema.ModeMTLS), r.ingress(schema.ModeTLS)}
+		b.StaticResources.Clusters = []*clusterv3.Cluster{originalDestination()}
 	}
 	for _, e := range mesh.Egress {
 		b.StaticResources.Listeners = append(b.StaticResources.Listeners, r.egress(e))

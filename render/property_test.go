@@ -442,7 +442,11 @@ func FuzzPipeline(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		again, err := load(nil, form)
+		var environ []string
+		if mesh.IngressOff { // which no file can say
+			environ = []string{"EDG_INGRESS_PROXY_CONFIG=DISABLED"}
+		}
+		again, err := load(environ, form)
 		if err != nil {
 			t.Fatalf("its own form is not valid: %v\n%s", err, form)
 		}
@@ -466,7 +470,7 @@ var (
 
 // wellFormed checks that rules are those of a mesh with the same modes but for the elements of the maps.
 func wellFormed(rules []byte, mesh schema.Mesh) error {
-	like := schema.Mesh{OtherProtocols: mesh.OtherProtocols, Egress: mesh.Egress}
+	like := schema.Mesh{OtherProtocols: mesh.OtherProtocols, Egress: mesh.Egress, IngressOff: mesh.IngressOff}
 	for i, in := range mesh.Ingress {
 		port := uint16(i + 1)
 		like.Ingress = append(like.Ingress, schema.Ingress{Ports: schema.Ports{First: port, Last: port}, Mode: in.Mode})

@@ -377,6 +377,9 @@ func answersToThePod(syn Verdict) []Rule {
 // Rules returns the rules of a valid mesh in the generations that are in force. There is a pair of chains for each mode and
 // generation in use.
 func Rules(mesh schema.Mesh, generations Generations) Ruleset {
+	if mesh.IngressOff {
+		return onlyEgress(mesh)
+	}
 	standard, all := policy{schema.ModeMTLS, generations.Default}, parts(mesh, generations)
 	modes, answers := Map{Name: modesMap}, Map{Name: answersMap}
 	for _, part := range all {
@@ -414,6 +417,19 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 	for _, p := range inUse(standard, all) {
 		r.Chains = append(r.Chains, p.ingress(), p.egress())
 	}
+	return r
+}
+
+// onlyEgress redirects and drops nothing that comes in. What it drops is meant for loopback: the listeners of egress entries are
+// there, and whoever reached one would speak in the workload's name. Connections are marked as in other rulesets, so that those that
+// the pod makes outlive a restart of mantlet.
+func onlyEgress(mesh schema.Mesh) Ruleset {
+	r := Ruleset{Chains: []Chain{
+		{Name: ingressChain, Hook: filter("prerouting", Accept), Rules: append([]Rule{{Loopback{}, accept}}, notForThePod()...)},
+		{Name: egressChain, Hook: filter("output", Accept), Rules: outgoing()},
+		inside(goTo(beginsChain)),
+	}}
+	r.Chains = append(r.Chains, begins(mesh)...)
 	return r
 }
 

@@ -63,6 +63,12 @@ func texts[T ~string](list []string) []T {
 // Warnings returns what is valid but may not be meant.
 func (c Config) Warnings() []Problem {
 	var all []Problem
+	if c.ingressOff != "" {
+		all = append(all, Problem{
+			Origin: Origin{Source: c.ingressOff},
+			Reason: "is " + ingressDisabled + ": whoever reaches the pod reaches the workload, in plaintext, at every port",
+		})
+	}
 	for _, e := range c.Mesh.Egress {
 		if e.ServerNames == nil {
 			key := e.Listen.String()

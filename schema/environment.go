@@ -1,6 +1,7 @@
 package schema
 
 import (
+	"cmp"
 	"encoding/hex"
 	"fmt"
 	"net"
@@ -11,13 +12,18 @@ import (
 	"strings"
 )
 
-// The variables that hold the entries. Each has an older and a newer spelling that mean the same.
+// The variables of the proxy that mantlet replaces. Each has an older and a newer spelling that mean the same.
 const (
 	ingressVariable    = "EDG_INGRESS_PROXY_CONFIG"
 	egressVariable     = "EDG_EGRESS_PROXY_CONFIG"
 	ingressVariableNew = "CONTRAST_INGRESS_PROXY_CONFIG"
 	egressVariableNew  = "CONTRAST_EGRESS_PROXY_CONFIG"
+	adminVariable      = "EDG_ADMIN_PORT"
+	adminVariableNew   = "CONTRAST_ADMIN_PORT"
 )
+
+// ingressDisabled is what the variable of ingress entries holds where nothing inbound is to be protected.
+const ingressDisabled = "DISABLED"
 
 // The variables that say where more of the mesh stands, and what it may do.
 const (
@@ -67,6 +73,11 @@ type Process struct {
 	ConfigDigest     string // the SHA-256 that the file's content must have, in lower-case hex; any if empty
 	Overrides        Overrides
 	PodIP, HostIP    string // as the downward API has them; see HostNetwork
+	// AdminVariable is the variable that names the port of StatusAddress as an admin port: peers reach it as its ingress entry says,
+	// or the lack of one. Empty where no variable does.
+	AdminVariable string
+	// IngressOff is the variable that says DISABLED: mantlet leaves alone whatever comes in. Empty where ingress is on.
+	IngressOff string
 }
 
 // HostNetwork returns an error if an environment says that the pod has the node's network namespace and not one of its own. Whoever
@@ -193,12 +204,17 @@ func (p Process) status() (netip.AddrPort, bool) {
 	return addr, err == nil
 }
 
-// StatusPort returns the port at which peers may reach the status; 0 where there is none.
-func (p Process) StatusPort() uint16 {
-	if addr, ok := p.status(); ok && !addr.Addr().IsLoopback() {
-		return addr.Port()
+// statusPort returns the port at which peers of a mesh with these entries may reach the status in plaintext; 0 where there is none.
+// An admin port is as protected as any other that has no passthrough entry.
+func (p Process) statusPort(ingress []Ingress) uint16 {
+	addr, ok := p.status()
+	if !ok || addr.Addr().IsLoopback() {
+		return 0
 	}
-	return 0
+	if p.AdminVariable != "" && PolicyOf(ingress, addr.Port()).Mode != ModePassthrough {
+		return 0
+	}
+	return addr.Port()
 }
 
 // checkStatus reports entries that mean the port of the status address for something else.
@@ -207,9 +223,10 @@ func (p Process) checkStatus(c Config, r *report) {
 	if !ok {
 		return
 	}
-	taken := fmt.Sprintf("port %d is already used by mantlet's own status (%s); choose another port for one of them", own.Port(), statusVariable)
+	variable := cmp.Or(p.AdminVariable, statusVariable)
+	taken := fmt.Sprintf("port %d is already used by mantlet's own status (%s); choose another port for one of them", own.Port(), variable)
 	for _, in := range c.Mesh.Ingress {
-		if in.Ports.Contains(own.Port()) {
+		if p.AdminVariable == "" && in.Ports.Contains(own.Port()) {
 			key := in.Ports.String()
 			r.add(c.merged.entries("ingress")[key].origin, "ingress["+key+"]", "", taken)
 		}
@@ -270,7 +287,9 @@ func ParseEnvironment(environ []string) (*Environment, error) {
 	variables := env.Process.variables()
 	p.checkNames(variables)
 	p.process(variables)
+	p.admin(&env.Process)
 	env.layers = []layer{defaultLayer(), p.variables()}
+	env.Process.IngressOff = p.ingressOff
 	if inline := p.values[inlineVariable]; inline != "" {
 		env.layers = append(env.layers, fromYAML(inlineVariable, []byte(inline), &p.report))
 	}
@@ -318,8 +337,9 @@ func defaultLayer() layer {
 
 // parser is the environment being read, and what was wrong with it so far.
 type parser struct {
-	values map[string]string
-	report report
+	values     map[string]string
+	report     report
+	ingressOff string // see Process.IngressOff
 }
 
 func (p *parser) process(variables map[string]processVariable) {
@@ -371,8 +391,41 @@ func (p *parser) spelled(name, newer string) (value, source string) {
 	return renamed, newer
 }
 
+// admin reads the port of the admin interface that the proxy had which mantlet replaces. It is the status address of mantlet.
+func (p *parser) admin(process *Process) {
+	value, source := p.spelled(adminVariable, adminVariableNew)
+	if value == "" || value == "0" {
+		return
+	}
+	refuse := func(reason string) { p.report.add(Origin{Source: source}, "", value, reason) }
+	if strings.Contains(value, "://") {
+		refuse("is what Kubernetes sets in pods beside a Service of that name; set enableServiceLinks: false, or the variable to a port number")
+		return
+	}
+	address, reason := parse(func(text string) (string, string) { return listenAnywhere(":" + text) }, value)
+	switch {
+	case reason == reservedPorts():
+		refuse(reason)
+	case reason != "":
+		refuse("must be a port number from 1 to 65535")
+	case process.StatusAddress != "" && process.StatusAddress != address:
+		refuse(fmt.Sprintf("%s is also set, to another address (%s); set only one of them", statusVariable, process.StatusAddress))
+	default:
+		process.StatusAddress, process.AdminVariable = address, source
+	}
+}
+
 func (p *parser) ingress() entries {
 	value, source := p.spelled(ingressVariable, ingressVariableNew)
+	switch {
+	case value == ingressDisabled:
+		p.ingressOff = source
+		return entries{}
+	case strings.EqualFold(strings.TrimSpace(value), ingressDisabled):
+		p.report.add(Origin{Source: source}, "", value, "write "+ingressDisabled+" and nothing else to leave alone whatever comes in")
+		p.report.lose("ingress")
+		return entries{}
+	}
 	return p.entries("ingress", value, source, "name#port#disableTLS", []field{
 		{"name", "name", anyText},
 		{"port", "port", func(text string) (string, string) {

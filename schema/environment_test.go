@@ -533,6 +533,13 @@ func TestProcess(t *testing.T) {
 			EnvoyPath: "/opt/envoy=1", EnvoyUID: 0, TLSDirectory: "/tls", RuntimeDirectory: "/run/x", LogLevel: "debug", ConfigFile: "/etc/mesh.yaml",
 			ConfigDigest: strings.ToLower(pin), Overrides: schema.OverridesTighten, PodIP: "10.0.0.7", HostIP: "2001:db8::1",
 		}},
+		"an admin port, and ingress off": {[]string{"EDG_ADMIN_PORT=9901", "CONTRAST_ADMIN_PORT=9901", "EDG_INGRESS_PROXY_CONFIG=DISABLED"}, schema.Process{
+			EnvoyPath: "envoy", EnvoyUID: 1337, TLSDirectory: "/tls-config", RuntimeDirectory: "/run/mantlet", LogLevel: "info", Overrides: schema.OverridesAll,
+			StatusAddress: ":9901", AdminVariable: "CONTRAST_ADMIN_PORT", IngressOff: "EDG_INGRESS_PROXY_CONFIG",
+		}},
+		"no admin port": {[]string{"EDG_ADMIN_PORT=", "CONTRAST_ADMIN_PORT=0"}, schema.Process{
+			EnvoyPath: "envoy", EnvoyUID: 1337, TLSDirectory: "/tls-config", RuntimeDirectory: "/run/mantlet", LogLevel: "info", Overrides: schema.OverridesAll,
+		}},
 		"as far as it is right": {[]string{"MANTLET_TLS_DIRECTORY=tls", "MANTLET_RUNTIME_DIRECTORY=/run/x", ingress + "x"}, schema.Process{
 			EnvoyPath: "envoy", EnvoyUID: 1337, TLSDirectory: "/tls-config", RuntimeDirectory: "/run/x", LogLevel: "info", Overrides: schema.OverridesAll,
 		}},

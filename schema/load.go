@@ -21,6 +21,7 @@ type Config struct {
 	merged      layer
 	link        string    // see Content
 	overlapping []Ingress // that are not in Mesh, since they overlap others of it, and that is reported
+	ingressOff  string    // see Process
 }
 
 // Load reads the override file, where the environment names one and lets it say anything, and merges it over the
@@ -56,7 +57,7 @@ func (e *Environment) Read() (Content, error) {
 // Digest tells environments apart that could make different meshes of one file.
 func (e *Environment) Digest() (string, error) {
 	text, err := json.Marshal(map[string]any{
-		"mesh": e.base.Mesh, "file": e.Process.ConfigFile, "digest": e.Process.ConfigDigest, "overrides": e.Process.Overrides,
+		"mesh": e.base.Mesh, "ingressOff": e.base.Mesh.IngressOff, "file": e.Process.ConfigFile, "digest": e.Process.ConfigDigest, "overrides": e.Process.Overrides,
 	})
 	if err != nil {
 		return "", fmt.Errorf("marshalling the environment: %w", err)
@@ -128,12 +129,28 @@ func build(r *report, process Process, layers ...layer) (Config, error) {
 		},
 		OtherProtocols: OtherProtocols(text("otherProtocols")),
 		AccessLog:      AccessLog(text("accessLog")),
-		StatusPort:     process.StatusPort(),
+	}
+	c.Mesh.StatusPort = process.statusPort(c.Mesh.Ingress)
+	if process.IngressOff != "" {
+		c.switchOff(process.IngressOff, r)
 	}
 	timings(merged, r)
 	process.checkStatus(c, r)
 	c.limits(r)
 	return c, nil
+}
+
+// switchOff leaves alone what comes in, as a variable says. What would say otherwise is reported: it would have no effect.
+func (c *Config) switchOff(variable string, r *report) {
+	without := fmt.Sprintf("has no effect, since %s is %s, which only the environment can change", variable, ingressDisabled)
+	for key, e := range c.merged.entries("ingress") {
+		r.add(e.origin, "ingress["+key+"]", "", without)
+	}
+	if other := c.merged.scalar("otherProtocols"); other.overrode != nil && other.text == string(OtherProtocolsDrop) {
+		r.add(other.origin, "otherProtocols", other.value(), without)
+	}
+	c.ingressOff = variable
+	c.Mesh.Ingress, c.Mesh.OtherProtocols, c.Mesh.IngressOff = nil, OtherProtocolsAccept, true
 }
 
 // timings reports times that do not go together, at the one that is no default.

@@ -22,9 +22,12 @@ type Mesh struct {
 	Envoy          Envoy
 	OtherProtocols OtherProtocols
 	AccessLog      AccessLog
-	// StatusPort is where peers may reach mantlet's own status; 0 for nowhere. No entry contains it. It is the process's and
-	// not a matter of the override file.
+	// StatusPort is where peers may reach mantlet's own status; 0 for nowhere. An entry that contains it is one of ModePassthrough,
+	// and lets nobody to a workload there. It is the process's and not a matter of the override file.
 	StatusPort uint16
+	// IngressOff says that nothing that comes in is redirected or dropped: no port has a mode, there is no entry, and other
+	// protocols are accepted. Only the environment can say so.
+	IngressOff bool
 }
 
 // Ingress says what happens to connections from outside the pod to a range of its ports. Ports that no entry names are

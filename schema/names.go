@@ -20,7 +20,7 @@ func (p *parser) checkNames(variables map[string]processVariable) {
 	known = slices.AppendSeq(known, maps.Keys(scalarVariables))
 	known = append(known, inlineVariable)
 	slices.Sort(known)
-	entries := []string{ingressVariable, egressVariable, ingressVariableNew, egressVariableNew}
+	entries := []string{ingressVariable, egressVariable, ingressVariableNew, egressVariableNew, adminVariable, adminVariableNew}
 	for name, value := range p.values {
 		if slices.Contains(known, name) || slices.Contains(entries, name) {
 			continue

@@ -181,6 +181,8 @@ probes: [{name: a, http: 80/b}, {name: b, grpc: 1/c}]
 			}
 		case v.Kind() == reflect.String:
 			check(path, at, func(v reflect.Value) { v.SetString(v.String() + "x") })
+		case v.Kind() == reflect.Bool:
+			check(path, at, func(v reflect.Value) { v.SetBool(!v.Bool()) })
 		case v.CanInt():
 			check(path, at, func(v reflect.Value) { v.SetInt(v.Int() + 1) })
 		case v.CanUint():

@@ -190,7 +190,12 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 			return fmt.Errorf("%s: there is no directory %s: mount there the volume that the workload mounts too", schema.GateVariable, filepath.Dir(socket))
 		}
 	}
-	if port := env.Process.StatusPort(); port != 0 {
+	for _, warning := range env.Base().Warnings() {
+		if warning.Origin.Source == env.Process.IngressOff {
+			log.Warn("nothing that comes in is protected", "reason", warning.Error())
+		}
+	}
+	if port := env.Base().Mesh.StatusPort; port != 0 {
 		if err := table.OnlyStatus(port, found); err != nil {
 			log.Warn("the status address can't be reached until the desired state is in force", "error", err)
 		}

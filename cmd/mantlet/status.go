@@ -173,8 +173,12 @@ func (p *page) state(s reconcile.Status) {
 		if row.state.SourceDigest != "" {
 			source += " (SHA-256 " + short(row.state.SourceDigest) + ")"
 		}
+		ingress := strconv.Itoa(row.state.Ingress)
+		if row.state.IngressOff {
+			ingress = "off"
+		}
 		p.row(row.name, strconv.FormatUint(row.state.Generation, 10), short(row.state.Digest),
-			strconv.Itoa(row.state.Ingress), strconv.Itoa(row.state.Egress), source)
+			ingress, strconv.Itoa(row.state.Egress), source)
 	}
 }
 

@@ -245,7 +245,7 @@ func (c *check) ports(other container) {
 			c.add(Error, other.place, at, "", "is the port of one of mantlet's own listeners; choose another port")
 		case c.settings.Mesh == nil:
 		case isTCP && p.ContainerPort == c.settings.Mesh.StatusPort:
-			c.add(Error, other.place, at, "", "is mantlet's status port (MANTLET_STATUS_ADDRESS), so nobody reaches the workload there; choose another port for one of them")
+			c.add(Error, other.place, at, "", "is mantlet's status port (MANTLET_STATUS_ADDRESS or CONTRAST_ADMIN_PORT), so nobody reaches the workload there; choose another port for one of them")
 		case !isTCP && c.settings.Mesh.OtherProtocols == schema.OtherProtocolsDrop && c.mode(p.ContainerPort) != schema.ModePassthrough:
 			c.add(Warning, other.place, at, p.Protocol, "inbound %s is dropped; make the port passthrough, or set otherProtocols: accept", p.Protocol)
 		}
@@ -254,5 +254,8 @@ func (c *check) ports(other container) {
 
 // mode returns that of a port.
 func (c *check) mode(port uint16) schema.Mode {
+	if c.settings.Mesh.IngressOff {
+		return schema.ModePassthrough
+	}
 	return schema.PolicyOf(c.settings.Mesh.Ingress, port).Mode
 }

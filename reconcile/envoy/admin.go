@@ -59,6 +59,18 @@ func (a admin) get(ctx context.Context, path string, into any) error {
 	})
 }
 
+// statistics returns all of them in Prometheus' text format.
+func (a admin) statistics(ctx context.Context) (text []byte, err error) {
+	err = a.ask(ctx, "/stats/prometheus", func(r *http.Response) (err error) {
+		if r.StatusCode != http.StatusOK {
+			return errors.New(r.Status)
+		}
+		text, err = io.ReadAll(io.LimitReader(r.Body, maxAnswer))
+		return err
+	})
+	return text, err
+}
+
 // isLive is envoy.admin.v3.ServerInfo.State's name for an Envoy that serves.
 const isLive = "LIVE"
 

@@ -341,6 +341,15 @@ func shedOf(all map[string]uint64) map[string]uint64 {
 	return counts
 }
 
+// Statistics returns what the Envoy that serves says of itself at /stats/prometheus.
+func (r *Runner) Statistics(ctx context.Context) ([]byte, error) {
+	serving := r.serving()
+	if serving == nil {
+		return nil, errors.New("no Envoy runs")
+	}
+	return serving.admin.statistics(ctx)
+}
+
 // sums adds numbers to others by their names.
 func sums(to, more map[string]uint64) map[string]uint64 {
 	if to == nil {

@@ -1,0 +1,135 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"mantlet/lab"
+)
+
+// TestIngressOff: where the environment says so, whatever comes in gets to the workload as without mantlet, and egress works. Its
+// listeners are nobody's outside all the same, and an override file can change nothing of it.
+func TestIngressOff(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, "CONTRAST_INGRESS_PROXY_CONFIG=DISABLED", "CONTRAST_EGRESS_PROXY_CONFIG=billing#127.137.0.1:8081#billing-svc:8080")
+	file := p.override("tls: {minVersion: '1.2'}")
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	far := p.host("billing")
+	p.zone(map[string][]netip.Addr{"billing-svc": {far.IPv4}})
+	p.endpoint(far, p.issue("billing-svc"))
+	plain := p.serve(far, lab.Service{Address: ":5432"})
+	p.serve(p.Host, lab.Service{Address: ":8080"})
+	p.serve(p.Host, lab.Service{Network: "udp", Address: ":8080"})
+	p.must(p.Sysctl("net.ipv4.conf.eth0.route_localnet", "1"))
+
+	inbound := map[netip.Addr]net.Conn{}
+	for _, addr := range p.Addrs() {
+		inbound[addr] = p.dial(p.outside, netip.AddrPortFrom(addr, 8080)) // older than mantlet
+		p.must(echo(inbound[addr]))
+	}
+	p.run()
+	p.ready()
+	outbound := p.dial(p.Host, netip.AddrPortFrom(far.IPv4, 5432))
+	works := func() {
+		t.Helper()
+		for _, addr := range p.Addrs() {
+			p.must(echo(inbound[addr]))
+			for _, network := range []string{"tcp", "udp"} {
+				ctx, cancel := p.context()
+				conn, err := p.outside.Dial(ctx, network, netip.AddrPortFrom(addr, 8080).String())
+				cancel()
+				p.must(err)
+				p.must(echo(conn))
+				p.must(conn.Close())
+			}
+		}
+		p.reach("127.137.0.1:8081")
+		p.must(echo(outbound))
+	}
+	works()
+	p.same()
+	if _, err := p.dialBriefly(listen("127.137.0.1:8081")); err == nil {
+		t.Error("egress can be reached from outside")
+	}
+	status := p.status()
+	if !status.Ready || !status.Applied.IngressOff || p.log.count("CONTRAST_INGRESS_PROXY_CONFIG: is DISABLED: whoever reaches the pod reaches the workload") != 1 {
+		t.Errorf("it is not said: %+v", status.Applied)
+	}
+	if _, said, _ := p.mantlet("status"); strings.Contains(said, "problem") {
+		t.Error(said)
+	}
+	before := p.rules()
+	file.write("ingress: [{port: 8080, mode: mtls}]")
+	p.await("the entry is refused", func() bool { return strings.Contains(strings.Join(p.status().Problems, ""), "has no effect") })
+	if p.rules() != before {
+		t.Errorf("an override file changed the rules to:\n%s", p.rules())
+	}
+	file.write("tls: {minVersion: '1.3'}")
+	p.await("a hot restart", func() bool { s := p.status(); return len(s.Problems) == 0 && s.Applied.Generation == 2 })
+	works()
+	p.restart()
+	works()
+	if n := len(plain.Connections()); n != 1 {
+		t.Errorf("the far end saw %d connections, want the first one alone", n)
+	}
+}
+
+// TestAdminPort: peers reach mantlet's status at an admin port as its entry says: in plaintext where it says passthrough, and else by
+// mutual TLS. Envoy's counters are there, and nothing that changes anything.
+func TestAdminPort(t *testing.T) {
+	t.Parallel()
+	for name, open := range map[string]bool{"web#8080#false##admin#9901#true": true, "web#8080#false": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := start(t, "CONTRAST_INGRESS_PROXY_CONFIG="+name, fmt.Sprintf("CONTRAST_ADMIN_PORT=%d", statusPort))
+			for _, addr := range p.Addrs() {
+				p.must(p.exchange(netip.AddrPortFrom(addr, tlsPort), p.anonymous()))
+				ask := func(method, path string) (int, string, error) { return p.get(addr, method, path) }
+				if !open {
+					if code, said, err := ask(http.MethodGet, "/status"); err == nil {
+						t.Errorf("it answers in plaintext: %d, %s", code, said)
+					}
+					ask = func(method, path string) (int, string, error) { return p.getMutual(addr, method, path) }
+				}
+				for path, part := range map[string]string{
+					"/readyz": "ok\n", "/status": `"ready":true`, "/metrics": "mantlet_ready 1\n",
+					"/stats/prometheus":                  `envoy_cluster_upstream_cx_total{envoy_cluster_name="workload"}`,
+					"/stats/prometheus?filter=nonesuch.": "envoy_server_live",
+				} {
+					if code, said, err := ask(http.MethodGet, path); err != nil || code != http.StatusOK || !strings.Contains(said, part) {
+						t.Errorf("%s: %d, %v, without %s:\n%.2000s", path, code, err, part, said)
+					}
+				}
+				for _, path := range []string{"/quitquitquit", "/healthcheck/fail", "/reset_counters", "/logging?level=off", "/config_dump", "/certs", "/stats", "/stats/prometheus"} {
+					if code, said, err := ask(http.MethodPost, path); err != nil || code != http.StatusNotFound && code != http.StatusMethodNotAllowed {
+						t.Errorf("POST %s: %d, %v: %s", path, code, err, said)
+					}
+				}
+			}
+			p.besieged()
+		})
+	}
+}
+
+// getMutual asks the status address from outside by mutual TLS.
+func (p *pod) getMutual(addr netip.Addr, method, path string) (code int, said string, err error) {
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: p.client.ClientConfig("pod"), DialContext: p.outside.Dial}}
+	ctx, cancel := p.context()
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, method, "https://"+netip.AddrPortFrom(addr, statusPort).String()+path, nil)
+	if err != nil {
+		return 0, "", err
+	}
+	response, err := client.Do(request)
+	if err != nil {
+		return 0, "", err
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	return response.StatusCode, string(text), err
+}
