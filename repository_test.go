@@ -60,7 +60,7 @@ func TestVersions(t *testing.T) {
 	}
 }
 
-// TestClaims checks that each row of the README's table of failures names tests, and that every test it names is there.
+// TestClaims checks that each row of the table of failures names tests, and that every test that the documents name is there.
 func TestClaims(t *testing.T) {
 	name := regexp.MustCompile(`\bTest[A-Z]\w+`)
 	const form = `{{$d := .Dir}}{{range .TestGoFiles}}{{$d}}/{{.}} {{end}}{{range .XTestGoFiles}}{{$d}}/{{.}} {{end}}`
@@ -78,22 +78,69 @@ func TestClaims(t *testing.T) {
 			tests[match[1]] = true
 		}
 	}
-	readme := read(t, "README.md")
-	for _, named := range name.FindAllString(readme, -1) {
-		if !tests[named] {
-			t.Errorf("README.md names %s, and there is no such test", named)
+	for _, file := range documents(t) {
+		for _, named := range name.FindAllString(read(t, file), -1) {
+			if !tests[named] {
+				t.Errorf("%s names %s, and there is no such test", file, named)
+			}
 		}
 	}
-	_, section, found := strings.Cut(readme, "\n## How it fails closed\n")
-	section, _, _ = strings.Cut(section, "\n## ")
+	section, _, _ := strings.Cut(read(t, "docs/fail-closed.md"), "\n## ")
 	rows := regexp.MustCompile(`(?m)^\| .*$`).FindAllString(section, -1)
-	if !found || len(rows) < 2 {
-		t.Fatal("README.md has no table of failures")
+	if len(rows) < 2 {
+		t.Fatal("docs/fail-closed.md has no table of failures")
 	}
 	for _, row := range rows[1:] {
 		if !name.MatchString(row) {
-			t.Errorf("README.md shows by no test: %s", row)
+			t.Errorf("docs/fail-closed.md shows by no test: %s", row)
 		}
+	}
+}
+
+// documents returns the files that are written for people.
+func documents(t *testing.T) []string {
+	t.Helper()
+	top, err := filepath.Glob("*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	docs, err := filepath.Glob("docs/*.md")
+	if err != nil || len(docs) == 0 {
+		t.Fatal("no documents", err)
+	}
+	return append(top, docs...)
+}
+
+// TestLinks checks that links between the repository's documents lead somewhere, and that the README stays short.
+func TestLinks(t *testing.T) {
+	link := regexp.MustCompile(`\]\(([^)#]*)(?:#([^)]*))?\)`)
+	heading := regexp.MustCompile(`(?m)^#+ (.*)$`)
+	for _, file := range documents(t) {
+		for _, match := range link.FindAllStringSubmatch(read(t, file), -1) {
+			target, anchor := match[1], match[2]
+			if strings.HasPrefix(target, "http") {
+				continue
+			}
+			to := file
+			if target != "" {
+				to = filepath.Join(filepath.Dir(file), target)
+			}
+			if _, err := os.Stat(to); err != nil {
+				t.Errorf("%s: %v", file, err)
+				continue
+			}
+			found := anchor == ""
+			for _, h := range heading.FindAllStringSubmatch(read(t, to), -1) {
+				slug := regexp.MustCompile(`[^a-z0-9 _-]`).ReplaceAllString(strings.ToLower(h[1]), "")
+				found = found || strings.ReplaceAll(slug, " ", "-") == anchor
+			}
+			if !found {
+				t.Errorf("%s: %s has no heading #%s", file, to, anchor)
+			}
+		}
+	}
+	if lines := strings.Count(read(t, "README.md"), "\n"); lines > 100 {
+		t.Errorf("README.md has %d lines, want 100 at most", lines)
 	}
 }
 
@@ -148,12 +195,12 @@ func TestContainerfile(t *testing.T) {
 	}
 }
 
-// explained returns what the README's table with a header explains: its first column.
+// explained returns what the table with a header in docs/operations.md explains: its first column.
 func explained(t *testing.T, header string) []string {
 	t.Helper()
-	_, table, ok := strings.Cut(read(t, "README.md"), header+"\n")
+	_, table, ok := strings.Cut(read(t, "docs/operations.md"), header+"\n")
 	if !ok {
-		t.Fatalf("the README has no table %s", header)
+		t.Fatalf("docs/operations.md has no table %s", header)
 	}
 	var first []string
 	for line := range strings.Lines(table) {
@@ -166,19 +213,19 @@ func explained(t *testing.T, header string) []string {
 	return first[1:]
 }
 
-// TestReasonsAreExplained holds the README's table of why the sidecar is not ready against the code.
+// TestReasonsAreExplained holds the documented table of why the sidecar is not ready against the code.
 func TestReasonsAreExplained(t *testing.T) {
 	if got, want := explained(t, "| not ready, it says | what to do |"), reconcile.Reasons(); !slices.Equal(got, want) {
-		t.Errorf("the README explains %q, want %q", got, want)
+		t.Errorf("docs/operations.md explains %q, want %q", got, want)
 	}
 }
 
-// TestKernelsCodesAreExplained holds the README's table of what the kernel ends against the code.
+// TestKernelsCodesAreExplained holds the documented table of what the kernel ends against the code.
 func TestKernelsCodesAreExplained(t *testing.T) {
 	got, want := explained(t, "| the kernel's code | what it ended | what to do |"), render.Refusals()
 	slices.Sort(got)
 	slices.Sort(want)
 	if !slices.Equal(got, want) {
-		t.Errorf("the README explains %q, want %q", got, want)
+		t.Errorf("docs/operations.md explains %q, want %q", got, want)
 	}
 }

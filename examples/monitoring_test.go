@@ -117,21 +117,21 @@ func exported(t *testing.T) map[string]bool {
 
 var aMetric = regexp.MustCompile(`\bmantlet_[a-z_]+`)
 
-// TestMetricsExist holds alerts, their tests, the dashboard and the README against what is exported; and the README has all.
+// TestMetricsExist holds alerts, their tests, the dashboard and docs/operations.md against what is exported. The latter has all.
 func TestMetricsExist(t *testing.T) {
 	names := exported(t)
-	for _, file := range []string{"alerts.yaml", "alerts_test.yaml", "dashboard.json", "../README.md"} {
+	for _, file := range []string{"alerts.yaml", "alerts_test.yaml", "dashboard.json", "../docs/operations.md"} {
 		for _, name := range aMetric.FindAllString(string(read(t, file)), -1) {
 			if !names[name] && !names[name+"_bucket"] {
 				t.Errorf("%s speaks of %s, which is not exported", file, name)
 			}
 		}
 	}
-	readme := string(read(t, "../README.md"))
+	document := string(read(t, "../docs/operations.md"))
 	for _, name := range slices.Sorted(maps.Keys(names)) {
 		name = regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(name, "")
-		if !strings.Contains(readme, "`"+name) {
-			t.Errorf("the README does not have %s", name)
+		if !strings.Contains(document, "`"+name) {
+			t.Errorf("docs/operations.md does not have %s", name)
 		}
 	}
 }

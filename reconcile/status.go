@@ -160,7 +160,7 @@ func Checks() []string {
 	return []string{checkMantlet, checkConfig, checkCertificates, checkEnvoy, checkRules}
 }
 
-// Why the sidecar is not ready: how each reason begins. README.md says what to do about it.
+// Why the sidecar is not ready: how each reason begins. docs/operations.md says what to do about it.
 const (
 	notStarted      = "mantlet is starting"
 	notStaying      = "mantlet is stopping"

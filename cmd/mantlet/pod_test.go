@@ -178,7 +178,7 @@ func (p *pod) unready(reason string) {
 		return strings.Contains(said, reason) && !strings.HasPrefix(said, "Get ") // it does not answer yet
 	})
 	if !slices.ContainsFunc(reconcile.Reasons(), func(begins string) bool { return strings.HasPrefix(said, begins) }) {
-		p.t.Errorf("the README does not have what it says: %s", said)
+		p.t.Errorf("docs/operations.md does not have what it says: %s", said)
 	}
 }
 

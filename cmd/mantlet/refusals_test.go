@@ -482,13 +482,13 @@ func TestFloodOfRefusals(t *testing.T) {
 	}
 }
 
-// TestEachRefusalIsTried shows that no row of the README's table goes untried.
+// TestEachRefusalIsTried shows that no row of the table of refusals goes untried.
 func TestEachRefusalIsTried(t *testing.T) {
-	readme, err := os.ReadFile("../../README.md")
+	document, err := os.ReadFile("../../docs/operations.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, table, _ := strings.Cut(string(readme), "| code | in words | what to do |\n|---|---|---|\n")
+	_, table, _ := strings.Cut(string(document), "| code | in words | what to do |\n|---|---|---|\n")
 	table, _, _ = strings.Cut(table, "\n\n")
 	for row := range strings.Lines(table) {
 		code := strings.Split(row, "`")[1]
