@@ -134,3 +134,18 @@ func TestIngressOff(t *testing.T) {
 		}
 	}
 }
+
+// TestDefaultTLSDirectory checks which of the usual directories is read where no variable names one.
+func TestDefaultTLSDirectory(t *testing.T) {
+	t.Parallel()
+	for want, all := range map[string][][]string{
+		"/tls-config":          {nil, {"/tls-config"}, {"/tls-config", "/contrast", "/contrast/tls-config"}},
+		"/contrast/tls-config": {{"/contrast", "/contrast/tls-config"}, {"/contrast/tls-config"}, {"/contrast"}}, // which the initializer is still to make
+	} {
+		for _, there := range all {
+			if got := schema.DefaultTLSDirectory(func(path string) bool { return slices.Contains(there, path) }); got != want {
+				t.Errorf("with %q there: %s, want %s", there, got, want)
+			}
+		}
+	}
+}

@@ -64,7 +64,7 @@ const defaultEnvoyUID = 1337
 type Process struct {
 	EnvoyPath        string // found on PATH where it has no slash
 	EnvoyUID         int    // and number of its group; mantlet's own means the same user and group
-	TLSDirectory     string // holds certChain.pem, key.pem and mesh-ca.pem; see defaultTLSDirectory
+	TLSDirectory     string // holds certChain.pem, key.pem and mesh-ca.pem; see DefaultTLSDirectory
 	RuntimeDirectory string // private to mantlet; comes to hold the key
 	StatusAddress    string // where the status is served over TCP, an IP address or nothing before the port; empty for nowhere
 	GateSocket       string // where any user of the pod may ask whether the sidecar is ready; empty for nowhere
@@ -279,7 +279,7 @@ func ParseEnvironment(environ []string) (*Environment, error) {
 	env := &Environment{Process: Process{
 		EnvoyPath:        "envoy",
 		EnvoyUID:         defaultEnvoyUID,
-		TLSDirectory:     defaultTLSDirectory("/"),
+		TLSDirectory:     DefaultTLSDirectory(isDirectory),
 		RuntimeDirectory: "/run/mantlet",
 		LogLevel:         "info",
 		Overrides:        OverridesAll,
@@ -313,18 +313,19 @@ func (e *Environment) Err() error { return e.bad }
 // nothing to run by.
 func (e *Environment) Partial() Mesh { return e.partial.Mesh }
 
-// defaultTLSDirectory returns the first of the usual directories that is there below root. Where none is yet, the volume tells in
-// which one an initializer will make it.
-func defaultTLSDirectory(root string) string {
+// DefaultTLSDirectory returns the first of the usual directories that is there, by isThere. Where none is yet, the volume tells in which
+// one an initializer will make it.
+func DefaultTLSDirectory(isThere func(path string) bool) string {
 	const usual, volume, inVolume = "/tls-config", "/contrast", "/contrast/tls-config"
-	isThere := func(path string) bool {
-		info, err := os.Stat(filepath.Join(root, path))
-		return err == nil && info.IsDir()
-	}
-	if !isThere(usual) && isThere(volume) {
+	if !isThere(usual) && (isThere(volume) || isThere(inVolume)) {
 		return inVolume
 	}
 	return usual
+}
+
+func isDirectory(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.IsDir()
 }
 
 func defaultLayer() layer {

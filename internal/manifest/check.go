@@ -156,6 +156,10 @@ func IsShared(directory string) bool {
 func (c *check) volumes() {
 	at := c.container.path + ".volumeMounts"
 	process := c.settings.Process
+	isMounted := func(path string) bool { _, ok := c.container.mountOf(path); return ok }
+	if process.TLSDirectory == schema.DefaultTLSDirectory(func(string) bool { return false }) {
+		process.TLSDirectory = schema.DefaultTLSDirectory(isMounted)
+	}
 	mount, ok := c.container.mountOf(process.TLSDirectory)
 	if !ok {
 		c.add(Warning, c.container.place, at, "", "no volume is mounted at %s, so mantlet waits for certificates there and lets nothing in", process.TLSDirectory)
@@ -245,7 +249,7 @@ func (c *check) ports(other container) {
 			c.add(Error, other.place, at, "", "is the port of one of mantlet's own listeners; choose another port")
 		case c.settings.Mesh == nil:
 		case isTCP && p.ContainerPort == c.settings.Mesh.StatusPort:
-			c.add(Error, other.place, at, "", "is mantlet's status port (MANTLET_STATUS_ADDRESS or CONTRAST_ADMIN_PORT), so nobody reaches the workload there; choose another port for one of them")
+			c.add(Error, other.place, at, "", "is mantlet's status port (MANTLET_STATUS_ADDRESS), so nobody reaches the workload there; choose another port for one of them")
 		case !isTCP && c.settings.Mesh.OtherProtocols == schema.OtherProtocolsDrop && c.mode(p.ContainerPort) != schema.ModePassthrough:
 			c.add(Warning, other.place, at, p.Protocol, "inbound %s is dropped; make the port passthrough, or set otherProtocols: accept", p.Protocol)
 		}
