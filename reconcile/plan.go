@@ -35,9 +35,10 @@ const (
 
 // Live is what is there, as the kernel and Envoy say.
 type Live struct {
-	Rules        render.Ruleset
-	Envoy        Envoy
-	Certificates []string // what Envoy has otherwise than the TLS directory, a line each
+	Rules         render.Ruleset
+	LacksTimeouts bool // the kernel has no ct timeout objects: want render.Ruleset.WithoutTimeouts
+	Envoy         Envoy
+	Certificates  []string // what Envoy has otherwise than the TLS directory, a line each
 }
 
 // Envoy is what a running Envoy says of itself.
@@ -60,7 +61,11 @@ func Diff(mesh schema.Mesh, place render.Place, have Live) ([]Step, error) {
 	}
 	_, generations, _ := render.ReadBack(have.Rules)
 	var steps []Step
-	for _, line := range render.Diff(render.Rules(mesh, generations), have.Rules) {
+	want := render.Rules(mesh, generations)
+	if have.LacksTimeouts {
+		want = want.WithoutTimeouts()
+	}
+	for _, line := range render.Diff(want, have.Rules) {
 		steps = append(steps, Step{line, NoRestart})
 	}
 	for _, line := range have.Certificates {

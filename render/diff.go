@@ -20,7 +20,7 @@ import (
 // Diff returns what have has otherwise than want, a line each; none where both are the same. The order of chains, and of
 // maps, means nothing.
 func Diff(want, have Ruleset) []string {
-	if len(have.Chains)+len(have.Maps)+len(have.Others) == 0 && len(want.Chains) > 0 {
+	if len(have.Timeouts)+len(have.Maps)+len(have.Chains)+len(have.Others) == 0 && len(want.Chains) > 0 {
 		return []string{"the table inet " + Table + " is not there, or empty"}
 	}
 	var lines []string
@@ -29,6 +29,8 @@ func Diff(want, have Ruleset) []string {
 			lines = append(lines, other+": not wanted")
 		}
 	}
+	timeoutsName := func(t Timeouts) string { return t.Name }
+	lines = append(lines, diffNamed("ct timeout", want.Timeouts, have.Timeouts, timeoutsName, timeoutsName, diffTimeouts)...)
 	mapName := func(m Map) string { return m.Name }
 	lines = append(lines, diffNamed("map", want.Maps, have.Maps, mapName, mapName, diffMap)...)
 	chainName := func(c Chain) string { return c.Name }
@@ -66,6 +68,13 @@ func diffNamed[T any](kind string, want, have []T, name, describe func(T) string
 		}
 	}
 	return lines
+}
+
+func diffTimeouts(title string, want, have Timeouts) []string {
+	if want == have {
+		return nil
+	}
+	return []string{fmt.Sprintf("%s: have `%s`, want `%s`", title, have.onLine(), want.onLine())}
 }
 
 // diffMap compares what becomes of ports, not how they are put together to ranges.

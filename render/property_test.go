@@ -468,7 +468,7 @@ var (
 	element  = regexp.MustCompile(`^\d+(-\d+)? : goto (mtls|tls|passthrough)_(in|out)$`)
 )
 
-// wellFormed checks that rules are those of a mesh with the same modes but for the elements of the maps.
+// wellFormed checks that rules are those of a mesh with the same modes and egress entries but for the elements of the maps.
 func wellFormed(rules []byte, mesh schema.Mesh) error {
 	like := schema.Mesh{OtherProtocols: mesh.OtherProtocols, Egress: mesh.Egress, IngressOff: mesh.IngressOff}
 	for i, in := range mesh.Ingress {

@@ -94,9 +94,10 @@ func (g Generations) At(port uint16) Generation {
 
 // Ruleset is the whole of the table inet mantlet.
 type Ruleset struct {
-	Maps   []Map
-	Chains []Chain
-	Others []string // what no rendered ruleset has and a live one may: flags of the table, other sets, counters
+	Timeouts []Timeouts
+	Maps     []Map
+	Chains   []Chain
+	Others   []string // what no rendered ruleset has and a live one may: flags of the table, other sets, counters
 }
 
 // Map sends ports to chains: type inet_service : verdict, with intervals. Elements are sorted and do not overlap.
@@ -159,7 +160,8 @@ var (
 	onlyTCP = Protocol{Numbers: []uint8{TCP}}
 	notTCP  = Protocol{Op: NotEqual, Numbers: []uint8{TCP}}
 	// No other packet of a connection has SYN alone of these.
-	firstSYN = TCPFlags{Value: SYN, Mask: FIN | SYN | RST | ACK}
+	firstSYN    = TCPFlags{Value: SYN, Mask: FIN | SYN | RST | ACK}
+	setTimeouts = SetTimeouts{tcpTimeouts.Name}
 )
 
 func goTo(chain string) Verdict { return Verdict{Kind: Goto, Goto: chain} }
@@ -234,7 +236,7 @@ func DenyAll(replies bool) Ruleset {
 	}
 	in.Rules = append(append(in.Rules, answersToThePod(drop)...), Rule{Count{}, drop})
 	out.Rules = append(outgoing(), Rule{Count{}, drop})
-	return Ruleset{Chains: []Chain{in, out, icmp(), inside(beginsInside...)}}
+	return Ruleset{Timeouts: []Timeouts{tcpTimeouts}, Chains: []Chain{in, out, icmp(), inside(beginsInside...)}}
 }
 
 // OnlyStatus returns DenyAll's rules but for the port of mantlet's own status: whoever probes must be able to tell a mantlet
@@ -312,7 +314,7 @@ func inside(begins ...Statement) Chain {
 	return Chain{Name: insideChain, Rules: []Rule{append(Rule{firstSYN}, begins...), {accept}}}
 }
 
-var beginsInside = []Statement{SetMark{MarkInside}, accept}
+var beginsInside = []Statement{setTimeouts, SetMark{MarkInside}, accept}
 
 // begins refuses connections that lead from Envoy to itself: to the listeners that the kernel hands connections to, by whoever
 // dials them, and to others by those that go out to an upstream. A name server decides where the upstream's name leads.
@@ -357,7 +359,7 @@ func madeByThePod() []Rule {
 		// What the workload says to an egress listener, where lo lacks the listener's address.
 		{Destination{loopback4}, Count{}, drop},
 		{Destination{loopback6}, Count{}, drop},
-		{Reply(false), firstSYN, SetMark{MarkOutbound}, accept},
+		{Reply(false), firstSYN, setTimeouts, SetMark{MarkOutbound}, accept},
 		{Reply(false), notTCP, SetMark{MarkOutbound}, accept},
 		{notTCP, accept},
 	}
@@ -391,7 +393,8 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 		answers.Elements = append(answers.Elements, Element{part.ports, goTo(part.out())})
 	}
 	r := Ruleset{
-		Maps: []Map{modes, answers},
+		Timeouts: []Timeouts{tcpTimeouts},
+		Maps:     []Map{modes, answers},
 		Chains: []Chain{
 			ingress(mesh.OtherProtocols),
 			{Name: forwardedChain, Rules: []Rule{
@@ -438,7 +441,7 @@ func onlyEgress(mesh schema.Mesh) Ruleset {
 func statusIngress() Chain {
 	mantlets := MarkedSocket{Mark: StatusSocket}
 	return Chain{Name: statusIn, Rules: []Rule{
-		{firstSYN, mantlets, SetMark{MarkPassthrough}, accept},
+		{firstSYN, mantlets, setTimeouts, SetMark{MarkPassthrough}, accept},
 		{firstSYN, Count{}, drop}, // the client's own retransmission bridges the time in which mantlet does not listen
 		// With SYN cookies the handshake's last packet goes to whoever listens by then.
 		{onlyTCP, MarkedSocket{NotEqual, StatusSocket}, Count{}, Reset{}},
@@ -570,6 +573,7 @@ func (p policy) ingress() Chain {
 			// Whatever was let in from outside before passes.
 			{onlyTCP, Marked{Mark: MarkOutbound}, Count{}, Reset{}},
 			{Marked{Mark: MarkInside}, Count{}, drop},
+			{firstSYN, setTimeouts},
 			{SetMark{p.mark()}, accept},
 		}}
 	}
@@ -588,8 +592,8 @@ func (p policy) ingress() Chain {
 			append(over, Count{}, Reset{}),
 			// TIME_WAIT is no BoundSocket. While Envoy does not listen, TProxy gives a SYN to what its former connection left
 			// there, and that would hand it on to the workload's listener.
-			{firstSYN, to4, BoundSocket{}, SetMark{p.mark()}, accept},
-			{firstSYN, to6, BoundSocket{}, SetMark{p.mark()}, accept},
+			{firstSYN, to4, BoundSocket{}, setTimeouts, SetMark{p.mark()}, accept},
+			{firstSYN, to6, BoundSocket{}, setTimeouts, SetMark{p.mark()}, accept},
 			// Dropped and not refused: the client's own retransmission bridges the time in which Envoy does not listen.
 			{firstSYN, Count{}, drop},
 		},
@@ -638,6 +642,10 @@ func (r Ruleset) Text() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "table inet %s {\n", Table)
 	separator := ""
+	for _, t := range r.Timeouts {
+		fmt.Fprintf(&b, "%s\tct timeout %s {\n\t\t%s\n\t}\n", separator, t.Name, t.Text())
+		separator = "\n"
+	}
 	for _, m := range r.Maps {
 		b.WriteString(separator)
 		fmt.Fprintf(&b, "\tmap %s {\n\t\ttype inet_service : verdict\n\t\tflags interval\n", m.Name)

@@ -182,6 +182,12 @@ func (s SetMark) Text() string {
 	return fmt.Sprintf("ct mark set ct mark & 0x%08x | 0x%08x", ^uint32(MarkMask)|uint32(s.Mark), uint32(s.Mark))
 }
 
+// SetTimeouts gives a connection that the packet begins the timeouts of this name. On later packets it has no effect.
+type SetTimeouts struct{ Name string }
+
+// Text implements Statement.
+func (s SetTimeouts) Text() string { return fmt.Sprintf("ct timeout set %q", s.Name) }
+
 // TCPFlags matches TCP packets by the Value of the flags in Mask; it never matches other protocols.
 type TCPFlags struct{ Value, Mask uint8 }
 

@@ -332,6 +332,9 @@ func deny(table *nft.Table, log *slog.Logger) (found render.Ruleset, err error) 
 	if !owned {
 		log.Warn("the kernel keeps no owner for the table, or it was made without one: other privileged processes can change the rules")
 	}
+	if table.LacksTimeouts() {
+		log.Warn("the kernel has no ct timeout objects (CONFIG_NF_CONNTRACK_TIMEOUT): " + withoutTimeouts)
+	}
 	if unowned != nil {
 		log.Warn("a second mantlet that is started here would not end", "error", unowned)
 	}

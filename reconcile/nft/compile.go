@@ -24,11 +24,12 @@ const (
 
 // batch translates a ruleset's parts and adds them to one transaction.
 type batch struct {
-	conn  *nftables.Conn
-	table *nftables.Table
-	maps  map[string]*nftables.Set
-	named bool   // sets and maps have their names already: nothing is added
-	sets  uint32 // how many there are, which is the last one's ID; the library's own count is no one's who runs concurrently
+	conn     *nftables.Conn
+	table    *nftables.Table
+	maps     map[string]*nftables.Set
+	timeouts tcpTimeouts // of connections, where the rules do not say
+	named    bool        // sets and maps have their names already: nothing is added
+	sets     uint32      // how many there are, which is the last one's ID; the library's own count is no one's who runs concurrently
 }
 
 // expressions translates a rule to what nft sends for the same text. Anonymous sets that it needs join the transaction.
@@ -102,6 +103,8 @@ func (b *batch) statement(s render.Statement) ([]expr.Any, error) {
 			mask(native(^uint32(render.MarkMask)), native(uint32(s.Mark))),
 			&expr.Ct{Key: expr.CtKeyMARK, Register: reg1, SourceRegister: true},
 		}, nil
+	case render.SetTimeouts:
+		return []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_CT_TIMEOUT, Name: s.Name + "\x00"}}, nil
 	case render.TCPFlags:
 		return append(onlyTCP(),
 			&expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},

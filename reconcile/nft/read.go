@@ -135,7 +135,7 @@ func (t *Table) dump() (render.Ruleset, error) {
 		{unix.NFT_MSG_GETTABLE, unix.NFTA_TABLE_NAME, r.addTable},
 		{unix.NFT_MSG_GETCHAIN, unix.NFTA_CHAIN_TABLE, r.addChain},
 		{unix.NFT_MSG_GETSET, unix.NFTA_SET_TABLE, r.addSet},
-		{unix.NFT_MSG_GETOBJ, unix.NFTA_OBJ_TABLE, r.addOther("object", unix.NFTA_OBJ_NAME)},
+		{unix.NFT_MSG_GETOBJ, unix.NFTA_OBJ_TABLE, r.addObject},
 		{unix.NFT_MSG_GETFLOWTABLE, flowtableTable, r.addOther("flowtable", flowtableName)},
 	} {
 		if err := t.list(part.of, part.table, part.each); err != nil {
@@ -265,6 +265,7 @@ func unpackMessage(data []byte) (family byte, a attributes, err error) {
 type reader struct {
 	chains   []render.Chain
 	sets     []*set
+	timeouts []render.Timeouts
 	others   []string
 	holder   uint64             // who made the table; 0 where it does not say
 	numbers  map[string][]uint8 // of anonymous sets, by setName
@@ -299,7 +300,7 @@ func newReader() *reader {
 
 // ruleset returns what was collected.
 func (r *reader) ruleset() render.Ruleset {
-	rules := render.Ruleset{Chains: r.chains, Others: r.others}
+	rules := render.Ruleset{Timeouts: r.timeouts, Chains: r.chains, Others: r.others}
 	for _, s := range r.sets {
 		switch m, ok := s.asMap(); {
 		case ok:

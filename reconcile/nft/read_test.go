@@ -229,6 +229,7 @@ var substitutes = [][2]string{
 	{"priority 0:5", "priority 0:4"},
 	{"priority 0:3", "priority 0:4"},
 	{"set none", "set 0:1"},
+	{`ct timeout set "tcp_timeouts"`, "ct mark set 1"},
 	{"dport 15", "dport 16"},
 	{"dport 9901", "dport 9902"},
 	{"127.0.0.1", "127.0.0.2"},

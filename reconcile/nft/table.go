@@ -29,6 +29,9 @@ type Table struct {
 	table *nftables.Table
 	needs []need
 
+	timeouts      tcpTimeouts // the sysctls of the network namespace
+	lacksTimeouts bool        // the kernel has no ct timeout objects
+
 	subscribe func() (subscription, error) // to the kernel's notes; tests have others
 
 	mu      sync.Mutex // the socket holds one conversation at a time
@@ -48,7 +51,10 @@ const bufferSize = 16 << 20
 
 // Open connects to the network namespace of the calling thread. It changes nothing.
 func Open() (*Table, error) {
-	t := &Table{table: &nftables.Table{Name: render.Table, Family: nftables.TableFamilyINet}, needs: needs(), subscribe: subscribe}
+	t := &Table{
+		table: &nftables.Table{Name: render.Table, Family: nftables.TableFamilyINet},
+		needs: needs(), timeouts: readTCPTimeouts(), subscribe: subscribe,
+	}
 	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
 		t.raw = c
 		// Else an acknowledgement that is an error would repeat its message.
@@ -191,17 +197,22 @@ func (t *Table) OnlyStatus(port uint16, before render.Ruleset) error {
 	return t.Replace(render.OnlyStatus(port).Remembering(before))
 }
 
-// attempts bounds how often a change or a dump is begun anew because another process changed nftables in the meantime.
+// attempts bounds how often a change or a dump is started again because another process changed nftables in the meantime.
 const attempts = 10
 
 // Replace makes the table hold r and nothing else, in one transaction. Where it fails, the rules are as they were. A table
 // that is not owned is read back; where it has something else already, another process did that, and the change is made
-// again. Where the kernel refuses the rules, the error names each option that it lacks.
+// again. Where the kernel refuses the rules, the error names each option that it lacks. Where it has no ct timeout objects, the
+// table goes without them, see LacksTimeouts.
 func (t *Table) Replace(r render.Ruleset) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	err := t.put(r)
-	if err == nil || errors.Is(err, unix.EPERM) || errors.Is(err, ErrOwned) || errors.Is(err, errBusy) {
+	err := t.put(t.fit(r))
+	if refuses(err) && !t.lacksTimeouts && len(r.Timeouts) > 0 && t.try(timeoutsNeed(r.Timeouts)) != nil {
+		t.lacksTimeouts = true
+		err = t.put(t.fit(r))
+	}
+	if !refuses(err) {
 		return err
 	}
 	if missing := t.missing(); missing != nil { // which says all that the kernel's answers to the rules could
@@ -210,11 +221,28 @@ func (t *Table) Replace(r render.Ruleset) error {
 	return err
 }
 
+// refuses reports whether an error of put says that the kernel does not take the rules.
+func refuses(err error) bool {
+	return err != nil && !errors.Is(err, unix.EPERM) && !errors.Is(err, ErrOwned) && !errors.Is(err, errBusy)
+}
+
+// fit returns the rules as the kernel takes them.
+func (t *Table) fit(r render.Ruleset) render.Ruleset {
+	if t.lacksTimeouts {
+		return r.WithoutTimeouts()
+	}
+	return r
+}
+
 func (t *Table) put(r render.Ruleset) error {
 	var found []string
-	for range attempts {
+	for n := range attempts {
 		_ = t.refused.look(t) // what it can't see is lost to the count, and to nothing else
-		failed := t.transaction(func(b *batch) error { return t.replace(b, r) })
+		whole := n > 0 && !t.owned
+		failed := t.transaction(func(b *batch) error { return t.replace(b, r, whole) })
+		if failed != nil && n == 0 && !t.owned {
+			continue // another process may have deleted meanwhile what clear deletes
+		}
 		// Where acknowledgements did not fit into the socket's buffer, the commit may have gone well all the same.
 		if failed != nil && !errors.Is(failed, unix.ENOBUFS) {
 			return fmt.Errorf("replacing the table inet %s: %w", render.Table, t.explain(failed))
@@ -258,7 +286,7 @@ var errBusy = fmt.Errorf("other processes changed nftables at the same time, %d 
 
 // transaction sends what build adds to it, all or nothing.
 func (t *Table) transaction(build func(*batch) error) error {
-	b := &batch{conn: t.conn, table: t.table, maps: map[string]*nftables.Set{}}
+	b := &batch{conn: t.conn, table: t.table, timeouts: t.timeouts, maps: map[string]*nftables.Set{}}
 	failed := build(b)
 	if failed != nil {
 		// The library has no other way to get rid of what it holds than to send it. A chain without a name is never there.
@@ -314,9 +342,12 @@ func (t *Table) drain() {
 	})
 }
 
-func (t *Table) replace(b *batch, r render.Ruleset) error {
-	if err := t.clear(); err != nil {
+func (t *Table) replace(b *batch, r render.Ruleset, whole bool) error {
+	if err := t.clear(r.Timeouts, whole); err != nil {
 		return err
+	}
+	for _, timeouts := range r.Timeouts {
+		b.addTimeouts(timeouts)
 	}
 	// A goto needs its chain, and a map's element too: chains come first, maps then, rules last.
 	for _, c := range r.Chains {
@@ -343,11 +374,14 @@ func (t *Table) replace(b *batch, r render.Ruleset) error {
 	return nil
 }
 
-// clear adds to the transaction what takes everything out of the table. An owned table can't be deleted and made anew:
-// the library knows no owner.
-func (t *Table) clear() error {
+// clear adds to the transaction what empties the table, except for timeouts that are to stay: open connections lose their timeouts
+// with the object (nf_ct_untimeout, net/netfilter/nf_conntrack_timeout.c). With whole it deletes the table and makes it again, which
+// works for one that is not owned: the library knows no owner.
+func (t *Table) clear(keep []render.Timeouts, whole bool) error {
 	if !t.owned {
 		t.conn.AddTable(t.table)
+	}
+	if whole {
 		t.conn.DelTable(t.table)
 		t.conn.AddTable(t.table)
 		return nil
@@ -364,6 +398,9 @@ func (t *Table) clear() error {
 			}
 		}},
 		{unix.NFT_MSG_GETOBJ, unix.NFTA_OBJ_TABLE, func(a attributes) {
+			if timeouts, ok := asTimeouts(a); ok && slices.Contains(keep, timeouts) {
+				return
+			}
 			kind := nftables.ObjType(a.u32(unix.NFTA_OBJ_TYPE))
 			t.conn.DeleteObject(&nftables.NamedObj{Table: t.table, Name: a.text(unix.NFTA_OBJ_NAME), Type: kind})
 		}},

@@ -110,7 +110,7 @@ func load(t testing.TB, host *lab.Host, text string) {
 func loadRules(t testing.TB, host *lab.Host, r render.Ruleset) {
 	t.Helper()
 	const most = 400
-	head := render.Ruleset{Chains: r.Chains}
+	head := render.Ruleset{Timeouts: r.Timeouts, Chains: r.Chains}
 	var rest []string
 	for _, m := range r.Maps {
 		n := min(len(m.Elements), most)
@@ -604,7 +604,7 @@ func TestCheckNamesWhatDiffers(t *testing.T) {
 	}
 	const (
 		syn   = "tcp flags syn / fin,syn,rst,ack meta nfproto ipv4 meta l4proto tcp"
-		taken = "socket wildcard 0 ct mark set ct mark & 0xf01fffff | 0x00100000 accept"
+		taken = `socket wildcard 0 ct timeout set "tcp_timeouts" ct mark set ct mark & 0xf01fffff | 0x00100000 accept`
 	)
 	marked := func(mark render.Mark, op string) string {
 		return fmt.Sprintf("ct mark & 0x0ff00000 %s 0x%08x", op, uint32(mark))
@@ -632,7 +632,8 @@ func TestCheckNamesWhatDiffers(t *testing.T) {
 			func() string { return "flush chain inet mantlet passthrough_in" },
 			"chain passthrough_in rule 1: `meta l4proto tcp " + marked(render.MarkOutbound, "==") + " counter reject with tcp reset` missing; " +
 				"chain passthrough_in rule 2: `" + marked(render.MarkInside, "==") + " counter drop` missing; " +
-				"chain passthrough_in rule 3: `" + render.SetMark{Mark: render.MarkPassthrough}.Text() + " accept` missing",
+				"chain passthrough_in rule 3: `tcp flags syn / fin,syn,rst,ack ct timeout set \"tcp_timeouts\"` missing; " +
+				"chain passthrough_in rule 4: `" + render.SetMark{Mark: render.MarkPassthrough}.Text() + " accept` missing",
 		},
 		{
 			func() string { return "chain inet mantlet ingress { policy accept; }" },
@@ -693,23 +694,21 @@ func TestCountersOnlyGrow(t *testing.T) {
 			}
 			return all
 		}
-		grows := func(reason string, than uint64) {
+		grows := func(reason string, than uint64, port uint16) {
 			x.t.Helper()
-			if !x.happens(func() bool { return refused()[reason] > than }) {
+			if !x.happens(func() bool { _, _ = x.dial(x.target(port), patience); return refused()[reason] > than }) {
 				x.t.Fatalf("%s is %d, want more than %d", reason, refused()[reason], than)
 			}
 		}
 		x.replace(render.DenyAll(true))
-		_, _ = x.dial(x.target(9000), patience)
-		grows("not_in_force", 0)
+		grows("not_in_force", 0, 9000)
 		x.apply()
 		if refused()["not_in_force"] == 0 {
 			x.t.Error("what deny-all counted is gone with it")
 		}
 		for range 3 {
 			before := refused()
-			_, _ = x.dial(x.target(9090), patience)
-			grows("envoy_not_listening", before["envoy_not_listening"])
+			grows("envoy_not_listening", before["envoy_not_listening"], 9090)
 			after := refused()
 			x.replace(rules())
 			x.apply()
@@ -756,8 +755,8 @@ func TestMissingOptions(t *testing.T) {
 				t.Errorf("the tests' kernel: %v", err)
 			}
 			table.needs = append(needs(),
-				need{"CONFIG_REFUSED", render.Rule{render.Verdict{Kind: render.Goto, Goto: "nowhere"}}},
-				need{"CONFIG_UNKNOWN", render.Rule{render.LookUp{Map: "none"}}},
+				need{options: "CONFIG_REFUSED", rule: render.Rule{render.Verdict{Kind: render.Goto, Goto: "nowhere"}}},
+				need{options: "CONFIG_UNKNOWN", rule: render.Rule{render.LookUp{Map: "none"}}},
 			)
 			trials, err := table.Try()
 			for _, trial := range trials {
