@@ -18,7 +18,7 @@ import (
 	"sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
 
-	"mantlet/sandbox"
+	"mantlet/internal/sandbox"
 	"mantlet/schema"
 )
 

@@ -15,7 +15,7 @@ import (
 
 	"github.com/google/renameio/v2"
 
-	"mantlet/files"
+	"mantlet/internal/files"
 	"mantlet/render"
 	"mantlet/schema"
 )

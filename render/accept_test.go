@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 	"mantlet/render"
 	"mantlet/schema"
 )

@@ -15,7 +15,7 @@ import (
 	"github.com/rogpeppe/go-internal/txtar"
 	"go.uber.org/goleak"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 	"mantlet/render"
 	"mantlet/schema"
 )

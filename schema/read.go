@@ -11,7 +11,7 @@ import (
 	"strings"
 	"syscall"
 
-	"mantlet/files"
+	"mantlet/internal/files"
 )
 
 // Content is what was read of a file.

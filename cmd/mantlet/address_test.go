@@ -17,7 +17,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // TestAddressGoesAway takes an address away from the pod between the last packet of a client's handshake and Envoy's

@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // TestUnfinishedHandshake: whoever never finishes a handshake is cut, and the workload does not hear of it.

@@ -8,7 +8,7 @@ import (
 	"strings"
 	"testing"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // TestAllow tries each client at each port that has a list of clients, and at one that has none.

@@ -15,7 +15,7 @@ import (
 	"google.golang.org/grpc/health"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // rpc asks a gRPC server from a host whether it serves.

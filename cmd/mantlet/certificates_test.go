@@ -15,7 +15,7 @@ import (
 
 	"github.com/google/renameio/v2"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // probe runs `mantlet probe` in the pod and returns its exit code and what it says.

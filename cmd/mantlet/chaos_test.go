@@ -25,7 +25,7 @@ import (
 
 	"golang.org/x/net/dns/dnsmessage"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 var (

@@ -14,8 +14,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"mantlet/lab"
-	"mantlet/sandbox"
+	"mantlet/internal/lab"
+	"mantlet/internal/sandbox"
 )
 
 // within returns a command that ends in executing mantlet, without arguments yet.

@@ -8,9 +8,9 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"mantlet/internal/sandbox"
 	"mantlet/reconcile/nft"
 	"mantlet/render"
-	"mantlet/sandbox"
 )
 
 func cleanupCommand() *cobra.Command {

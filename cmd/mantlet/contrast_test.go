@@ -9,7 +9,7 @@ import (
 	"strings"
 	"testing"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // TestIngressOff: where the environment says so, whatever comes in gets to the workload as without mantlet, and egress works. Its

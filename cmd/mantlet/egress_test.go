@@ -15,7 +15,7 @@ import (
 
 	"golang.org/x/net/dns/dnsmessage"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 	"mantlet/reconcile"
 )
 
@@ -357,7 +357,7 @@ func TestEgressMeetsItself(t *testing.T) {
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	led := map[string][]netip.Addr{
 		"itself-v4": {netip.MustParseAddr("127.137.0.1")}, "itself-v6": {netip.IPv6Loopback()},
-		"another": {netip.MustParseAddr("127.137.0.1")},
+		"another":      {netip.MustParseAddr("127.137.0.1")},
 		"localhost-v4": {netip.MustParseAddr("127.0.0.1")}, "localhost-v6": {netip.IPv6Loopback()},
 		"pod-v4": {p.IPv4}, "pod-v6": {p.IPv6},
 	}

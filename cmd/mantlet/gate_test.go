@@ -11,7 +11,7 @@ import (
 	"syscall"
 	"testing"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 	"mantlet/schema"
 )
 

@@ -10,7 +10,7 @@ import (
 	"syscall"
 	"testing"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // hang makes the file system of what is mounted one that does not answer, until it goes on.

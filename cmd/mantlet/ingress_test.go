@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // versions are those that the mesh speaks, each to be tried alone.

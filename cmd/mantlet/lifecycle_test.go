@@ -21,7 +21,7 @@ import (
 	"testing"
 	"time"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // callers are clients that go on connecting; none of their connections may be refused.

@@ -14,7 +14,7 @@ import (
 	"testing"
 	"time"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 	"mantlet/reconcile"
 )
 

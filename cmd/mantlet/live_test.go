@@ -19,7 +19,7 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // transactions counts how often anybody changes the pod's rules from now on.

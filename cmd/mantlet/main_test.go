@@ -11,7 +11,7 @@ import (
 	"syscall"
 	"testing"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // asMantlet makes the test binary be mantlet, so that what runs on the lab's hosts is what was compiled for the test.

@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/net/dns/dnsmessage"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 	"mantlet/reconcile"
 )
 

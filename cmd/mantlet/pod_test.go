@@ -16,7 +16,7 @@ import (
 	"testing"
 	"time"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 	"mantlet/reconcile"
 )
 

@@ -23,7 +23,7 @@ import (
 	"time"
 	"unicode"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 	"mantlet/reconcile"
 )
 

@@ -21,7 +21,7 @@ import (
 	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // mounted is a directory as kubelet mounts a ConfigMap: the file is a link through ..data, which is swapped as a whole.

@@ -22,12 +22,12 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"mantlet/internal/sandbox"
 	"mantlet/reconcile"
 	"mantlet/reconcile/dns"
 	"mantlet/reconcile/envoy"
 	"mantlet/reconcile/nft"
 	"mantlet/render"
-	"mantlet/sandbox"
 	"mantlet/schema"
 )
 

@@ -18,8 +18,8 @@ import (
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
-	"mantlet/lab"
-	"mantlet/sandbox"
+	"mantlet/internal/lab"
+	"mantlet/internal/sandbox"
 )
 
 // threads returns a field of each thread of a process.

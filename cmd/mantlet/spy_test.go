@@ -17,7 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // spyVariable makes the test binary be a process of another container that shares the PID namespace. It looks into others as far as the

@@ -22,7 +22,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 	"mantlet/reconcile"
 )
 

@@ -16,7 +16,7 @@ import (
 
 	"golang.org/x/term"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 func main() {

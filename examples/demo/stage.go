@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // The two deployments.

@@ -58,7 +58,9 @@ func (g golden) part(name string) []byte {
 	return nil
 }
 
-func (g golden) source() inject.Source { return inject.Source{Name: "in.yaml", Text: g.part("in.yaml")} }
+func (g golden) source() inject.Source {
+	return inject.Source{Name: "in.yaml", Text: g.part("in.yaml")}
+}
 
 func (g golden) options(t *testing.T) inject.Options {
 	t.Helper()

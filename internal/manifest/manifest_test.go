@@ -11,7 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"mantlet/internal/manifest"
-	"mantlet/sandbox"
+	"mantlet/internal/sandbox"
 	"mantlet/schema"
 )
 

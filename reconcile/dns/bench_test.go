@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // BenchmarkLookup measures one lookup of both families, of a name that has addresses. The name server is of this process too.

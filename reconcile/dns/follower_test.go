@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 	"mantlet/schema"
 )
 

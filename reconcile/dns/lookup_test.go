@@ -15,7 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/net/dns/dnsmessage"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // place is a resolver with files of its own, and the name servers that these name.

@@ -5,7 +5,7 @@ import (
 
 	"go.uber.org/goleak"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 func TestMain(m *testing.M) {

@@ -23,7 +23,7 @@ import (
 	"testing"
 	"time"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 	"mantlet/render"
 )
 

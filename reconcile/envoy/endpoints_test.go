@@ -17,7 +17,7 @@ import (
 
 	"google.golang.org/protobuf/encoding/protowire"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 	"mantlet/render"
 	"mantlet/schema"
 )

@@ -24,8 +24,8 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"mantlet/internal/sandbox"
 	"mantlet/render"
-	"mantlet/sandbox"
 	"mantlet/schema"
 )
 

@@ -8,7 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // TestListens: what can't be ended keeps mantlet from starting only where Envoy's own user has a listener at an address of its own.

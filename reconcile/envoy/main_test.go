@@ -13,9 +13,9 @@ import (
 
 	"go.uber.org/goleak"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
+	"mantlet/internal/sandbox"
 	"mantlet/render"
-	"mantlet/sandbox"
 	"mantlet/schema"
 )
 

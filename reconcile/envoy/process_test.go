@@ -21,7 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 	"mantlet/render"
 )
 

@@ -25,9 +25,9 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"mantlet/internal/cgroup"
+	"mantlet/internal/sandbox"
 	"mantlet/reconcile"
 	"mantlet/render"
-	"mantlet/sandbox"
 	"mantlet/schema"
 )
 

@@ -12,7 +12,7 @@ import (
 	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
-	"mantlet/sandbox"
+	"mantlet/internal/sandbox"
 )
 
 // Confine makes the thread that starts Envoys their user's, within rules where the kernel can enforce them, and lets no

@@ -15,7 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 func newAuthority(t *testing.T, name string) *lab.Authority {

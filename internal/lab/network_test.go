@@ -12,7 +12,7 @@ import (
 	"sync"
 	"testing"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // newNetwork returns a network that lives as long as the test.

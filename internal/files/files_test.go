@@ -10,7 +10,7 @@ import (
 
 	"go.uber.org/goleak"
 
-	"mantlet/files"
+	"mantlet/internal/files"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }

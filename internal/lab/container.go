@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"mantlet/sandbox"
+	"mantlet/internal/sandbox"
 )
 
 // limit takes all but these capabilities from what the calling thread will execute, as `drop: [ALL]` does, and the way to get

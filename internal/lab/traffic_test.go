@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"mantlet/lab"
+	"mantlet/internal/lab"
 )
 
 // await lets the prober make some attempts of each kind.

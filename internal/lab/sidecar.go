@@ -15,7 +15,7 @@ import (
 	"syscall"
 	"time"
 
-	"mantlet/sandbox"
+	"mantlet/internal/sandbox"
 )
 
 // Sidecar is a mantlet on a host, with the directories that a pod would mount.
