@@ -1,0 +1,173 @@
+package nft
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"mantlet/reconcile"
+	"mantlet/render"
+)
+
+// Messages and attributes of conntrack (include/uapi/linux/netfilter/nfnetlink_conntrack.h, nf_conntrack_tcp.h).
+const (
+	conntrackGet      = unix.NFNL_SUBSYS_CTNETLINK<<8 | 1
+	conntrackGetStats = unix.NFNL_SUBSYS_CTNETLINK<<8 | 5
+
+	statsEntries, statsMax     = 1, 2
+	tupleOriginal              = 1
+	tupleProto, protoDstPort   = 2, 3
+	protoinfo, protoinfoTCP    = 4, 1
+	tcpState, stateEstablished = 1, 3
+	connectionMark             = 8
+)
+
+// Inbound returns the connections from outside that are open, and how full conntrack's table is. It must be called on a
+// thread in the table's network namespace.
+//
+// It reads one buffer after another: the table can have 262,144 entries, which would be 50 MB at once.
+func (t *Table) Inbound() (open []reconcile.Inbound, entries, most int, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("asking conntrack: %w", err)
+		}
+	}()
+	err = ask(conntrackGetStats, netlink.Request|netlink.Acknowledge, func(d *netlink.AttributeDecoder) error {
+		for d.Next() {
+			switch d.Type() {
+			case statsEntries:
+				entries = int(d.Uint32())
+			case statsMax:
+				most = int(d.Uint32())
+			}
+		}
+		return d.Err()
+	})
+	if err != nil {
+		return nil, 0, 0, err
+	}
+	counts := map[reconcile.Inbound]int{}
+	err = ask(conntrackGet, netlink.Request|netlink.Dump, func(d *netlink.AttributeDecoder) error {
+		in, established, err := inbound(d)
+		if established && in.Mode != "" {
+			counts[in]++
+		}
+		return err
+	})
+	for in, n := range counts {
+		in.Open = n
+		open = append(open, in)
+	}
+	return open, entries, most, err
+}
+
+// inbound reads an entry of conntrack. The mode is empty where the connection is none from outside.
+func inbound(d *netlink.AttributeDecoder) (in reconcile.Inbound, established bool, err error) {
+	port := func(d *netlink.AttributeDecoder) error { in.Port = d.Uint16(); return nil }
+	state := func(d *netlink.AttributeDecoder) error { established = d.Uint8() == stateEstablished; return nil }
+	into := func(outer, inner uint16, read func(*netlink.AttributeDecoder) error) func(*netlink.AttributeDecoder) error {
+		return within(outer, func(d *netlink.AttributeDecoder) error { d.Nested(within(inner, read)); return nil })
+	}
+	for d.Next() {
+		switch d.Type() {
+		case tupleOriginal:
+			d.Nested(into(tupleProto, protoDstPort, port))
+		case protoinfo:
+			d.Nested(into(protoinfoTCP, tcpState, state))
+		case connectionMark:
+			in.Mode, _ = render.ModeOf(render.Mark(d.Uint32()))
+		}
+	}
+	return in, established, d.Err()
+}
+
+// within reads the attribute of one kind among those that are nested in another.
+func within(kind uint16, read func(*netlink.AttributeDecoder) error) func(*netlink.AttributeDecoder) error {
+	return func(d *netlink.AttributeDecoder) error {
+		for d.Next() {
+			if d.Type() == kind {
+				if err := read(d); err != nil {
+					return err
+				}
+			}
+		}
+		return d.Err()
+	}
+}
+
+// ask sends a request on a socket of its own and calls each for each answer.
+func ask(kind uint16, flags netlink.HeaderFlags, each func(*netlink.AttributeDecoder) error) error {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return os.NewSyscallError("socket", err)
+	}
+	defer func() { _ = unix.Close(fd) }()
+	const patience = 2 // s; the kernel answers at once
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: patience}); err != nil {
+		return os.NewSyscallError("setsockopt", err)
+	}
+	request := message(kind, flags, unix.NFPROTO_UNSPEC, 0, nil)
+	request.Header.Length = uint32(unix.NLMSG_HDRLEN + len(request.Data))
+	data, err := request.MarshalBinary()
+	if err != nil {
+		return err
+	}
+	if err := unix.Sendto(fd, data, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return os.NewSyscallError("sendto", err)
+	}
+	buffer := make([]byte, 64<<10) // the kernel fills at most 32 KiB of it
+	for {
+		n, _, err := unix.Recvfrom(fd, buffer, 0)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return os.NewSyscallError("recvfrom", err)
+		}
+		messages, err := syscall.ParseNetlinkMessage(buffer[:n])
+		if err != nil {
+			return err
+		}
+		for _, m := range messages {
+			if done, err := last(m); done || err != nil {
+				return err
+			}
+			if err := decode(m.Data, each); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// decode calls each for the attributes of a message.
+func decode(data []byte, each func(*netlink.AttributeDecoder) error) error {
+	const header = 4 // struct nfgenmsg
+	if len(data) < header {
+		return errCut
+	}
+	d, err := netlink.NewAttributeDecoder(data[header:])
+	if err != nil {
+		return err
+	}
+	d.ByteOrder = binary.BigEndian
+	return each(d)
+}
+
+// last reports whether a message is the end of an answer.
+func last(m syscall.NetlinkMessage) (bool, error) {
+	if m.Header.Type != unix.NLMSG_ERROR && m.Header.Type != unix.NLMSG_DONE {
+		return false, nil
+	}
+	if len(m.Data) < 4 {
+		return true, nil
+	}
+	if code := int32(binary.NativeEndian.Uint32(m.Data)); code < 0 {
+		return true, unix.Errno(-code)
+	}
+	return true, nil
+}
