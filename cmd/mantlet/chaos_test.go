@@ -590,7 +590,7 @@ func (c *chaos) litter() string {
 	}
 	for kind, n := range kinds {
 		if n > map[string]int{
-			"envoy": 1, "mantlet.sock": 1, "last-good.json": 1, "sds-identity.json": 1, "sds-mesh-ca.json": 1,
+			"envoy": 1, "mantlet.sock": 1, "discovery.sock": 1, "last-good.json": 1, "sds-identity.json": 1, "sds-mesh-ca.json": 1,
 			"admin-N.sock": 3, "bootstrap-N.json": 3,
 			"epoch_parent_N": 3, "epoch_child_N": 3, "epoch_udp_parent_N": 3, "epoch_udp_child_N": 3,
 		}[kind] {
