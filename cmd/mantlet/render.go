@@ -15,7 +15,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/spf13/cobra"
-	"sigs.k8s.io/yaml"
+	"go.yaml.in/yaml/v3"
 
 	"mantlet/render"
 	"mantlet/schema"
@@ -154,10 +154,17 @@ func printData(to io.Writer, data any, output string) error {
 		return fmt.Appendf(nil, `\u%04x`, r)
 	})
 	if output == "yaml" {
-		var err error
-		if printed, err = yaml.JSONToYAML(printed); err != nil {
+		var values any
+		if err := yaml.Unmarshal(printed, &values); err != nil {
 			return err
 		}
+		text.Reset()
+		encoder := yaml.NewEncoder(&text)
+		encoder.SetIndent(2)
+		if err := encoder.Encode(values); err != nil {
+			return err
+		}
+		printed = text.Bytes()
 	}
 	_, err := to.Write(printed)
 	return err
