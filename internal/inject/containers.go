@@ -15,11 +15,11 @@ import (
 const defaultStatusPort = 9901
 
 // takeOver has mantlet ask the workload what a kubelet, which has no mesh certificate, cannot ask it any more.
-func (p *plan) takeOver(refuse func(*yaml.Node, string, ...any), warn func(*yaml.Node, string)) {
+func (p *plan) takeOver(say *report) {
 	var asked []kubeletProbe
 	for _, list := range []string{"initContainers", "containers"} {
 		for _, c := range p.subject.containers(list) {
-			asked = append(asked, p.probesOf(c, refuse)...)
+			asked = append(asked, p.probesOf(list, c, say)...)
 		}
 	}
 	if len(asked) == 0 {
@@ -32,7 +32,7 @@ func (p *plan) takeOver(refuse func(*yaml.Node, string, ...any), warn func(*yaml
 		k.probe.Name = p.probeName(k)
 		p.changes = append(p.changes, p.redirect(k)...)
 		if k.note != "" {
-			warn(k.handler, k.note)
+			say.warn(k.handler, k.path, "%s", k.note)
 		}
 	}
 }
@@ -40,6 +40,7 @@ func (p *plan) takeOver(refuse func(*yaml.Node, string, ...any), warn func(*yaml
 // kubeletProbe is a probe of a container that mantlet takes over.
 type kubeletProbe struct {
 	container string
+	path      string     // from the pod's spec
 	field     string     // as "readinessProbe"
 	node      *yaml.Node // the probe
 	key       *yaml.Node // of the handler
@@ -49,11 +50,11 @@ type kubeletProbe struct {
 }
 
 // probesOf returns the probes of a container that mantlet takes over.
-func (p *plan) probesOf(container *yaml.Node, refuse func(*yaml.Node, string, ...any)) []kubeletProbe {
+func (p *plan) probesOf(list string, container *yaml.Node, say *report) []kubeletProbe {
 	var all []kubeletProbe
 	name := text(container, "name")
 	for _, field := range []string{"startupProbe", "readinessProbe", "livenessProbe"} {
-		k := kubeletProbe{container: name, field: field, node: at(container, field)}
+		k := kubeletProbe{container: name, path: fmt.Sprintf("%s[%s].%s", list, name, field), field: field, node: at(container, field)}
 		if p.asks(container, &k) {
 			all = append(all, k)
 		}
@@ -61,8 +62,8 @@ func (p *plan) probesOf(container *yaml.Node, refuse func(*yaml.Node, string, ..
 	for _, hook := range []string{"postStart", "preStop"} {
 		k := kubeletProbe{node: at(container, "lifecycle", hook)}
 		if p.asks(container, &k) {
-			refuse(k.handler, "%s: the hook lifecycle.%s asks port %d, which is %s, and the kubelet has no mesh certificate; execute a command in the container instead, or make the port passthrough",
-				name, hook, k.probe.Port, p.mode(k.probe.Port))
+			say.refuse(k.handler, fmt.Sprintf("%s[%s].lifecycle.%s", list, name, hook),
+				"asks port %d, which is %s, and the kubelet has no mesh certificate; execute a command in the container instead, or make the port passthrough", k.probe.Port, p.mode(k.probe.Port))
 		}
 	}
 	return all
@@ -163,52 +164,43 @@ func (p *plan) probeName(k kubeletProbe) string {
 // redirect makes a kubelet's probe ask mantlet.
 func (p *plan) redirect(k kubeletProbe) []edit {
 	d := p.document
-	from, to := d.offset(k.key), d.end(k.handler, k.node.Column)
+	from, to := d.offset(k.key), d.end(k.handler, k.key.Column)
 	for to > from && (d.text[to-1] == '\n' || d.text[to-1] == '\r' || d.text[to-1] == ' ') {
 		to--
 	}
 	handler := fmt.Sprintf("{path: /probe/%s, port: %d}", k.probe.Name, p.statusPort)
-	if isFlow(k.node) {
-		handler = flow(handler)
-	}
-	key := "httpGet: "
-	if isFlow(k.node) {
-		key = `"httpGet": `
-	}
-	edits := []edit{{from, to, key + handler}}
+	edits := []edit{{from, to, "httpGet: " + handler}}
 	timeout := at(k.node, "timeoutSeconds") // mantlet gives the workload a second
 	switch {
 	case timeout == nil && isFlow(k.node):
-		edits[0].text += `, "timeoutSeconds": 2`
+		edits[0].text += ", timeoutSeconds: 2"
 	case timeout == nil:
-		edits[0].text += d.lineEnd + strings.Repeat(" ", k.node.Column-1) + "timeoutSeconds: 2"
+		edits[0].text += d.lineEnd + strings.Repeat(" ", k.key.Column-1) + "timeoutSeconds: 2"
 	case timeout.Value == "1":
 		from := d.offset(timeout)
-		edits = append(edits, edit{from, d.end(timeout, k.node.Column), "2"})
+		edits = append(edits, edit{from, d.end(timeout, k.key.Column), "2"})
 	}
 	return edits
 }
 
 // wrap has the workload's containers wait for mantlet before they execute their commands.
-func (p *plan) wrap(refuse func(*yaml.Node, string, ...any)) {
+func (p *plan) wrap(say *report) {
 	d := p.document
 	for _, c := range p.subject.containers("containers") {
-		name := text(c, "name")
-		command := at(c, "command")
+		path := fmt.Sprintf("containers[%s]", text(c, "name"))
+		k, command := find(c, "command")
 		if command == nil || command.Kind != yaml.SequenceNode || len(command.Content) == 0 {
-			refuse(c, "container %s has no command, so what its image executes is not known here and the gate can't be put before it; set command: to the entrypoint of the image (docker image inspect %s shows it)",
-				name, text(c, "image"))
+			say.refuse(c, path+".command", "is missing, so what the image executes is not known here and the gate can't be put before it; set it to the image's entrypoint (docker image inspect %s shows it)",
+				text(c, "image"))
 			continue
 		}
 		for _, mount := range items(c, "volumeMounts") {
 			if text(mount, "mountPath") == gateDirectory {
-				refuse(mount, "container %s mounts another volume at %s, where the gate's would be; mount it elsewhere", name, gateDirectory)
+				say.refuse(mount, path+".volumeMounts", "mounts another volume at %s, where the gate's would be; mount it elsewhere", gateDirectory)
 			}
 		}
 		p.changes = append(p.changes, d.addItems(c, "command", "- "+gateDirectory+"/mantlet\n- gate\n- --\n", 0, 0)...)
-		k, _ := find(c, "command")
-		place := d.nextLine(d.end(command, c.Column))
-		_ = k
+		place := d.nextLine(d.end(command, k.Column))
 		p.changes = append(p.changes, d.addItems(c, "env", "- name: "+schema.GateVariable+"\n  value: "+gateSocket+"\n", 0, place)...)
 		p.changes = append(p.changes, d.addItems(c, "volumeMounts", "- name: "+gateVolume+"\n  mountPath: "+gateDirectory+"\n  readOnly: true\n", len(items(c, "volumeMounts")), place)...)
 	}

@@ -121,8 +121,21 @@ func (d *document) end(node *yaml.Node, parent int) int {
 			last = node.Content[len(node.Content)-2]
 			return d.endOfLine(d.offset(last))
 		}
-		return d.end(last, node.Column)
+		return d.end(last, d.column(node))
 	}
+}
+
+// column returns the column of a block collection's keys or dashes, counted from 1. The node's own may be that of an anchor.
+func (d *document) column(node *yaml.Node) int {
+	if len(node.Content) == 0 || node.Kind != yaml.SequenceNode {
+		return slices.Concat(node.Content, []*yaml.Node{node})[0].Column
+	}
+	item := node.Content[0]
+	before := d.text[d.starts[item.Line-1]:d.offset(item)]
+	for line := item.Line - 2; !strings.Contains(before, "-") && line >= 0; line-- {
+		before, _, _ = strings.Cut(d.lines[line], "#")
+	}
+	return utf8.RuneCountInString(before[:strings.LastIndex(before, "-")+1])
 }
 
 // isAbsent reports whether nothing stands where a value would.
@@ -247,7 +260,7 @@ func (d *document) addItems(parent *yaml.Node, key, items string, before, place 
 	case k == nil && isFlow(parent):
 		return d.addField(parent, key, items)
 	case k == nil:
-		column := parent.Column - 1
+		column := d.column(parent) - 1
 		return []edit{{place, place, d.indented(key+":\n", column) + d.indented(items, column)}}
 	case isFlow(parent) && isAbsent(list):
 		at := d.offset(k) + len(k.Value)
@@ -256,7 +269,7 @@ func (d *document) addItems(parent *yaml.Node, key, items string, before, place 
 		var edits []edit
 		if !isAbsent(list) {
 			from := d.offset(list)
-			to := d.end(list, parent.Column)
+			to := d.end(list, k.Column)
 			for from > 0 && d.text[from-1] == ' ' {
 				from--
 			}
@@ -285,14 +298,14 @@ func (d *document) addItems(parent *yaml.Node, key, items string, before, place 
 	case before < len(list.Content):
 		at = d.aboveComments(d.dash(list, list.Content[before]))
 	default:
-		at = d.nextLine(d.end(list, parent.Column))
+		at = d.nextLine(d.end(list, k.Column))
 	}
-	return []edit{{at, at, d.indented(items, list.Column-1)}}
+	return []edit{{at, at, d.indented(items, d.column(list)-1)}}
 }
 
 // addField adds a key to a mapping in brackets.
 func (d *document) addField(mapping *yaml.Node, key, value string) []edit {
-	text := quoted(key) + ": " + flow(value)
+	text := key + ": " + flow(value)
 	if len(mapping.Content) == 0 {
 		at := d.endOfFlow(d.offset(mapping)) - 1
 		return []edit{{at, at, text}}
@@ -310,8 +323,9 @@ func (d *document) afterColon(at int) int {
 
 // dash returns the offset of the line with the dash of an item.
 func (d *document) dash(list, item *yaml.Node) int {
+	column := d.column(list)
 	for line := item.Line - 1; line > 0; line-- {
-		if text := d.lines[line]; len(text) >= list.Column && strings.HasPrefix(text[list.Column-1:], "-") && strings.TrimSpace(text[:list.Column-1]) == "" {
+		if text := d.lines[line]; len(text) >= column && text[column-1] == '-' && strings.TrimSpace(text[:column-1]) == "" {
 			return d.starts[line]
 		}
 	}
@@ -364,7 +378,7 @@ func quoted(text string) string {
 	return strings.TrimSuffix(b.String(), "\n")
 }
 
-// flow returns a text in block style as JSON, which is YAML in brackets.
+// flow returns a text in block style in brackets, on one line.
 func flow(text string) string {
 	var node yaml.Node
 	if err := yaml.Unmarshal([]byte(text), &node); err != nil {
@@ -399,7 +413,7 @@ func writeFlow(b *strings.Builder, node *yaml.Node) {
 		write("{", "}", 2)
 	default:
 		if node.Tag == "!!str" {
-			b.WriteString(quoted(node.Value))
+			b.WriteString(quotedName(node.Value))
 		} else {
 			b.WriteString(node.Value)
 		}

@@ -82,8 +82,8 @@ func (in Injector) each(source Source, do func(*document, *Result) (string, erro
 		if len(subjects(d.root, "")) > 0 {
 			text, err = do(d, &out)
 		}
-		if refusal := (refusal{}); errors.As(err, &refusal) {
-			out.Refused = append(out.Refused, refusal...)
+		if bad := (refusal{}); errors.As(err, &bad) {
+			out.Refused = append(out.Refused, bad...)
 			continue
 		}
 		if err != nil {
@@ -114,40 +114,107 @@ func (d *document) restored() (*document, error) {
 
 // document returns the text of a document with sidecars. It was restored.
 func (in Injector) document(d *document, out *Result) (string, error) {
+	say := &report{document: d}
 	var edits []edit
-	var refused refusal
 	var done []*plan
 	for _, s := range subjects(d.root, "") {
-		p, err := in.plan(d, s, out)
-		if bad := (refusal{}); errors.As(err, &bad) {
-			refused = append(refused, bad...)
-			continue
-		}
-		if p != nil {
+		say.subject = s
+		if p := in.plan(s, say); p != nil {
 			edits = append(edits, p.edits()...)
 			done = append(done, p)
 		}
 	}
-	if len(refused) > 0 {
-		return "", refused
-	}
-	if len(done) == 0 {
+	if len(done) == 0 && len(say.refused) == 0 {
+		out.Warnings = append(out.Warnings, say.warnings...)
 		return d.text, nil
 	}
-	if isJSON([]byte(d.text)) {
-		return "", done[0].refuse(d.root, "%v", errJSON)
+	text := ""
+	if len(say.refused) == 0 {
+		text = in.edited(d, edits, done, say)
+	}
+	if len(say.refused) > 0 {
+		return "", say.all()
+	}
+	out.Warnings = append(out.Warnings, say.warnings...)
+	return text, nil
+}
+
+// edited returns the text of a document with edits, if it is what it should be then.
+func (in Injector) edited(d *document, edits []edit, done []*plan, say *report) string {
+	say.subject = done[0].subject
+	if d.isJSON() {
+		say.refuse(d.root, "", "%v", errJSON)
+		return ""
 	}
 	lines, origins := d.apply(edits)
 	text := strings.Join(lines, "")
+	const layout = "its layout is one that inject cannot edit; write the pod in block style, without anchors"
 	after, err := newDocument(d.source, d.first, text)
 	if err != nil {
-		return "", done[0].refuse(d.root, "its layout is one that inject cannot edit (%v); write the pod in block style", err)
+		say.refuse(d.root, "", layout)
+		return ""
 	}
-	before, err := after.restored()
-	if err != nil || before.text != d.text {
-		return "", done[0].refuse(d.root, "its layout is one that inject cannot edit; write the pod in block style")
+	if before, err := after.restored(); err != nil || before.text != d.text {
+		say.refuse(d.root, "", layout)
+		return ""
 	}
-	return text, in.judge(d, text, origins, done, out)
+	m, err := manifest.Parse(d.source, []byte(text))
+	if err != nil {
+		say.refuse(d.root, "", "%v", err)
+		return ""
+	}
+	m.Refer(in.Known...)
+	sidecars := m.Sidecars(sidecarName)
+	for _, p := range done {
+		say.subject = p.subject
+		i := slices.IndexFunc(sidecars, func(s manifest.Sidecar) bool { return s.Object() == p.subject.object })
+		if i < 0 {
+			say.refuse(p.subject.spec, "", layout)
+			continue
+		}
+		in.judge(sidecars[i], origins, say)
+		sidecars = slices.Delete(slices.Clone(sidecars), i, i+1)
+	}
+	return text
+}
+
+// report is what there is to say of a document's pods.
+type report struct {
+	document *document
+	subject  subject // that it goes on with
+
+	refused, warnings []Finding
+}
+
+func (r *report) finding(at *yaml.Node, path, format string, args ...any) Finding {
+	origin := schema.Origin{Source: r.document.source}
+	if at != nil {
+		origin.Line, origin.Column = r.document.first+at.Line, at.Column
+	}
+	return Finding{schema.Problem{Origin: origin, Path: strings.TrimSuffix(r.subject.path+"."+path, "."), Reason: fmt.Sprintf(format, args...)}, r.subject.object}
+}
+
+// refuse adds why the document is left out. path is that from the pod's spec.
+func (r *report) refuse(at *yaml.Node, path, format string, args ...any) {
+	r.refused = append(r.refused, r.finding(at, path, format, args...))
+}
+
+func (r *report) warn(at *yaml.Node, path, format string, args ...any) {
+	r.warnings = append(r.warnings, r.finding(at, path, format, args...))
+}
+
+// all returns why the document is left out: for its other pods, that they are in one List with one that is not safe.
+func (r *report) all() refusal {
+	bad := map[string]bool{}
+	for _, f := range r.refused {
+		bad[f.Object] = true
+	}
+	for _, s := range subjects(r.document.root, "") {
+		if r.subject = s; !bad[s.object] {
+			r.refuse(s.spec, "", "is in one List with %s, which is refused", r.refused[0].Object)
+		}
+	}
+	return refusal(r.refused)
 }
 
 // plan is what a pod is given.
@@ -162,87 +229,71 @@ type plan struct {
 	changes  []edit // of containers
 }
 
-func (p *plan) refuse(at *yaml.Node, format string, args ...any) refusal {
-	return refusal{p.document.finding(p.subject, at, fmt.Sprintf(format, args...))}
-}
-
-func (d *document) finding(s subject, at *yaml.Node, reason string) Finding {
-	origin := schema.Origin{Source: d.source}
-	if at != nil {
-		origin.Line, origin.Column = d.first+at.Line, at.Column
-	}
-	return Finding{schema.Problem{Origin: origin, Path: s.path, Reason: reason}, s.object}
-}
-
-// plan returns what a pod is given; nil where it is given nothing. The error is a refusal.
-func (in Injector) plan(d *document, s subject, out *Result) (*plan, error) {
-	warn := func(at *yaml.Node, reason string) { out.Warnings = append(out.Warnings, d.finding(s, at, reason)) }
-	p := &plan{document: d, subject: s}
+// plan returns what a pod is given; nil where it is given nothing, or what was said of it is that it is refused.
+func (in Injector) plan(s subject, say *report) *plan {
+	refused := len(say.refused)
+	isRefused := func() bool { return len(say.refused) > refused }
+	p := &plan{document: say.document, subject: s}
 	var isOut bool
 	var notes, wrong []string
 	p.settings, isOut, notes, wrong = s.resolve(in.Options)
-	if isOut && len(wrong) == 0 {
-		return nil, nil
+	for _, reason := range wrong {
+		say.refuse(s.spec, "", "%s", reason)
+	}
+	if isOut || isRefused() {
+		return nil
 	}
 	for _, list := range []string{"initContainers", "containers"} {
 		for _, c := range s.containers(list) {
 			if text(c, "name") == sidecarName {
-				warn(c, "has a container "+sidecarName+" that inject did not add, or whose marks are lost: the pod stays as it is")
-				return nil, nil
+				say.warn(c, list+"["+sidecarName+"]", "was not added by inject, or its marks are lost: the pod stays as it is")
+				return nil
 			}
 		}
 	}
 	for _, note := range notes {
-		warn(s.spec, note)
-	}
-	var refused refusal
-	refuse := func(at *yaml.Node, format string, args ...any) {
-		refused = append(refused, p.refuse(at, format, args...)...)
-	}
-	for _, reason := range wrong {
-		refuse(s.spec, "%s", reason)
-	}
-	if len(refused) > 0 {
-		return nil, refused
+		say.warn(s.spec, "", "%s", note)
 	}
 	p.tls = s.certificates(p.tlsSecret)
-	problems := p.load(in)
-	for _, problem := range problems {
+	for _, problem := range p.load(in, say) {
 		if source := p.sources[problem.Origin.Source]; source != "" {
 			problem.Origin.Source = source
 		}
-		refused = append(refused, Finding{problem, s.object})
+		say.refused = append(say.refused, Finding{problem, s.object})
 	}
-	if len(refused) > 0 {
-		return nil, refused
+	if isRefused() {
+		return nil
 	}
-	p.takeOver(refuse, warn)
+	p.takeOver(say)
 	if p.gate {
-		p.wrap(refuse)
+		p.wrap(say)
 	}
 	for _, name := range []string{tlsVolume, runtimeVolume, memoryVolume, configVolume, gateVolume} {
 		for _, v := range items(s.spec, "volumes") {
 			if text(v, "name") == name {
-				refuse(v, "has a volume %s, which is a name of inject's; rename it", name)
+				say.refuse(v, "volumes["+name+"]", "has a name that is inject's; rename it")
 			}
 		}
 	}
-	if len(refused) > 0 {
-		return nil, refused
+	if isRefused() {
+		return nil
 	}
-	return p, nil
+	return p
 }
 
 // load finds out the mesh of the settings, and returns what is wrong with them.
-func (p *plan) load(in Injector) []schema.Problem {
+func (p *plan) load(in Injector, say *report) []schema.Problem {
 	env, err := schema.ParseEnvironment(p.environ())
 	if err != nil {
 		return schema.Problems(err)
 	}
 	p.mesh = env.Base().Mesh
+	if p.configMap == "" {
+		return nil
+	}
 	for _, m := range in.Known {
 		content, known := m.Lookup("ConfigMap", p.configMap, p.subject.namespace, p.key)
-		if p.configMap == "" || !known {
+		if !known {
 			continue
 		}
 		config, err := env.Merge([]byte(content))
@@ -250,7 +301,9 @@ func (p *plan) load(in Injector) []schema.Problem {
 			return schema.Problems(err)
 		}
 		p.mesh = config.Mesh
+		return nil
 	}
+	say.warn(p.subject.spec, "", "key %s of ConfigMap %s is not in the manifests, so it was not checked", p.key, p.configMap)
 	return nil
 }
 
@@ -270,38 +323,18 @@ func (p *plan) edits() []edit {
 	return slices.Concat(init, volumes, p.changes)
 }
 
-// judge looks at the pods as they are with their sidecars. The error is a refusal.
-func (in Injector) judge(d *document, text string, origins []int, done []*plan, out *Result) error {
-	m, err := manifest.Parse(d.source, []byte(text))
-	if err != nil {
-		return refusal{d.finding(done[0].subject, d.root, err.Error())}
-	}
-	m.Refer(in.Known...)
-	sidecars := m.Sidecars(sidecarName)
-	var refused refusal
-	for _, p := range done {
-		i := slices.IndexFunc(sidecars, func(s manifest.Sidecar) bool { return s.Object() == p.subject.object })
-		if i < 0 {
-			refused = append(refused, p.refuse(d.root, "its layout is one that inject cannot edit; write the pod in block style")...)
-			continue
+// judge looks at a pod as it is with its sidecar. origins are the lines that those of the result are of, counted from 0.
+func (in Injector) judge(s manifest.Sidecar, origins []int, say *report) {
+	for _, f := range in.check(s) {
+		if line := f.Origin.Line; line > 0 && line <= len(origins) {
+			f.Origin.Line = say.document.first + origins[line-1] + 1
 		}
-		sidecar := sidecars[i]
-		sidecars = slices.Delete(slices.Clone(sidecars), i, i+1)
-		for _, f := range in.check(sidecar) {
-			if line := f.Origin.Line; line > 0 && line <= len(origins) {
-				f.Origin.Line = d.first + origins[line-1] + 1
-			}
-			if f.Severity == manifest.Error {
-				refused = append(refused, Finding{f.Problem, p.subject.object})
-			} else {
-				out.Warnings = append(out.Warnings, Finding{f.Problem, p.subject.object})
-			}
+		if f.Severity == manifest.Error {
+			say.refused = append(say.refused, Finding{f.Problem, say.subject.object})
+		} else {
+			say.warnings = append(say.warnings, Finding{f.Problem, say.subject.object})
 		}
 	}
-	if len(refused) > 0 {
-		return refused
-	}
-	return nil
 }
 
 // check returns what there is to say of a sidecar.

@@ -1,7 +1,7 @@
 package inject
 
 import (
-	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"regexp"
@@ -192,5 +192,5 @@ func splitLines(text []byte) []string {
 // errJSON is of a document that has no place for comments.
 var errJSON = errors.New("is JSON, which has no comments to mark what is added; convert it to YAML first, for example with kubectl create --dry-run=client -o yaml -f FILE")
 
-// isJSON reports whether a document is written as JSON: nothing stands before its brace.
-func isJSON(text []byte) bool { return bytes.HasPrefix(bytes.TrimSpace(text), []byte("{")) }
+// isJSON reports whether a document is written as JSON.
+func (d *document) isJSON() bool { return json.Valid([]byte(strings.TrimPrefix(d.text, "---"))) }
