@@ -19,11 +19,6 @@ type edit struct {
 // stands before, in the document.
 func (d *document) apply(edits []edit) (lines []string, origins []int) {
 	slices.SortStableFunc(edits, func(a, b edit) int { return a.from - b.from })
-	for i, e := range edits {
-		if e.from == len(d.text) && !strings.HasSuffix(d.text, "\n") && strings.HasSuffix(e.text, "\n") { // whole lines
-			edits[i].text = d.lineEnd + strings.TrimSuffix(e.text, d.lineEnd)
-		}
-	}
 	keep := func(from, to int) {
 		for i := from; i < to; i++ {
 			lines, origins = append(lines, d.lines[i]), append(origins, i)
@@ -41,8 +36,13 @@ func (d *document) apply(edits []edit) (lines []string, origins []int) {
 			last = max(last, l)
 		}
 		keep(done, first)
-		text := edited(d.text, edits[i:j], d.starts[first], d.starts[last])
-		for _, line := range mark(d.lines[first:last], splitLines([]byte(text)), d.lineEnd) {
+		text := d.edited(edits[i:j], d.starts[first], d.starts[last])
+		marked := mark(d.lines[first:last], splitLines([]byte(text)), d.lineEnd)
+		if first == len(d.lines) && !strings.HasSuffix(d.text, "\n") { // the new last line ends as the old one did
+			lines[len(lines)-1] += d.lineEnd
+			marked[len(marked)-1] = strings.TrimRight(marked[len(marked)-1], "\r\n")
+		}
+		for _, line := range marked {
 			lines, origins = append(lines, line), append(origins, min(first, len(d.lines)-1))
 		}
 		done, i = last, j
@@ -54,7 +54,10 @@ func (d *document) apply(edits []edit) (lines []string, origins []int) {
 // span returns the lines that an edit changes: none where it inserts whole lines before one.
 func (d *document) span(e edit) (first, last int) {
 	first = d.lineOf(e.from)
-	if e.from == e.to && e.from == d.starts[first] && strings.HasSuffix(e.text, "\n") {
+	if d.isLines(e) {
+		if e.from == len(d.text) {
+			first = len(d.lines)
+		}
 		return first, first
 	}
 	last = d.lineOf(e.to)
@@ -64,16 +67,25 @@ func (d *document) span(e edit) (first, last int) {
 	return first, min(last, len(d.lines))
 }
 
-// edited returns a part of a text with the edits made.
-func edited(text string, edits []edit, from, to int) string {
+// isLines reports whether an edit inserts whole lines before a line, or at the end.
+func (d *document) isLines(e edit) bool {
+	isAtStart := e.from == d.starts[d.lineOf(e.from)] || e.from == len(d.text)
+	return e.from == e.to && isAtStart && strings.HasSuffix(e.text, "\n")
+}
+
+// edited returns a part of the text with the edits made.
+func (d *document) edited(edits []edit, from, to int) string {
 	var b strings.Builder
 	for _, e := range edits {
-		b.WriteString(text[from:e.from])
+		b.WriteString(d.text[from:e.from])
+		if b.Len() > 0 && !strings.HasSuffix(b.String(), "\n") && d.isLines(e) {
+			b.WriteString(d.lineEnd)
+		}
 		b.WriteString(e.text)
 		from = e.to
 	}
 	if to > from {
-		b.WriteString(text[from:to])
+		b.WriteString(d.text[from:to])
 	}
 	return b.String()
 }

@@ -320,6 +320,9 @@ func (p *plan) edits() []edit {
 	}
 	init := d.addItems(spec, "initContainers", p.initContainers(), p.tls.after, place)
 	volumes := d.addItems(spec, "volumes", p.volumes(), len(items(spec, "volumes")), place)
+	if at(spec, "volumes") != nil { // new items of a list come before a new key at the same place
+		init, volumes = volumes, init
+	}
 	return slices.Concat(init, volumes, p.changes)
 }
 

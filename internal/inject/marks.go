@@ -106,11 +106,11 @@ func unmark(lines []string, root *yaml.Node) ([]string, error) {
 		if i >= len(lines) {
 			return nil, damaged{start + 1, "no end"}
 		}
-		if n := len(originals); n > 0 {
-			body := strings.TrimRight(originals[n-1], "\r\n")
-			originals[n-1] = body + lines[i][len(strings.TrimRight(lines[i], "\r\n")):]
-		}
 		all = append(all, originals...)
+		end := lines[i][len(strings.TrimRight(lines[i], "\r\n")):]
+		if len(all) > 0 && (count > 0 || end == "") { // the last line ends as it does in the text
+			all[len(all)-1] = strings.TrimRight(all[len(all)-1], "\r\n") + end
+		}
 	}
 	return all, nil
 }
@@ -148,8 +148,8 @@ func walk(node *yaml.Node, visit func(*yaml.Node)) {
 
 // endOfText returns the number of lines up to the end of a block scalar, of which the first start before it.
 func endOfText(lines []string, start int) int {
-	indent, end := -1, start
-	keep := strings.ContainsAny(header(lines[start-1]), "+")
+	indent, end := givenIndent(lines[start-1]), start
+	keep := strings.Contains(header(lines[start-1]), "+")
 	for i := start; i < len(lines); i++ {
 		body := strings.TrimRight(lines[i], " \r\n")
 		if body == "" {
@@ -168,6 +168,20 @@ func endOfText(lines []string, start int) int {
 		end = i + 1
 	}
 	return end
+}
+
+// givenIndent returns how far a block scalar is indented if the line of its indicators says so, else -1.
+func givenIndent(line string) int {
+	digit := strings.IndexAny(header(line), "123456789")
+	if digit < 0 {
+		return -1
+	}
+	key := strings.TrimLeft(line, " -")
+	outer := len(line) - len(key)
+	if strings.IndexAny(key, "|>") == 0 { // the item of a list itself
+		outer = strings.LastIndex(line[:outer], "-")
+	}
+	return outer + int(header(line)[digit]-'0')
 }
 
 // header returns the indicators of a block scalar at the end of a line, as "|+".
