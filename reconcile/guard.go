@@ -84,6 +84,7 @@ func (d *Daemon) guard(ctx context.Context) {
 		case <-look.C:
 			d.mend("")
 			d.heed(time.Now())
+			d.lookAtListeners()
 			d.look()
 		}
 	}
@@ -155,6 +156,38 @@ func (d *Daemon) heed(now time.Time) {
 		d.Log.Info("peers accept the certificates again")
 	}
 	d.invalid = err
+}
+
+// lookAtListeners says, once each, that another process joined Envoy's listeners, and that it left them.
+func (d *Daemon) lookAtListeners() {
+	d.watchdog.begin(guard, "looking at Envoy's listeners", kernelLimit)
+	joined, known := d.tryListeners()
+	switch {
+	case !known || joined == nil && d.joined == nil || same(joined, d.joined):
+		return
+	case joined != nil:
+		err := about(notAlone, joined)
+		d.Log.Error("mantlet is not ready", "reason", err)
+		d.failed(checkEnvoy, err)
+	default:
+		d.Log.Info("no other process listens where Envoy does any more")
+	}
+	d.joined = joined
+}
+
+// tryListeners returns which listeners another process has joined. While an Envoy starts that is not known: it may have more threads.
+func (d *Daemon) tryListeners() (joined error, known bool) {
+	starts := func() (n int, now bool) {
+		d.locked(func() { n, now = d.starts, d.handover })
+		return n, now
+	}
+	before, starting := starts()
+	if starting {
+		return nil, false
+	}
+	joined = d.Proxy.Joined()
+	after, starting := starts()
+	return joined, !starting && before == after
 }
 
 // mend puts the rules back where somebody changed them.

@@ -77,6 +77,9 @@ type Proxy interface {
 	Traffic(context.Context) Traffic
 	// Statistics returns those of the Envoy that serves, in Prometheus' text format and by Envoy's names. It may be called at any time.
 	Statistics(context.Context) ([]byte, error)
+	// Joined returns an error that names the listeners which another process has joined; nil where there is none. It may be called at
+	// any time but that of a Start.
+	Joined() error
 	// Stop ends all that Start made, and returns when they are gone.
 	Stop()
 	// Refusals returns the connections that came to nothing last, the newest last, and how many there were since the start.
@@ -161,6 +164,7 @@ type Daemon struct {
 	foreign   []string // what undermines the rules from other tables
 	unmended  error    // why the rules could not be looked at or put back; guard alone has it
 	repairLog *valve   // of what mend says; guard alone has it
+	joined    error    // listeners that another process had joined when guard last looked; guard alone has it
 	invalid   error    // why peers do not accept what Envoy has, when guard last looked; guard alone has it
 
 	ill map[string]bool // probes of the workload that failed when they were last asked

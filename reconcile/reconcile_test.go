@@ -208,6 +208,8 @@ func (w *world) Inbound() ([]Inbound, int, int, error) { return nil, 0, 0, nil }
 
 func (w *world) Refused() (map[string]uint64, error) { return nil, nil }
 
+func (w *world) Joined() error { return nil }
+
 func (w *world) Stop() { w.note("stop Envoy") }
 
 func (w *world) Refusals() ([]Refusal, []RefusalCount) { return nil, nil }

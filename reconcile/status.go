@@ -171,6 +171,7 @@ const (
 	notLive         = "starting Envoy"
 	notRunning      = "Envoy is down"
 	notServing      = "Envoy does not serve as it should"
+	notAlone        = "another process listens where Envoy does"
 	notInForce      = "putting the rules in force"
 	notAsTheyShould = "the rules are not as they should be"
 )
@@ -178,7 +179,7 @@ const (
 // Reasons returns how the reasons of Unready begin.
 func Reasons() []string {
 	return []string{
-		notStarted, notStaying, notConfigured, notCertified, notWritable, notValid, notLive, notRunning, notServing, notInForce, notAsTheyShould,
+		notStarted, notStaying, notConfigured, notCertified, notWritable, notValid, notLive, notRunning, notServing, notAlone, notInForce, notAsTheyShould,
 	}
 }
 
@@ -234,9 +235,14 @@ func (d *Daemon) Unready(ctx context.Context) []Reason {
 	}
 	d.mu.Unlock()
 	var checks sync.WaitGroup
-	var certificates, envoy, rules error
+	var certificates, envoy, joined, rules error
 	checks.Go(func() { certificates = d.Secrets.Valid(time.Now()) })
 	if process != nil && !handover {
+		checks.Go(func() {
+			if found, known := d.tryListeners(); known {
+				joined = found
+			}
+		})
 		checks.Go(func() {
 			ctx, cancel := context.WithTimeout(ctx, checkLimit)
 			defer cancel()
@@ -254,6 +260,7 @@ func (d *Daemon) Unready(ctx context.Context) []Reason {
 	})
 	because(checkCertificates, about(notValid, certificates))
 	because(checkEnvoy, about(notServing, envoy))
+	because(checkEnvoy, about(notAlone, joined))
 	because(checkRules, about(notAsTheyShould, rules))
 	if len(reasons) == 0 && have == nil {
 		because(checkMantlet, errors.New(notStarted))

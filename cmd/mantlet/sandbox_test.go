@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -359,6 +360,55 @@ func TestForeignListener(t *testing.T) {
 			t.Errorf("user %d joins Envoy's listener: %v", uid, err)
 		}
 	}
+}
+
+// TestJoinedListener: a process of Envoy's user that joins a listener is named, and the pod is not ready until it has left. Envoys that
+// take over from each other, with more threads or fewer, are not taken for one.
+func TestJoinedListener(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web, "EDG_EGRESS_PROXY_CONFIG=billing#127.137.0.1:8081#192.0.2.1:8080")
+	m := p.override("{}")
+	p.start()
+	const said = "another process listens where Envoy does"
+	for _, threads := range []string{"3", "1", "2"} {
+		before := p.log.count("Envoy is live")
+		m.write("envoy: {concurrency: " + threads + "}")
+		p.await("a hot restart", func() bool { return p.log.count("Envoy is live") > before })
+		p.ready()
+	}
+	if p.log.count(said) > 0 {
+		t.Errorf("Envoy's own sockets are taken for another process's:\n%s", p.log)
+	}
+	for _, address := range []string{"127.0.0.1:15006", "[::1]:15006", "0.0.0.0:15006", "127.137.0.1:8081"} {
+		before := p.log.count(said)
+		joiner := p.join(address)
+		p.unready(said)
+		p.await("the log says so", func() bool { return p.log.count(said) > before })
+		if status := p.status(); status.Ready || !slices.ContainsFunc(status.Problems, func(s string) bool { return strings.Contains(s, said) }) {
+			t.Errorf("%s is joined: ready %v, problems %q", address, status.Ready, status.Problems)
+		}
+		p.must(joiner.Close())
+		p.ready()
+	}
+}
+
+// join makes Envoy's user listen where Envoy does.
+func (p *pod) join(address string) (listener net.Listener) {
+	p.t.Helper()
+	config := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) (err error) {
+		failed := raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) })
+		return errors.Join(failed, err)
+	}}
+	p.must(p.Do(func() (err error) { // on a thread that ends
+		uid := uintptr(lab.EnvoyUser())
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uid, uid, uid); errno != 0 {
+			return errno
+		}
+		listener, err = config.Listen(context.Background(), "tcp", address)
+		return err
+	}))
+	p.t.Cleanup(func() { _ = listener.Close() })
+	return listener
 }
 
 // TestContainer: mantlet as PID 1 of a container, with all mounts read-only but the runtime directory and /dev/shm, and

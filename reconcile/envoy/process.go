@@ -18,6 +18,7 @@ type Process struct {
 	Epoch     int
 	Bootstrap *bootstrapv3.Bootstrap // what it was started with
 	Digest    string                 // of the state that it was started with
+	workers   int                    // threads, each of which has a socket for each listener
 
 	base    *base
 	since   time.Time         // that it serves or, once another one was live after it, drains

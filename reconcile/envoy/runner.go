@@ -486,7 +486,7 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Proc
 	if err := render.Limit(p.Bootstrap, r.Limits.Capacity(state.Cost)); err != nil {
 		return nil, err
 	}
-	p.Digest = state.Digest
+	p.Digest, p.workers = state.Digest, settings.Concurrency
 	config, err := r.write(bootstrapFile(p.Epoch), p.Bootstrap)
 	if err != nil {
 		return nil, err

@@ -176,14 +176,7 @@ func TestForgedPartOfAConnectionWithinThePod(t *testing.T) {
 	forge := func(x *trial) bool {
 		listener, s, heard := x.listen(), x.stranger(), x.overhear()
 		x.apply()
-		client, err := x.fromThePod("tcp", x.target(9000))
-		if err != nil {
-			x.t.Fatal(err)
-		}
-		workload, err := x.keep(listener.Accept())
-		if err != nil {
-			x.t.Fatal(err)
-		}
+		client, workload := x.within(listener, x.target(9000))
 		if _, err := io.WriteString(workload, "hello"); err != nil {
 			x.t.Fatal(err)
 		}
