@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"regexp"
 	"slices"
@@ -516,6 +517,40 @@ func TestNothingIsLeftToThePolicy(t *testing.T) {
 		mesh := drawMesh(t)
 		mesh.StatusPort = rapid.SampledFrom([]uint16{0, 9901}).Draw(t, "status port")
 		check(t, render.Rules(mesh, render.Generations{Default: 3}))
+	})
+}
+
+// TestTimeoutsAreThere: every ruleset has the ct timeout objects that its rules name, and no others: the kernel refuses the whole
+// ruleset otherwise.
+func TestTimeoutsAreThere(t *testing.T) {
+	check := func(t interface{ Errorf(string, ...any) }, r render.Ruleset) {
+		named, there := map[string]bool{}, map[string]bool{}
+		for _, c := range r.Chains {
+			for _, rule := range c.Rules {
+				for _, s := range rule {
+					if s, is := s.(render.SetTimeouts); is {
+						named[s.Name] = true
+					}
+				}
+			}
+		}
+		for _, timeouts := range r.Timeouts {
+			there[timeouts.Name] = true
+		}
+		if !maps.Equal(named, there) {
+			t.Errorf("rules name %v, there are %v:\n%s", named, there, r.Text())
+		}
+	}
+	for _, r := range []render.Ruleset{render.DenyAll(true), render.DenyAll(false), render.OnlyStatus(9901)} {
+		check(t, r)
+	}
+	rapid.Check(t, func(t *rapid.T) {
+		mesh := drawMesh(t)
+		mesh.StatusPort = rapid.SampledFrom([]uint16{0, 9901}).Draw(t, "status port")
+		mesh.IngressOff = rapid.Bool().Draw(t, "ingress off")
+		r := render.Rules(mesh, render.Generations{})
+		check(t, r)
+		check(t, r.WithoutTimeouts())
 	})
 }
 

@@ -265,7 +265,7 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 // there, and whoever reached one would speak in the workload's name. Connections are marked as in other rulesets, so that those that
 // the pod makes outlive a restart of mantlet.
 func onlyEgress(mesh schema.Mesh) Ruleset {
-	r := Ruleset{Chains: []Chain{
+	r := Ruleset{Timeouts: []Timeouts{tcpTimeouts}, Chains: []Chain{
 		{Name: ingressChain, Hook: filter("prerouting", Accept), Rules: append([]Rule{{Loopback{}, accept}}, notForThePod()...)},
 		{Name: egressChain, Hook: filter("output", Accept), Rules: outgoing()},
 		inside(goTo(beginsChain)),
