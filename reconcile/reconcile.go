@@ -115,6 +115,7 @@ type Daemon struct {
 	Found       render.Ruleset // the rules that were in the kernel before deny-all
 	Secrets     Secrets
 	Proxy       Proxy
+	Legacy      Legacy        // nil: iptables-legacy is not looked at
 	Names       Names         // nil: names are not looked up, and have no addresses
 	HasIPv6     func() bool   // tells whether Envoy can listen on ::1; nil: as Place says
 	Limits      render.Limits // of mantlet and its Envoys
@@ -147,10 +148,11 @@ type Daemon struct {
 	given  []Certificate // that Envoy has
 	unread bool          // an Envoy was starting while a mesh CA was taken away, and may have read the files of before
 
-	news    chan struct{} // for the loop: another configuration, or other certificates
-	started chan struct{} // for the reader of the certificates: an Envoy was started, or could not be
-	starts  int           // how many were begun
-	revoked bool          // a mesh CA was taken away, and the rules do not end its connections yet
+	news     chan struct{} // for the loop: another configuration, or other certificates
+	started  chan struct{} // for the reader of the certificates: an Envoy was started, or could not be
+	enforced chan struct{} // for who looks at iptables-legacy: rules were put in force
+	starts   int           // how many were begun
+	revoked  bool          // a mesh CA was taken away, and the rules do not end its connections yet
 
 	// What the loop has alone.
 	raises    raises
@@ -166,6 +168,10 @@ type Daemon struct {
 	repairLog *valve   // of what mend says; guard alone has it
 	joined    error    // listeners that another process had joined when guard last looked; guard alone has it
 	invalid   error    // why peers do not accept what Envoy has, when guard last looked; guard alone has it
+
+	legacyRules  []string // of iptables-legacy, but those that drop all
+	unreadLegacy error    // why they could not be read
+	unlifted     error    // why one that drops all could not be removed
 
 	ill map[string]bool // probes of the workload that failed when they were last asked
 
@@ -211,7 +217,7 @@ const retryInputs = time.Second
 // Reading the inputs, publishing certificates and looking after the rules go on beside the loop, each in a goroutine of its
 // own: none of them waits for an Envoy that starts, nor for a file that hangs.
 func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
-	d.news, d.started, d.keeps = make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{}, 1)
+	d.news, d.started, d.keeps, d.enforced = make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{}, 1)
 	d.locked(func() { d.since = time.Now() })
 	beside, stop := context.WithCancel(context.WithoutCancel(ctx))
 	reread := make(chan struct{}, 1)
@@ -219,6 +225,9 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 	running.Go(func() { d.guard(beside) })
 	running.Go(func() { d.configure(beside, reload, reread) })
 	running.Go(func() { d.certify(beside, reread) })
+	if d.Legacy != nil {
+		running.Go(func() { d.followLegacy(beside) })
+	}
 	running.Go(func() { d.tellShed(beside) })
 	defer running.Wait()
 	defer stop()
@@ -357,6 +366,7 @@ func (d *Daemon) enforce(want *desired) (err error) {
 	d.spent = d.spent || d.have != nil && d.raises.add(time.Now(), d.have.generations, next.generations)
 	d.locked(func() { d.have = &next })
 	d.follow()
+	notify(d.enforced)
 	return nil
 }
 

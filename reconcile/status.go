@@ -174,12 +174,13 @@ const (
 	notAlone        = "another process listens where Envoy does"
 	notInForce      = "putting the rules in force"
 	notAsTheyShould = "the rules are not as they should be"
+	notLetIn        = "iptables-legacy drops what comes in over IPv4"
 )
 
 // Reasons returns how the reasons of Unready begin.
 func Reasons() []string {
 	return []string{
-		notStarted, notStaying, notConfigured, notCertified, notWritable, notValid, notLive, notRunning, notServing, notAlone, notInForce, notAsTheyShould,
+		notStarted, notStaying, notConfigured, notCertified, notWritable, notValid, notLive, notRunning, notServing, notAlone, notInForce, notAsTheyShould, notLetIn,
 	}
 }
 
@@ -235,7 +236,7 @@ func (d *Daemon) Unready(ctx context.Context) []Reason {
 	}
 	d.mu.Unlock()
 	var checks sync.WaitGroup
-	var certificates, envoy, joined, rules error
+	var certificates, envoy, joined, rules, denied error
 	checks.Go(func() { certificates = d.Secrets.Valid(time.Now()) })
 	if process != nil && !handover {
 		checks.Go(func() {
@@ -251,6 +252,7 @@ func (d *Daemon) Unready(ctx context.Context) []Reason {
 	}
 	if have != nil {
 		checks.Go(func() { rules = d.Kernel.Check() })
+		checks.Go(func() { denied = d.denied() })
 	}
 	checks.Wait()
 	d.locked(func() {
@@ -262,6 +264,7 @@ func (d *Daemon) Unready(ctx context.Context) []Reason {
 	because(checkEnvoy, about(notServing, envoy))
 	because(checkEnvoy, about(notAlone, joined))
 	because(checkRules, about(notAsTheyShould, rules))
+	because(checkRules, about(notLetIn, denied))
 	if len(reasons) == 0 && have == nil {
 		because(checkMantlet, errors.New(notStarted))
 	}
@@ -284,6 +287,10 @@ func (d *Daemon) Notes() []error {
 	defer d.mu.Unlock()
 	notes := []error{d.badConfig, d.badCertificates, d.expiring, d.down, d.unserved, d.ungated}
 	for _, line := range d.foreign {
+		notes = append(notes, located{checkRules, errors.New(line)})
+	}
+	notes = append(notes, d.unreadLegacy)
+	for _, line := range d.legacyRules {
 		notes = append(notes, located{checkRules, errors.New(line)})
 	}
 	if lines, unread := d.logLost(); unread > 0 {

@@ -27,6 +27,7 @@ const (
 	starter      = "start"        // of an Envoy, for the loop
 	guard        = "guard"        // of the rules
 	surveyor     = "surveyor"     // of other tables
+	legacy       = "legacy"       // looks at iptables-legacy
 	configurer   = "configurer"   // reads the configuration
 	certificates = "certificates" // reads and publishes them
 )

@@ -73,6 +73,8 @@ type Process struct {
 	ConfigDigest     string // the SHA-256 that the file's content must have, in lower-case hex; any if empty
 	Overrides        Overrides
 	PodIP, HostIP    string // as the downward API has them; see HostNetwork
+	ReadyFile        string // is there exactly while the sidecar is ready; empty for none
+	LiftDefaultDeny  bool   // remove the rule of iptables-legacy that drops what comes in, once mantlet's rules are in force
 	// AdminVariable is the variable that names the port of StatusAddress as an admin port: peers reach it as its ingress entry says,
 	// or the lack of one. Empty where no variable does.
 	AdminVariable string
@@ -117,16 +119,27 @@ func (p *Process) variables() map[string]processVariable {
 		"MANTLET_LOG_LEVEL": {&p.LogLevel, func(text string) (string, string) {
 			return oneOf(text, []string{"debug", "info", "warn", "error"})
 		}},
-		podVariable:    {&p.PodIP, ipAddress},
-		hostVariable:   {&p.HostIP, ipAddress},
-		statusVariable: {&p.StatusAddress, listenAnywhere},
-		GateVariable:   {&p.GateSocket, SocketPath},
-		fileVariable:   {&p.ConfigFile, absolute},
-		digestVariable: {&p.ConfigDigest, digest},
+		"MANTLET_READY_FILE":        {&p.ReadyFile, absolute},
+		"MANTLET_LIFT_DEFAULT_DENY": {new(string), p.liftDefaultDeny},
+		podVariable:                 {&p.PodIP, ipAddress},
+		hostVariable:                {&p.HostIP, ipAddress},
+		statusVariable:              {&p.StatusAddress, listenAnywhere},
+		GateVariable:                {&p.GateSocket, SocketPath},
+		fileVariable:                {&p.ConfigFile, absolute},
+		digestVariable:              {&p.ConfigDigest, digest},
 		overridesVariable: {(*string)(&p.Overrides), func(text string) (string, string) {
 			return oneOf(text, []string{string(OverridesAll), string(OverridesTighten), string(OverridesNone)})
 		}},
 	}
+}
+
+func (p *Process) liftDefaultDeny(text string) (string, string) {
+	canonical, reason := oneOf(text, []string{"true", "false"})
+	if reason != "" {
+		reason += spelledOut(text)
+	}
+	p.LiftDefaultDeny = canonical == "true"
+	return canonical, reason
 }
 
 // processVariable is where a variable's value goes, and how it is read.

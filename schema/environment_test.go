@@ -174,7 +174,7 @@ func environmentProblems() map[string]environmentProblem {
 		out      = "must have 3 fields, name#listen-ip:listen-port#host-or-ip:port, but has "
 		duration = "must be a duration from 1s to 24h in hours, minutes and seconds, for example 10s or 1h30m"
 		known    = "ACCESS_LOG, CONFIG, CONFIG_INLINE, CONFIG_SHA256, ENVOY_CONCURRENCY, ENVOY_DRAIN_TIME, ENVOY_LOG_LEVEL, " +
-			"ENVOY_PARENT_SHUTDOWN_TIME, ENVOY_PATH, ENVOY_UID, GATE_SOCKET, HOST_IP, LOG_LEVEL, OTHER_PROTOCOLS, OVERRIDES, POD_IP, RUNTIME_DIRECTORY, STATUS_ADDRESS, TLS_DIRECTORY, TLS_MIN_VERSION"
+			"ENVOY_PARENT_SHUTDOWN_TIME, ENVOY_PATH, ENVOY_UID, GATE_SOCKET, HOST_IP, LIFT_DEFAULT_DENY, LOG_LEVEL, OTHER_PROTOCOLS, OVERRIDES, POD_IP, READY_FILE, RUNTIME_DIRECTORY, STATUS_ADDRESS, TLS_DIRECTORY, TLS_MIN_VERSION"
 	)
 	x120 := strings.Repeat("x", 120)
 	long := strings.Repeat("a.", 127) + "a"
@@ -537,7 +537,11 @@ func TestProcess(t *testing.T) {
 			EnvoyPath: "envoy", EnvoyUID: 1337, TLSDirectory: "/tls-config", RuntimeDirectory: "/run/mantlet", LogLevel: "info", Overrides: schema.OverridesAll,
 			StatusAddress: ":9901", AdminVariable: "CONTRAST_ADMIN_PORT", IngressOff: "EDG_INGRESS_PROXY_CONFIG",
 		}},
-		"no admin port": {[]string{"EDG_ADMIN_PORT=", "CONTRAST_ADMIN_PORT=0"}, schema.Process{
+		"what a guest needs": {[]string{"MANTLET_LIFT_DEFAULT_DENY=true", "MANTLET_READY_FILE=/ready"}, schema.Process{
+			EnvoyPath: "envoy", EnvoyUID: 1337, TLSDirectory: "/tls-config", RuntimeDirectory: "/run/mantlet", LogLevel: "info", Overrides: schema.OverridesAll,
+			LiftDefaultDeny: true, ReadyFile: "/ready",
+		}},
+		"no admin port": {[]string{"EDG_ADMIN_PORT=", "CONTRAST_ADMIN_PORT=0", "MANTLET_LIFT_DEFAULT_DENY=false"}, schema.Process{
 			EnvoyPath: "envoy", EnvoyUID: 1337, TLSDirectory: "/tls-config", RuntimeDirectory: "/run/mantlet", LogLevel: "info", Overrides: schema.OverridesAll,
 		}},
 		"as far as it is right": {[]string{"MANTLET_TLS_DIRECTORY=tls", "MANTLET_RUNTIME_DIRECTORY=/run/x", ingress + "x"}, schema.Process{

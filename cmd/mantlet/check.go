@@ -23,6 +23,7 @@ import (
 	"mantlet/reconcile"
 	"mantlet/reconcile/dns"
 	"mantlet/reconcile/envoy"
+	"mantlet/reconcile/iptables"
 	"mantlet/reconcile/nft"
 	"mantlet/render"
 	"mantlet/schema"
@@ -127,7 +128,7 @@ func findings(ctx context.Context, environ []string) []finding {
 		[]finding{tryNamespace(here(), interfaceNames(), environ), tryCapabilities(capabilities(env, config))},
 		tryKernel(),
 		[]finding{
-			tryLandlock(), tryIPv6(), tryAdvertisements("/proc/sys/net/ipv6/conf"), tryConntrack("/proc/sys/net/netfilter"),
+			tryLegacy(iptables.Tables{}, process), tryLandlock(), tryIPv6(), tryAdvertisements("/proc/sys/net/ipv6/conf"), tryConntrack("/proc/sys/net/netfilter"),
 			tryEnvoy(ctx, process.EnvoyPath, process.EnvoyUID), trySharedMemory("/dev/shm", process.EnvoyUID),
 			tryRuntimeDirectory(process.RuntimeDirectory, process.EnvoyUID), tryCertificates(process.TLSDirectory),
 		},

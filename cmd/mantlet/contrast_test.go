@@ -1,11 +1,15 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -132,4 +136,103 @@ func (p *pod) getMutual(addr netip.Addr, method, path string) (code int, said st
 	defer response.Body.Close()
 	text, err := io.ReadAll(response.Body)
 	return response.StatusCode, string(text), err
+}
+
+// bootDeny is what the guests of confidential clusters boot with.
+const bootDeny = "-A INPUT -m conntrack ! --ctstate RELATED,ESTABLISHED -j DROP"
+
+// iptables has the real iptables-legacy do something on the pod's host, and returns what it prints.
+func (p *pod) iptables(args string) string {
+	p.t.Helper()
+	if _, err := exec.LookPath("iptables-legacy"); err != nil {
+		p.t.Fatal("iptables-legacy is not on PATH: `go tool task iptables` finds or unpacks it")
+	}
+	cmd := exec.Command("iptables-legacy", strings.Fields(args)...)
+	cmd.Env = append(os.Environ(), "XTABLES_LOCKFILE="+filepath.Join(p.t.TempDir(), "lock"))
+	var said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &said, &said
+	p.must(p.Start(cmd))
+	if err := cmd.Wait(); err != nil {
+		p.t.Fatalf("iptables-legacy %s: %v: %s", args, err, &said)
+	}
+	return said.String()
+}
+
+// TestBootDeny: a guest that boots with a rule of iptables-legacy that drops what comes in over IPv4. mantlet says so, and is not ready.
+// Where it is to, it removes this rule and no other, once its own are in force and not before.
+func TestBootDeny(t *testing.T) {
+	t.Parallel()
+	booted := func(t *testing.T, env ...string) *pod {
+		t.Helper()
+		p := newPod(t, append(env, web)...)
+		p.iptables("-A INPUT -p udp --dport 9 -j DROP")
+		p.iptables(bootDeny)
+		p.besiege()
+		return p
+	}
+	const says = "iptables-legacy drops what comes in over IPv4: " + bootDeny + " (table filter); "
+	const others = "table filter of iptables-legacy has 1 rule: they apply beside mantlet's"
+	t.Run("stays", func(t *testing.T) {
+		t.Parallel()
+		p := booted(t)
+		p.must(p.identity.Write(p.sidecar.TLSDirectory))
+		p.run()
+		p.protect(mtlsPort)
+		p.unready(says + "set MANTLET_LIFT_DEFAULT_DENY=true")
+		p.must(p.exchange(netip.AddrPortFrom(p.IPv6, mtlsPort), p.client.ClientConfig("pod")))
+		if _, err := p.dialBriefly(netip.AddrPortFrom(p.IPv4, mtlsPort)); err == nil {
+			t.Error("IPv4 is let in")
+		}
+		if status := p.status(); status.Ready || len(status.Problems) != 2 || !strings.Contains(status.Problems[0], says) || status.Problems[1] != others {
+			t.Errorf("problems: %q", status.Problems)
+		}
+		if code, said, _ := p.mantlet("check"); code != 1 || !strings.Contains(said, bootDeny+" (table filter) drops what comes in over IPv4; set MANTLET_LIFT_DEFAULT_DENY=true") {
+			t.Errorf("check: exit code %d: %s", code, said)
+		}
+		p.iptables(strings.Replace(bootDeny, "-A", "-D", 1))
+		p.ready()
+		p.iptables("-F")
+		p.await("all is well", func() bool { return len(p.status().Problems) == 0 })
+	})
+	t.Run("is lifted", func(t *testing.T) {
+		t.Parallel()
+		p := booted(t, "MANTLET_LIFT_DEFAULT_DENY=true")
+		p.run()
+		p.protect(tlsPort)
+		p.protect(mtlsPort)
+		p.unready("waiting for certificates")
+		p.besieged()
+		rules := p.iptables("-S")
+		if !strings.Contains(rules, bootDeny) {
+			t.Errorf("the rule is gone before mantlet's are in force: %s", rules)
+		}
+		if code, said, _ := p.mantlet("check"); !strings.Contains(said, "drops what comes in over IPv4; mantlet removes it by") && !strings.Contains(said, others) {
+			t.Errorf("check: exit code %d: %s", code, said)
+		}
+		p.must(p.identity.Write(p.sidecar.TLSDirectory))
+		p.ready()
+		if got, want := p.iptables("-S"), strings.Replace(rules, bootDeny+"\n", "", 1); got != want {
+			t.Errorf("it left %s, want %s", got, want)
+		}
+		for _, addr := range p.Addrs() {
+			p.must(p.exchange(netip.AddrPortFrom(addr, mtlsPort), p.client.ClientConfig("pod")))
+		}
+		p.besieged()
+		p.same()
+		p.iptables(bootDeny) // by whoever
+		p.await("it is removed again", func() bool {
+			return p.log.count("a rule of iptables-legacy that dropped what comes in is removed") == 2
+		})
+		p.ready()
+	})
+	t.Run("cannot be lifted", func(t *testing.T) {
+		t.Parallel()
+		p := booted(t, "MANTLET_LIFT_DEFAULT_DENY=true", "PATH=/nowhere")
+		p.must(p.identity.Write(p.sidecar.TLSDirectory))
+		p.run()
+		p.unready(says + "removing it with iptables-legacy: ")
+		if code, said, _ := p.mantlet("check"); code != 1 || !strings.Contains(said, "mantlet cannot remove it") {
+			t.Errorf("check: exit code %d: %s", code, said)
+		}
+	})
 }

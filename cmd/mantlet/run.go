@@ -26,6 +26,7 @@ import (
 	"mantlet/reconcile"
 	"mantlet/reconcile/dns"
 	"mantlet/reconcile/envoy"
+	"mantlet/reconcile/iptables"
 	"mantlet/reconcile/nft"
 	"mantlet/render"
 	"mantlet/schema"
@@ -226,6 +227,7 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 		Found:       found,
 		Secrets:     &envoy.Secrets{TLSDirectory: env.Process.TLSDirectory, RuntimeDirectory: directory, Runner: runner, Log: log},
 		Proxy:       proxy{runner},
+		Legacy:      iptables.Tables{LockFile: filepath.Join(env.Process.RuntimeDirectory, "xtables.lock")},
 		Names:       names,
 		Limits:      limits,
 		Log:         log,
@@ -367,6 +369,9 @@ func confine(runner *envoy.Runner, process schema.Process, log *slog.Logger) err
 		if process.ConfigFile != "" {
 			own.Read = append(own.Read, sandbox.Inputs(filepath.Dir(process.ConfigFile), filepath.Base(process.ConfigFile))...)
 		}
+		if path, err := iptables.Installed(); err == nil && process.LiftDefaultDeny {
+			own.Execute = append(own.Execute, filepath.Dir(path))
+		}
 		if process.GateSocket != "" {
 			own.Write = append(own.Write, filepath.Dir(process.GateSocket))
 		}
@@ -447,7 +452,7 @@ func closable(directory string) error {
 		return fmt.Errorf("looking into MANTLET_RUNTIME_DIRECTORY: %w", err)
 	}
 	for _, e := range entries {
-		if !slices.Contains([]string{"envoy", "mantlet.sock", "lost+found"}, e.Name()) && !strings.HasPrefix(strings.TrimPrefix(e.Name(), "."), "last-good.json") {
+		if !slices.Contains([]string{"envoy", "mantlet.sock", "lost+found", "xtables.lock"}, e.Name()) && !strings.HasPrefix(strings.TrimPrefix(e.Name(), "."), "last-good.json") {
 			return fmt.Errorf("MANTLET_RUNTIME_DIRECTORY %q is open to others (%v) and holds %q: mantlet would close to them what they use; %s",
 				directory, info.Mode(), e.Name(), right)
 		}

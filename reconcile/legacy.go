@@ -1,0 +1,94 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Legacy is iptables-legacy in the pod's network namespace. Its rules apply beside mantlet's, and nft does not show them.
+type Legacy interface {
+	// Read returns what is to be said of its rules for IPv4. It changes nothing.
+	Read() (LegacyRules, error)
+	// Lift removes one of Denies, and touches nothing else.
+	Lift(ctx context.Context, rule string) error
+}
+
+// LegacyRules are rules of iptables-legacy, in words.
+type LegacyRules struct {
+	Denies []string // rules, as iptables writes them, that drop whatever comes in and belongs to no connection: some guests boot with one
+	Others []string // what else there is, a line each
+}
+
+// liftLimit is more than a removal takes where iptables-legacy waits for its lock.
+const liftLimit = 10 * time.Second
+
+// followLegacy looks at iptables-legacy from time to time, until ctx ends, and, where it is to, removes what a guest booted with once
+// mantlet's own rules are in force.
+func (d *Daemon) followLegacy(ctx context.Context) {
+	var told []string
+	for {
+		d.watchdog.begin(legacy, "looking at iptables-legacy", liftLimit)
+		d.lookAtLegacy(ctx, &told)
+		d.watchdog.idle(legacy)
+		select {
+		case <-ctx.Done():
+			return
+		case <-d.enforced:
+		case <-time.After(resync):
+		}
+	}
+}
+
+// lookAtLegacy takes note of what there is, and removes what it is to. told is what the log has already.
+func (d *Daemon) lookAtLegacy(ctx context.Context, told *[]string) {
+	rules, err := d.Legacy.Read()
+	var inForce bool
+	d.locked(func() {
+		d.legacyRules, d.unreadLegacy = rules.Others, err
+		inForce = d.have != nil
+	})
+	if err != nil {
+		return
+	}
+	if len(rules.Denies) > 0 && !slices.Equal(rules.Denies, *told) {
+		d.Log.Warn("iptables-legacy drops what comes in over IPv4", "rules", rules.Denies, "to_be_removed", d.Environment.Process.LiftDefaultDeny)
+	}
+	*told = rules.Denies
+	if !inForce || !d.Environment.Process.LiftDefaultDeny {
+		return
+	}
+	var failed error
+	for _, rule := range rules.Denies {
+		if failed = d.Legacy.Lift(ctx, rule); failed != nil {
+			break
+		}
+		d.Log.Info("a rule of iptables-legacy that dropped what comes in is removed: mantlet's own rules are in force", "rule", rule)
+	}
+	d.locked(func() { d.unlifted = failed })
+}
+
+// denied returns why nothing comes in over IPv4 although mantlet's rules let it in; nil where iptables-legacy does not keep it from
+// that.
+func (d *Daemon) denied() error {
+	if d.Legacy == nil {
+		return nil
+	}
+	rules, err := d.Legacy.Read()
+	if err != nil || len(rules.Denies) == 0 {
+		return nil // Notes has the error
+	}
+	var unlifted error
+	d.locked(func() { unlifted = d.unlifted })
+	remedy := errors.New("set MANTLET_LIFT_DEFAULT_DENY=true to have mantlet remove it")
+	if d.Environment.Process.LiftDefaultDeny {
+		remedy = errors.New("mantlet is about to remove it")
+	}
+	if unlifted != nil {
+		remedy = unlifted
+	}
+	return fmt.Errorf("%s (table filter); %w", strings.Join(rules.Denies, ", "), remedy)
+}
