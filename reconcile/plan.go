@@ -2,6 +2,7 @@ package reconcile
 
 import (
 	"fmt"
+	"math"
 	"net/netip"
 	"reflect"
 	"slices"
@@ -152,15 +153,24 @@ func compareSettings(from, to schema.Envoy, add func(format string, args ...any)
 	}
 }
 
-// tightens reports whether connections that were let in under one mesh could be refused under the other.
-func tightens(from, to schema.Mesh) bool {
-	for _, part := range schema.Parts(from.Ingress, to.Ingress) {
-		if !schema.PolicyOf(from.Ingress, part.First).Within(schema.PolicyOf(to.Ingress, part.First)) {
-			return true
+// tightened returns the ports where connections that were let in under one mesh could be refused under the other.
+func tightened(from, to schema.Mesh) (all []schema.Ports) {
+	raised := to.TLS.MinVersion > from.TLS.MinVersion
+	parts := schema.Parts(from.Ingress, to.Ingress)
+	if raised {
+		parts = schema.Cut(append(parts, schema.Ports{First: 0, Last: math.MaxUint16}))
+	}
+	for _, part := range parts {
+		was := schema.PolicyOf(from.Ingress, part.First)
+		if !was.Within(schema.PolicyOf(to.Ingress, part.First)) || raised && was.Mode != schema.ModePassthrough {
+			all = append(all, part)
 		}
 	}
-	return to.TLS.MinVersion > from.TLS.MinVersion
+	return all
 }
+
+// tightens reports whether connections that were let in under one mesh could be refused under the other.
+func tightens(from, to schema.Mesh) bool { return len(tightened(from, to)) > 0 }
 
 type adder func(need Need, format string, args ...any)
 

@@ -156,10 +156,11 @@ type Daemon struct {
 
 	// What the loop has alone.
 	raises    raises
-	spent     bool      // the generations of a port are used up
-	pause     backoff   // of starts that fail, and of Envoys that die
-	notBefore time.Time // the next start
-	drained   time.Time // until then the connections of the epoch before have their drain time
+	cuts      []time.Time // of the last hot restarts that cut what the one before last drained
+	spent     bool        // the generations of a port are used up
+	pause     backoff     // of starts that fail, and of Envoys that die
+	notBefore time.Time   // the next start
+	drained   time.Time   // until then the connections of the epoch before have their drain time
 
 	repairs   []Repair // the last ones
 	repaired  int      // how many there were
@@ -198,6 +199,8 @@ type desired struct {
 	place       render.Place
 	state       render.State
 	generations render.Generations
+
+	closed *closing // ports are closed until another state comes
 
 	number               uint64 // of the accepted configuration
 	source, sourceDigest string // the override file, if one was read
@@ -268,6 +271,10 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 	want, err := d.next()
 	if err == nil {
 		if wait := d.hold(time.Now(), want); wait > 0 {
+			if err := d.close(want); err != nil {
+				d.Log.Error("what a change forbids goes on until it is in force", "error", err)
+				wait = min(wait, retryInputs)
+			}
 			return wait
 		}
 		err = d.apply(ctx, want)
@@ -319,19 +326,6 @@ func (d *Daemon) next() (*desired, error) {
 	return &between, err
 }
 
-// hold returns how long a start of Envoy has to wait: for the back-off, or because a hot restart would cut the connections
-// of the epoch before the one that serves. What tightens does not wait for those.
-func (d *Daemon) hold(now time.Time, want *desired) time.Duration {
-	if d.isServing(want) {
-		return 0
-	}
-	wait := d.notBefore.Sub(now)
-	if d.process != nil && d.have != nil && !tightens(d.have.mesh, want.mesh) {
-		wait = max(wait, d.drained.Sub(now))
-	}
-	return wait
-}
-
 // apply puts a state in force: Envoy first, then the rules that send connections to it. So a port is never more open than
 // the looser of the old and the new state.
 func (d *Daemon) apply(ctx context.Context, want *desired) error {
@@ -350,13 +344,13 @@ func (d *Daemon) enforce(want *desired) (err error) {
 	defer func() {
 		d.locked(func() { d.revoked = d.revoked || revoked && err != nil })
 	}()
-	next := *want
+	next, mesh := *want, want.enforced()
 	if d.have != nil {
-		next.generations = advance(d.have.generations, d.have.mesh, want.mesh, revoked)
-	} else if before, generations, ok := loosest(d.Found, want.mesh); ok {
-		next.generations = advance(generations, before, want.mesh, revoked)
+		next.generations = advance(d.have.generations, d.have.enforced(), mesh, revoked)
+	} else if before, generations, ok := loosest(d.Found, mesh); ok {
+		next.generations = advance(generations, before, mesh, revoked)
 	}
-	next.state.Ruleset = render.Rules(want.mesh, next.generations)
+	next.state.Ruleset = render.Rules(mesh, next.generations).Closed(want.closedPorts())
 	if d.have == nil || next.state.Ruleset.Text() != d.have.state.Ruleset.Text() {
 		if err := d.replace(next.state.Ruleset); err != nil {
 			return err
@@ -431,6 +425,10 @@ func (d *Daemon) start(ctx context.Context, want *desired) error {
 	kind, began := applyStart, time.Now()
 	if d.process != nil {
 		kind = applyHotRestart
+		if began.Before(d.drained) {
+			d.cuts = append(d.cuts, began)
+			d.cuts = d.cuts[max(0, len(d.cuts)-cutsAtOnce):]
+		}
 	}
 	d.locked(func() {
 		d.handover = true
@@ -462,13 +460,18 @@ func (d *Daemon) await(ctx context.Context, want *desired) (process Process, err
 		d.watchdog.begin(starter, "starting Envoy", startLimit)
 		process, err = d.Proxy.Start(ctx, want.state, want.mesh.Envoy)
 	}()
+	news := false
 	for {
 		d.watchdog.idle(loop)
 		select {
 		case <-done:
 			d.watchdog.begin(loop, "its turn", turnLimit)
+			if news {
+				notify(d.news) // there may be another configuration, too
+			}
 			return process, err
 		case <-d.news:
+			news = true
 			d.watchdog.begin(loop, "its turn", turnLimit)
 			d.revoke()
 		}

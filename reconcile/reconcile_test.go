@@ -645,6 +645,71 @@ func TestRepairWhileOtherTablesAreRead(t *testing.T) {
 	})
 }
 
+// TestFlips: a file that tightens again and again makes few Envoys and few generations. What it forbids is never let in: the rules
+// close the ports, and they are served once it ends.
+func TestFlips(t *testing.T) {
+	const calm = "ingress: [{port: 9000, mode: tls}"
+	for name, c := range map[string]struct {
+		flips  []string
+		envoys int
+	}{
+		"modes, back and forth":          {[]string{"{port: 8080, mode: tls}", "{port: 8080}"}, 1},
+		"clients, back and forth":        {[]string{"{port: 8080, allow: [a]}", "{port: 8080, allow: [a, b]}"}, 8},
+		"clients, both of them stricter": {[]string{"{port: 8080, allow: [a]}", "{port: 8080, allow: [b]}"}, 8},
+		"modes of two ports, in turn":    {[]string{"{port: 8080, mode: tls}, {port: 8081}", "{port: 8080}, {port: 8081, mode: tls}"}, 1},
+		"TLS minimum":                    {[]string{"]\ntls: {minVersion: '1.3'}\nprobes: [", "]\ntls: {minVersion: '1.2'}\nprobes: ["}, 8},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				directory := t.TempDir()
+				file := filepath.Join(directory, "override.yaml")
+				env, err := schema.ParseEnvironment([]string{"MANTLET_CONFIG=" + file, "MANTLET_RUNTIME_DIRECTORY=" + directory})
+				if err != nil {
+					t.Fatal(err)
+				}
+				w := newWorld(t)
+				w.Environment, w.Place, w.expires = env, render.Place{RuntimeDirectory: directory}, w.expiry
+				envoys, pause := 0, time.Duration(0)
+				step := func(text string) {
+					if err := os.WriteFile(file, []byte(calm+", "+text+"]"), 0o600); err != nil {
+						t.Fatal(err)
+					}
+					w.readConfig()
+					for pause = w.converge(t.Context()); pause == atOnce; pause = w.converge(t.Context()) {
+					}
+					for _, did := range w.done() {
+						if did == "start Envoy" {
+							envoys++
+						}
+					}
+					for _, forbidden := range tightened(w.have.enforced(), w.want.mesh) {
+						if !slices.ContainsFunc(w.have.closedPorts(), func(p schema.Ports) bool { return p.Contains(forbidden.First) && p.Contains(forbidden.Last) }) {
+							t.Fatalf("what is forbidden at %v is let in", forbidden)
+						}
+					}
+					if w.have.closed != nil && !strings.Contains(w.have.state.Ruleset.Text(), " : drop") {
+						t.Fatal("no port is closed")
+					}
+				}
+				for i := range 200 {
+					step(c.flips[i%2])
+					time.Sleep(150 * time.Millisecond)
+				}
+				if envoys > c.envoys || strings.Contains(w.logged(), "generations are used up") {
+					t.Errorf("%d Envoys in 30 s, want %d at most:\n%s", envoys, c.envoys, w.logged())
+				}
+				for pause > 0 {
+					time.Sleep(pause)
+					step(c.flips[1])
+				}
+				if w.have.closed != nil || w.have.number != w.want.number || w.serves != w.want.state.Digest {
+					t.Errorf("what is wanted is not served in the end: %+v", w.have.closed)
+				}
+			})
+		})
+	}
+}
+
 // TestRepairWhileEnvoyStarts: nothing that takes long keeps the rules from being put back, deny-all among them.
 func TestRepairWhileEnvoyStarts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

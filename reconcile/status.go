@@ -285,7 +285,7 @@ func (d *Daemon) Notes() []error {
 	unresolved := d.unresolved(time.Now())
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	notes := []error{d.badConfig, d.badCertificates, d.expiring, d.down, d.unserved, d.ungated}
+	notes := []error{d.badConfig, d.badCertificates, d.expiring, d.down, d.unserved, d.ungated, d.have.whyClosed()}
 	for _, line := range d.foreign {
 		notes = append(notes, located{checkRules, errors.New(line)})
 	}

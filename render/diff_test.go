@@ -34,6 +34,9 @@ func TestGenerationsAreReadBack(t *testing.T) {
 		mesh, want := drawMesh(t), drawGenerations(t)
 		rules := render.Rules(mesh, want)
 		read := rules
+		if len(want.Ports) > 0 && rapid.Bool().Draw(t, "ports are closed") {
+			read = rules.Closed([]schema.Ports{want.Ports[0].Ports})
+		}
 		for range rapid.IntRange(0, 2).Draw(t, "mantlets that ended at their start") {
 			deny := rapid.SampledFrom([]render.Ruleset{render.DenyAll(true), render.OnlyStatus(9)}).Draw(t, "deny")
 			read = deny.Remembering(read)

@@ -2,6 +2,7 @@ package render
 
 import (
 	"slices"
+	"strings"
 
 	"mantlet/schema"
 )
@@ -48,8 +49,16 @@ func ReadBack(r Ruleset) (ingress []schema.Ingress, g Generations, ok bool) {
 			}
 		}
 	}
+	answers := Map{}
+	if k := slices.IndexFunc(r.Maps, func(m Map) bool { return m.Name == answersMap }); k >= 0 {
+		answers = r.Maps[k]
+	}
 	for _, e := range r.Maps[j].Elements {
 		p, isPolicy := parsePolicy(e.Verdict.Goto)
+		if e.Verdict == drop { // the port is closed
+			answer, _ := answers.at(e.Ports.First)
+			p, isPolicy = parsePolicy(strings.Replace(answer.Goto, "_out", "_in", 1))
+		}
 		if !isPolicy {
 			continue
 		}

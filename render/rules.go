@@ -274,6 +274,30 @@ func onlyEgress(mesh schema.Mesh) Ruleset {
 	return r
 }
 
+// Closed returns the rules with some ports closed: what comes to them is dropped, also of connections that are open. What the workload
+// answers is judged as before. The port of mantlet's own status stays open.
+func (r Ruleset) Closed(ports []schema.Ports) Ruleset {
+	i := slices.IndexFunc(r.Maps, func(m Map) bool { return m.Name == modesMap })
+	if len(ports) == 0 || i < 0 {
+		return r
+	}
+	ranges := slices.Clone(ports)
+	for _, e := range r.Maps[i].Elements {
+		ranges = append(ranges, e.Ports)
+	}
+	modes := Map{Name: modesMap}
+	for _, part := range schema.Cut(ranges) {
+		verdict, _ := r.Maps[i].at(part.First)
+		if verdict.Goto != statusIn && slices.ContainsFunc(ports, func(p schema.Ports) bool { return p.Contains(part.First) }) {
+			verdict = drop
+		}
+		modes.Elements = append(modes.Elements, Element{part, verdict})
+	}
+	r.Maps = slices.Clone(r.Maps)
+	r.Maps[i] = modes
+	return r
+}
+
 // statusIngress lets in who connects to mantlet, and nobody who would reach another listener at the same port: there may be one
 // at another address, or where mantlet is gone.
 func statusIngress() Chain {

@@ -629,3 +629,35 @@ func TestTightenings(t *testing.T) {
 		})
 	}
 }
+
+// TestFlips: a file that lets in one client, then another one, again and again, makes few Envoys. Whom the last one forbids is not
+// let in while it waits, and whom it allows is served in the end.
+func TestFlips(t *testing.T) {
+	t.Parallel()
+	const port = 9091
+	p := newPod(t, web)
+	m := p.override("")
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.protect(port)
+	p.ready()
+	to := netip.AddrPortFrom(p.IPv4, port)
+	other := p.issue("other")
+	for i := range 30 {
+		m.write(fmt.Sprintf("ingress: [{port: %d, allow: [%s]}]", port, []string{"client", "other"}[i%2]))
+		p.await("it is read", func() bool { return p.log.count("configuration changed") > i })
+	}
+	const closed = "ports are closed until"
+	p.await("the port is closed", func() bool { return p.log.count(closed) > 0 })
+	if p.exchange(to, p.client.ClientConfig("pod")) == nil { // its SYN is dropped until the port is served again
+		t.Error("whom the last change forbids is let in")
+	}
+	p.await("whom it allows is served", func() bool { return p.exchange(to, other.ClientConfig("pod")) == nil })
+	if p.exchange(to, p.client.ClientConfig("pod")) == nil {
+		t.Error("whom it forbids is let in")
+	}
+	if n := p.log.count("Envoy is live"); n > 8 {
+		t.Errorf("%d Envoys", n)
+	}
+	p.ready()
+}

@@ -54,6 +54,8 @@ func states() map[string]render.Ruleset {
 		"last port":       rules(port1(65535, tls)),
 		"all ports":       rules(ports(1, 65535, pass)),
 		"other protocols": render.Rules(schema.Mesh{OtherProtocols: schema.OtherProtocolsAccept}, render.Generations{}),
+		"closed": render.Rules(schema.Mesh{StatusPort: statusPort, Ingress: []schema.Ingress{port1(8080, tls), ports(9000, 9099, mtls)}}, render.Generations{}).
+			Closed([]schema.Ports{{First: 1, Last: 9050}, {First: 60000, Last: 65535}}),
 		"generations": render.Rules(schema.Mesh{Ingress: []schema.Ingress{port1(8080, tls), ports(9000, 9099, mtls)}}, render.Generations{
 			Default: render.MaxGeneration,
 			Ports:   []render.PortsGeneration{{Ports: schema.Ports{First: 9000, Last: 9000}, Generation: 1}},

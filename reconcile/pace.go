@@ -1,0 +1,129 @@
+package reconcile
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"mantlet/schema"
+)
+
+// A change that forbids something never waits in the kernel's rules. What it needs beside them may: a new Envoy, which cuts what the
+// one before last still drains, and a new generation of a port's policy, of which there are few. Where such changes come too often, the
+// ports that they are about are closed until they may be served again.
+const (
+	// In cutsWithin there are cutsAtOnce hot restarts at most that cut what drains.
+	cutsAtOnce = 2
+	cutsWithin = 30 * time.Second
+	// After raisesAtOnce new generations within silence, the next one waits for raisesEvery. Together they stay below
+	// render.MaxGeneration, from which on all of Envoy's connections would have to end.
+	raisesAtOnce = 12
+	raisesEvery  = 10 * time.Second
+)
+
+// hold returns how long a state has to wait: for the back-off, because a hot restart would cut the connections of the epoch
+// before the one that serves, or because changes that tighten come too often.
+func (d *Daemon) hold(now time.Time, want *desired) time.Duration {
+	wait := d.raises.pause(now)
+	if d.have == nil || want.sameRules(d.have) {
+		wait = 0
+	}
+	if d.isServing(want) {
+		return wait
+	}
+	wait = max(wait, d.notBefore.Sub(now))
+	if d.process == nil || d.have == nil || !now.Before(d.drained) {
+		return wait
+	}
+	if !tightens(d.have.mesh, want.mesh) {
+		return max(wait, d.drained.Sub(now))
+	}
+	if len(d.cuts) == cutsAtOnce {
+		wait = max(wait, min(d.drained.Sub(now), d.cuts[0].Add(cutsWithin).Sub(now)))
+	}
+	return wait
+}
+
+// pause returns how long the next new generation has to wait.
+func (r raises) pause(now time.Time) time.Duration {
+	recent := 0
+	for _, one := range r {
+		if now.Sub(one.at) <= silence {
+			recent++
+		}
+	}
+	if recent < raisesAtOnce {
+		return 0
+	}
+	return r[len(r)-1].at.Add(raisesEvery).Sub(now)
+}
+
+// closing is what a state that has to wait forbids.
+type closing struct {
+	ports []schema.Ports
+	mesh  schema.Mesh // what the rules are made of: at the ports that of the state which waits, else that of the state in force
+}
+
+// enforced returns the mesh that the rules are made of.
+func (s *desired) enforced() schema.Mesh {
+	if s.closed != nil {
+		return s.closed.mesh
+	}
+	return s.mesh
+}
+
+func (s *desired) closedPorts() []schema.Ports {
+	if s.closed != nil {
+		return s.closed.ports
+	}
+	return nil
+}
+
+// sameRules reports whether two states have the same rules, but for generations.
+func (s *desired) sameRules(other *desired) bool {
+	return s.closed == nil && other.closed == nil && len(tightened(s.mesh, other.mesh)) == 0 && len(tightened(other.mesh, s.mesh)) == 0
+}
+
+// close ends what a state forbids that has to wait, and lets nobody in at these ports until another state is in force.
+func (d *Daemon) close(want *desired) error {
+	if d.have == nil {
+		return nil
+	}
+	have := d.have.enforced()
+	ports := slices.DeleteFunc(tightened(have, want.mesh), func(part schema.Ports) bool {
+		return slices.ContainsFunc(d.have.closedPorts(), func(p schema.Ports) bool { return p.Contains(part.First) && p.Contains(part.Last) })
+	})
+	if len(ports) == 0 {
+		return nil
+	}
+	next := *d.have
+	next.closed = &closing{ports: schema.Cut(append(ports, d.have.closedPorts()...)), mesh: have}
+	next.closed.mesh.TLS.MinVersion = max(have.TLS.MinVersion, want.mesh.TLS.MinVersion)
+	next.closed.mesh.Ingress = nil
+	for _, part := range schema.Cut(append(schema.Parts(have.Ingress, want.mesh.Ingress), ports...)) {
+		policy := schema.PolicyOf(have.Ingress, part.First)
+		if slices.ContainsFunc(ports, func(p schema.Ports) bool { return p.Contains(part.First) }) {
+			policy = schema.PolicyOf(want.mesh.Ingress, part.First)
+		}
+		next.closed.mesh.Ingress = append(next.closed.mesh.Ingress, schema.Ingress{Ports: part, Mode: policy.Mode, Allow: policy.Allow})
+	}
+	d.Log.Warn("ports are closed until a change that forbids something may be served: such changes come too often", "ports", portList(next.closed.ports))
+	return d.enforce(&next)
+}
+
+func portList(ports []schema.Ports) string {
+	var all []string
+	for _, p := range ports {
+		all = append(all, p.String())
+	}
+	return strings.Join(all, ", ")
+}
+
+// whyClosed says which ports are closed, and why; nil if none are.
+func (s *desired) whyClosed() error {
+	if s == nil || s.closed == nil {
+		return nil
+	}
+	return located{checkRules, fmt.Errorf("ports %s are closed for seconds: the configuration changes so often to what forbids something that it can't be served at once", portList(s.closed.ports))}
+}
