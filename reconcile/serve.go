@@ -105,9 +105,10 @@ const (
 )
 
 func serve(ctx context.Context, listener net.Listener, handler http.Handler) error {
-	c := &crowd{}
+	c := &crowd{handler: handler, served: map[net.Conn]bool{}}
 	server := &http.Server{
-		Handler: handler, ConnState: c.changed,
+		Handler: c, ConnState: c.changed,
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context { return context.WithValue(ctx, connKey{}, conn) },
 		ReadTimeout: readLimit, WriteTimeout: writeLimit, MaxHeaderBytes: maxHeader,
 	}
 	server.SetKeepAlivesEnabled(false)
@@ -119,11 +120,28 @@ func serve(ctx context.Context, listener net.Listener, handler http.Handler) err
 	return nil
 }
 
-// crowd bounds the connections of a server. Where one is too many, the oldest ends: a probe is served within milliseconds,
-// and those who hold connections for longer can't keep it out.
+// crowd bounds the connections of a server. Where one is too many, the oldest ends that has not sent its request yet: a probe
+// sends its own within milliseconds, and those who hold connections without one can't keep it from being answered.
 type crowd struct {
-	mu    sync.Mutex
-	conns []net.Conn
+	handler http.Handler
+
+	mu     sync.Mutex
+	conns  []net.Conn
+	served map[net.Conn]bool // those of conns whose requests are being answered
+}
+
+// connKey is the key of a request's connection in its context.
+type connKey struct{}
+
+// ServeHTTP answers a request, whose connection is the last to be ended meanwhile.
+func (c *crowd) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	conn, _ := r.Context().Value(connKey{}).(net.Conn)
+	c.mu.Lock()
+	if slices.Contains(c.conns, conn) {
+		c.served[conn] = true
+	}
+	c.mu.Unlock()
+	c.handler.ServeHTTP(w, r)
 }
 
 func (c *crowd) changed(conn net.Conn, state http.ConnState) {
@@ -133,13 +151,19 @@ func (c *crowd) changed(conn net.Conn, state http.ConnState) {
 	case http.StateNew:
 		c.conns = append(c.conns, conn)
 		if len(c.conns) > maxConnections {
-			_ = c.conns[0].Close()
-			c.conns = c.conns[1:]
+			oldest := max(0, slices.IndexFunc(c.conns[:maxConnections], func(conn net.Conn) bool { return !c.served[conn] }))
+			_ = c.conns[oldest].Close()
+			c.forget(c.conns[oldest])
 		}
 	case http.StateClosed, http.StateHijacked:
-		c.conns = slices.DeleteFunc(c.conns, func(other net.Conn) bool { return other == conn })
+		c.forget(conn)
 	default:
 	}
+}
+
+func (c *crowd) forget(conn net.Conn) {
+	c.conns = slices.DeleteFunc(c.conns, func(other net.Conn) bool { return other == conn })
+	delete(c.served, conn)
 }
 
 func (d *Daemon) handler() http.Handler {
