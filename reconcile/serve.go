@@ -108,7 +108,9 @@ func serve(ctx context.Context, listener net.Listener, handler http.Handler) err
 	c := &crowd{handler: handler, served: map[net.Conn]bool{}}
 	server := &http.Server{
 		Handler: c, ConnState: c.changed,
-		ConnContext: func(ctx context.Context, conn net.Conn) context.Context { return context.WithValue(ctx, connKey{}, conn) },
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			return context.WithValue(ctx, connKey{}, conn)
+		},
 		ReadTimeout: readLimit, WriteTimeout: writeLimit, MaxHeaderBytes: maxHeader,
 	}
 	server.SetKeepAlivesEnabled(false)

@@ -235,6 +235,11 @@ func TestUnresolvedUpstream(t *testing.T) {
 			if err := echo(p.dial(p.Host, listen("127.137.0.1:80"))); err == nil {
 				t.Error("the unknown name works")
 			}
+			p.await("the failed connection and its refusal are counted alike", func() bool {
+				s := p.told()
+				return len(s.Traffic.Egress) == 2 && s.Traffic.Egress[0].Failed == 1 && s.Traffic.Egress[1].Failed == 0 &&
+					slices.Contains(s.Refused, reconcile.Refused{By: "envoy", Direction: "egress", Reason: "no_endpoint", Count: 1})
+			})
 			p.ready()
 			old := p.envoy()
 			p.must(syscall.Kill(old, syscall.SIGKILL))
