@@ -9,7 +9,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"mantlet/internal/inject"
-	"mantlet/internal/manifest"
 	"mantlet/schema"
 )
 
@@ -52,12 +51,8 @@ Exit codes: 0 done; 1 an object was refused, or with --diff there is a differenc
 			return err
 		}
 		in := inject.Injector{Options: options, Runs: runs}
-		for _, s := range sources {
-			m, err := manifest.Parse(s.Name, s.Text)
-			if err != nil {
-				return err
-			}
-			in.Known = append(in.Known, m)
+		if in.Known, err = parseSources(sources); err != nil {
+			return err
 		}
 		var outcome error
 		for i, s := range sources {

@@ -71,7 +71,7 @@ func execute(args []string, stdout, stderr io.Writer) int {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(runCommand(), renderCommand(), validateCommand(), diffCommand(), statusCommand(), probeCommand(), schemaCommand(), checkCommand(), cleanupCommand(), gateCommand(), installCommand(), injectCommand(), versionCommand())
+	root.AddCommand(runCommand(), renderCommand(), validateCommand(), diffCommand(), statusCommand(), probeCommand(), schemaCommand(), checkCommand(), cleanupCommand(), gateCommand(), installCommand(), injectCommand(), analyzeCommand(), versionCommand())
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.SetArgs(commandFirst(args))
 	root.SetOut(stdout)

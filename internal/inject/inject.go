@@ -342,23 +342,6 @@ func (in Injector) judge(s manifest.Sidecar, origins []int, say *report) {
 
 // check returns what there is to say of a sidecar.
 func (in Injector) check(s manifest.Sidecar) []manifest.Finding {
-	environ, unknown, findings := s.Environ()
-	env, err := schema.ParseEnvironment(environ)
-	config := env.Base()
-	isPartial := len(unknown) > 0
-	if env.ReadsFile() {
-		content, known := s.File(env.Process.ConfigFile)
-		if known && err == nil {
-			config, err = env.Merge(content)
-		}
-		isPartial = isPartial || !known
-	}
-	for _, problem := range schema.Problems(err) {
-		findings = append(findings, manifest.Finding{Problem: problem, Severity: manifest.Error})
-	}
-	mesh := config.Mesh
-	if err != nil {
-		mesh, isPartial = env.Partial(), true
-	}
-	return append(findings, s.Check(manifest.Settings{Process: env.Process, Mesh: &mesh, IsPartial: isPartial, Runs: in.Runs})...)
+	c := s.Configuration()
+	return append(c.Findings, s.Check(manifest.Settings{Process: c.Process, Mesh: &c.Mesh, IsPartial: c.IsPartial, Runs: in.Runs})...)
 }

@@ -24,6 +24,9 @@ type Manifest struct {
 	pods   []pod
 	values map[reference]map[string]map[string]string // of kind and name; by namespace, by key
 	others []*Manifest
+
+	services []Service
+	backends []Backend
 }
 
 // pod is a pod, and what it is part of.
@@ -82,7 +85,9 @@ func Parse(source string, text []byte) (*Manifest, error) {
 			return nil, fmt.Errorf("%s:%d: not rendered: run helm template first", source, node.Line)
 		}
 		var o object
-		err = document.Decode(&o)
+		if len(document.Content) > 0 {
+			err = document.Content[0].Decode(&o)
+		}
 		if types := new(yaml.TypeError); errors.As(err, &types) {
 			if o.concerns() || hasContainers(&document) {
 				return nil, fmt.Errorf("%s: %s", source, strings.Join(misfits(types), "; "))
@@ -178,7 +183,7 @@ func (m *Manifest) add(o object, namespace string) error {
 		m.values[key][o.Metadata.Namespace] = values
 	}
 	m.pods = append(m.pods, o.pods()...)
-	return nil
+	return m.addService(o)
 }
 
 // pods returns the pods that an object itself describes.
@@ -245,21 +250,18 @@ func (m *Manifest) Sidecars(name string) []Sidecar {
 // lookup returns the values of a ConfigMap or a Secret, as a pod of a namespace sees it. An object without a namespace gets
 // the one that the manifest is applied to, which may be that of the others.
 func (m *Manifest) lookup(kind, name, namespace string) (map[string]string, bool) {
-	all := m.values[reference{kind, name}]
-	if values, ok := all[namespace]; ok {
-		return values, true
-	}
-	if values, ok := all[""]; ok {
-		return values, true
-	}
-	if namespace == "" && len(all) == 1 {
-		for _, values := range all {
+	for _, m := range append([]*Manifest{m}, m.others...) {
+		all := m.values[reference{kind, name}]
+		if values, ok := all[namespace]; ok {
 			return values, true
 		}
-	}
-	for _, other := range m.others {
-		if values, ok := other.lookup(kind, name, namespace); ok {
+		if values, ok := all[""]; ok {
 			return values, true
+		}
+		if namespace == "" && len(all) == 1 {
+			for _, values := range all {
+				return values, true
+			}
 		}
 	}
 	return nil, false

@@ -30,6 +30,16 @@ type object struct {
 	Data       map[string]string `yaml:"data"`
 	BinaryData map[string]string `yaml:"binaryData"`
 	StringData map[string]string `yaml:"stringData"`
+
+	node *yaml.Node
+}
+
+// UnmarshalYAML keeps the node, for the kinds that have other fields of the same names.
+func (o *object) UnmarshalYAML(node *yaml.Node) error {
+	type plain object
+	err := node.Decode((*plain)(o))
+	o.node = node
+	return err
 }
 
 type metadata struct {
@@ -45,6 +55,7 @@ type template struct {
 }
 
 type podSpec struct {
+	ServiceAccountName    string          `yaml:"serviceAccountName"`
 	HostNetwork           bool            `yaml:"hostNetwork"`
 	HostPID               bool            `yaml:"hostPID"`
 	HostIPC               bool            `yaml:"hostIPC"`
