@@ -1,9 +1,7 @@
 package schema
 
 import (
-	"encoding/json"
 	"fmt"
-	"maps"
 	"net/netip"
 	"net/url"
 	"regexp"
@@ -11,8 +9,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"github.com/invopop/jsonschema"
 )
 
 // The ports of Envoy's two ingress listeners. Nothing else may use them in the pod.
@@ -28,7 +24,6 @@ type leaf interface {
 	parse(text string) (canonical, reason string)
 	// scalar names the YAML types that may hold it.
 	scalar() yamlType
-	JSONSchema() *jsonschema.Schema
 }
 
 // yamlType is what a YAML scalar must be, in words and as tags.
@@ -133,16 +128,6 @@ func (portsText) parse(text string) (string, string) {
 	return ports.String(), ""
 }
 
-func (portsText) JSONSchema() *jsonschema.Schema {
-	return &jsonschema.Schema{
-		AnyOf: []*jsonschema.Schema{
-			{Type: "integer", Minimum: "1", Maximum: "65535"},
-			{Type: "string", Pattern: "^" + portPattern + "(-" + portPattern + ")?$"},
-		},
-		Not: &jsonschema.Schema{Enum: []any{IngressMTLSPort, IngressTLSPort, strconv.Itoa(IngressMTLSPort), strconv.Itoa(IngressTLSPort)}},
-	}
-}
-
 // reservedPorts is the reason against mantlet's own ports.
 func reservedPorts() string {
 	return fmt.Sprintf("ports %d and %d are mantlet's own listeners; leave them out", IngressMTLSPort, IngressTLSPort)
@@ -158,10 +143,6 @@ func (nameText) parse(text string) (string, string) {
 		return "", "must not contain #"
 	}
 	return text, ""
-}
-
-func (nameText) JSONSchema() *jsonschema.Schema {
-	return &jsonschema.Schema{Type: "string", Pattern: "^[^#]*$"}
 }
 
 // listenText is a loopback address and a port.
@@ -193,14 +174,6 @@ func (listenText) parse(text string) (string, string) {
 	return netip.AddrPortFrom(addr, p).String(), ""
 }
 
-func (listenText) JSONSchema() *jsonschema.Schema {
-	return &jsonschema.Schema{
-		Type:    "string",
-		Pattern: `^(127(\.` + octetPattern + `){3}|\[(0{0,4}:){2,7}0{0,3}1\]):` + portPattern + "$",
-		Not:     &jsonschema.Schema{Pattern: fmt.Sprintf(`^127\.255\.255\.255:|:(%d|%d)$`, IngressMTLSPort, IngressTLSPort)},
-	}
-}
-
 // upstreamText is a host name or an IP address, and a port.
 type upstreamText string
 
@@ -224,14 +197,6 @@ func (upstreamText) parse(text string) (string, string) {
 	default:
 		return Upstream{addr.Unmap().String(), p}.String(), ""
 	}
-}
-
-func (upstreamText) JSONSchema() *jsonschema.Schema {
-	const ipPattern = octetPattern + `(\.` + octetPattern + `){3}|\[[0-9A-Fa-f:.]+\]`
-	return &jsonschema.Schema{Type: "string", AnyOf: []*jsonschema.Schema{
-		{Pattern: `^(` + ipPattern + `):` + portPattern + "$"},
-		{Pattern: `^` + hostPattern + `\.?:` + portPattern + "$", Not: &jsonschema.Schema{Pattern: `(^|\.)[0-9]+\.?:`}},
-	}}
 }
 
 // label is one part of a host name: RFC 1123, and the underscore that service names outside of Kubernetes have.
@@ -280,9 +245,6 @@ var uri = regexp.MustCompile("^" + uriPattern + "$")
 
 const uriPattern = `[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]+`
 
-// address matches what looks like an IPv4 address rather than a DNS name.
-func address() *jsonschema.Schema { return &jsonschema.Schema{Pattern: `^([^/]*\.)?[0-9]+$`} }
-
 // IsURI tells a URI SAN from a DNS name.
 func IsURI(san string) bool { return strings.Contains(san, "://") }
 
@@ -305,10 +267,6 @@ func (sanText) parse(text string) (string, string) {
 	return text, ""
 }
 
-func (sanText) JSONSchema() *jsonschema.Schema {
-	return &jsonschema.Schema{Type: "string", Pattern: `^(\*|(\*\.)?` + hostPattern + "|" + uriPattern + ")$", Not: address()}
-}
-
 // serverNameText is a name that an endpoint's certificate must have. A wildcard would not name an endpoint.
 type serverNameText string
 
@@ -319,10 +277,6 @@ func (serverNameText) parse(text string) (string, string) {
 		return "", "must name one endpoint, without a wildcard; a wildcard in the endpoint's certificate matches it"
 	}
 	return sanText.parse("", text)
-}
-
-func (serverNameText) JSONSchema() *jsonschema.Schema {
-	return &jsonschema.Schema{Type: "string", Pattern: "^(" + hostPattern + "|" + uriPattern + ")$", Not: address()}
 }
 
 // alpnText is a protocol's identifier in ALPN (RFC 7301): any bytes, of which those that IANA has registered are printable.
@@ -358,11 +312,6 @@ const alpnPattern = `[!-+\--~]{1,255}`
 // maxALPN keeps a list far below the 65,535 bytes that it may take in TLS.
 const maxALPN = 16
 
-func (alpnText) JSONSchema() *jsonschema.Schema {
-	s := enum(slices.Sorted(maps.Keys(misnamedALPN)))
-	return &jsonschema.Schema{Type: "string", Pattern: "^" + alpnPattern + "$", Not: &jsonschema.Schema{Enum: s.Enum}}
-}
-
 // probeName names a probe in a URL.
 type probeName string
 
@@ -373,10 +322,6 @@ func (probeName) parse(text string) (string, string) {
 		return "", "must be a DNS label: 1 to 63 lower-case letters, digits or hyphens, with no hyphen at either end"
 	}
 	return text, ""
-}
-
-func (probeName) JSONSchema() *jsonschema.Schema {
-	return &jsonschema.Schema{Type: "string", Pattern: `^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`}
 }
 
 // The targets of probes. They are fixed here, as a whole: nothing of a probe's request goes on to the workload.
@@ -414,20 +359,6 @@ func cutTarget(text string) (port uint16, target, reason string) {
 	return port, text[len(number):], reason
 }
 
-// probeSchema is for a port alone, where that will do, and for a port that something follows.
-func probeSchema(follows string) *jsonschema.Schema {
-	return &jsonschema.Schema{
-		AnyOf: []*jsonschema.Schema{
-			{Type: "integer", Minimum: "1", Maximum: "65535"},
-			{Type: "string", Pattern: "^" + portPattern + follows + "$", MaxLength: new(uint64(len("65535") + maxPath))},
-		},
-		Not: &jsonschema.Schema{AnyOf: []*jsonschema.Schema{
-			{Enum: []any{IngressMTLSPort, IngressTLSPort}},
-			{Type: "string", Pattern: fmt.Sprintf("^(%d|%d)(/|$)", IngressMTLSPort, IngressTLSPort)},
-		}},
-	}
-}
-
 // httpProbeText is a port and what to GET there.
 type httpProbeText string
 
@@ -450,8 +381,6 @@ func (httpProbeText) parse(text string) (string, string) {
 	return Probe{Kind: ProbeHTTP, Port: port, Target: target}.String(), ""
 }
 
-func (httpProbeText) JSONSchema() *jsonschema.Schema { return probeSchema("(" + pathPattern + ")?") }
-
 // portText is one port.
 type portText string
 
@@ -464,8 +393,6 @@ func (portText) parse(text string) (string, string) {
 	}
 	return Probe{Kind: ProbeTCP, Port: port}.String(), reason
 }
-
-func (portText) JSONSchema() *jsonschema.Schema { return probeSchema("") }
 
 // grpcProbeText is a port, and the service to ask after.
 type grpcProbeText string
@@ -484,8 +411,6 @@ func (grpcProbeText) parse(text string) (string, string) {
 	return Probe{Kind: ProbeGRPC, Port: port, Target: service}.String(), ""
 }
 
-func (grpcProbeText) JSONSchema() *jsonschema.Schema { return probeSchema("(" + servicePattern + ")?") }
-
 // threadsText is a number of worker threads.
 type threadsText string
 
@@ -499,10 +424,6 @@ func (threadsText) parse(text string) (string, string) {
 		return "", fmt.Sprintf("must be a number of worker threads from 1 to %d", maxThreads)
 	}
 	return text, ""
-}
-
-func (threadsText) JSONSchema() *jsonschema.Schema {
-	return &jsonschema.Schema{Type: "integer", Minimum: "1", Maximum: json.Number(strconv.Itoa(maxThreads))}
 }
 
 // durationText is a duration that Envoy's command line can carry: whole seconds in 32 bits; a day bounds it long before.
@@ -529,10 +450,6 @@ func (durationText) parse(text string) (string, string) {
 	return text, ""
 }
 
-func (durationText) JSONSchema() *jsonschema.Schema {
-	return &jsonschema.Schema{Type: "string", Pattern: durationPattern}
-}
-
 // removeText is the word that takes an entry of an earlier source away.
 type removeText string
 
@@ -545,8 +462,6 @@ func (removeText) parse(text string) (string, string) {
 	return text, ""
 }
 
-func (removeText) JSONSchema() *jsonschema.Schema { return &jsonschema.Schema{Const: true} }
-
 // The enumerations: Mode, TLSVersion, EnvoyLogLevel, OtherProtocols and AccessLog.
 
 func oneOf(text string, choices []string) (string, string) {
@@ -554,14 +469,6 @@ func oneOf(text string, choices []string) (string, string) {
 		return text, ""
 	}
 	return "", "must be one of " + strings.Join(choices, ", ") + didYouMean(text, choices)
-}
-
-func enum(choices []string) *jsonschema.Schema {
-	s := &jsonschema.Schema{Type: "string"}
-	for _, c := range choices {
-		s.Enum = append(s.Enum, c)
-	}
-	return s
 }
 
 func (Mode) choices() []string {
@@ -608,18 +515,3 @@ func (v TLSVersion) parse(text string) (string, string) {
 	}
 	return "", reason
 }
-
-// JSONSchema lists the choices.
-func (m Mode) JSONSchema() *jsonschema.Schema { return enum(m.choices()) }
-
-// JSONSchema lists the choices.
-func (v TLSVersion) JSONSchema() *jsonschema.Schema { return enum(v.choices()) }
-
-// JSONSchema lists the choices.
-func (l EnvoyLogLevel) JSONSchema() *jsonschema.Schema { return enum(l.choices()) }
-
-// JSONSchema lists the choices.
-func (o OtherProtocols) JSONSchema() *jsonschema.Schema { return enum(o.choices()) }
-
-// JSONSchema lists the choices.
-func (a AccessLog) JSONSchema() *jsonschema.Schema { return enum(a.choices()) }

@@ -207,11 +207,7 @@ func schemaCommand() *cobra.Command {
 		Short: "Print the JSON Schema of the override file",
 		Args:  noArgs(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			text, err := schema.JSONSchema()
-			if err != nil {
-				return err
-			}
-			_, err = cmd.OutOrStdout().Write(text)
+			_, err := cmd.OutOrStdout().Write(schema.JSONSchema())
 			return err
 		},
 	}
