@@ -39,7 +39,7 @@ func TestVersions(t *testing.T) {
 		{"Go", map[string]string{
 			"go.mod":              `(?m)^go (\d+\.\d+)`,
 			"internal/e2e/go.mod": `(?m)^go (\d+\.\d+)`,
-			"Containerfile":       `FROM golang:(\d+\.\d+)\.\d+-`,
+			"Containerfile":       `FROM --platform=\$BUILDPLATFORM golang:(\d+\.\d+)\.\d+-`,
 		}},
 		{"golangci-lint", map[string]string{
 			"Taskfile.yml":  `cmd/golangci-lint@v(\S+)`,
@@ -144,18 +144,36 @@ func TestLinks(t *testing.T) {
 	}
 }
 
-// TestContainerfile checks what can be checked without an engine: every package that the binary is made of is copied, is
-// not ignored, and what runs at the end is what was built.
-func TestContainerfile(t *testing.T) {
-	ignored := strings.Fields(read(t, ".containerignore"))
-	var copied []string
-	last := map[string]string{} // by instruction
+// stage is a part of the Containerfile from one FROM to the next.
+type stage struct {
+	base string
+	all  map[string][]string // what follows each instruction
+}
+
+// stages reads the Containerfile, whose stages have names.
+func stages(t *testing.T) map[string]stage {
+	t.Helper()
+	all, name := map[string]stage{}, ""
 	for line := range strings.Lines(read(t, "Containerfile")) {
 		instruction, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
-		last[instruction] = rest
-		if instruction != "COPY" || strings.HasPrefix(rest, "--from=build ") {
+		if base, called, ok := strings.Cut(rest, " AS "); instruction == "FROM" && ok {
+			name = called
+			all[name] = stage{base, map[string][]string{}}
 			continue
 		}
+		if s, ok := all[name]; ok {
+			s.all[instruction] = append(s.all[instruction], rest)
+		}
+	}
+	return all
+}
+
+// TestContainerfile checks what can be checked without an engine: every package that the binary is made of is copied, is
+// not ignored, and what runs at the end is what was built, in both flavours.
+func TestContainerfile(t *testing.T) {
+	ignored, all := strings.Fields(read(t, ".containerignore")), stages(t)
+	var copied []string
+	for _, rest := range all["build"].all["COPY"] {
 		sources := strings.Fields(rest)
 		for _, source := range sources[:len(sources)-1] {
 			if _, err := os.Stat(source); err != nil {
@@ -180,18 +198,34 @@ func TestContainerfile(t *testing.T) {
 		}
 	}
 
+	base := all["base"].all
 	var entrypoint []string
-	if err := json.Unmarshal([]byte(last["ENTRYPOINT"]), &entrypoint); err != nil {
-		t.Fatalf("ENTRYPOINT in its shell form, and there is no shell: %v", err)
+	if len(base["ENTRYPOINT"]) != 1 || json.Unmarshal([]byte(base["ENTRYPOINT"][0]), &entrypoint) != nil {
+		t.Fatalf("ENTRYPOINT %q: one, and not in its shell form, for there is no shell", base["ENTRYPOINT"])
 	}
 	if want := []string{"/usr/local/bin/mantlet", "run"}; !slices.Equal(entrypoint, want) {
 		t.Fatalf("ENTRYPOINT %q, want %q", entrypoint, want)
 	}
-	if installed := strings.Fields(last["COPY"]); installed[len(installed)-1] != entrypoint[0] {
-		t.Errorf("the binary is copied to %s and run as %s", installed[len(installed)-1], entrypoint[0])
+	if want := []string{"--from=build /mantlet " + entrypoint[0]}; !slices.Equal(base["COPY"], want) {
+		t.Errorf("COPY %q, want %q", base["COPY"], want)
 	}
-	if name, value, _ := strings.Cut(last["ENV"], "="); name != "MANTLET_ENVOY_PATH" || !path.IsAbs(value) {
+	if name, value, _ := strings.Cut(base["ENV"][0], "="); name != "MANTLET_ENVOY_PATH" || !path.IsAbs(value) {
 		t.Errorf("ENV %s=%s does not name Envoy", name, value)
+	}
+	for _, flavour := range []string{"mantlet", "contrast"} {
+		if s := all[flavour]; s.base != "base" || len(s.all["ENTRYPOINT"])+len(s.all["USER"]) > 0 {
+			t.Errorf("%s is made from %q and has %q", flavour, s.base, s.all)
+		}
+	}
+	contrast := all["contrast"].all
+	if want := []string{"MANTLET_READY_FILE=/ready", "MANTLET_LIFT_DEFAULT_DENY=true"}; !slices.Equal(contrast["ENV"], want) {
+		t.Errorf("contrast: ENV %q, want %q", contrast["ENV"], want)
+	}
+	if want := []string{"--from=build /links/ /", "--from=iptables /only/ /"}; !slices.Equal(contrast["COPY"], want) {
+		t.Errorf("contrast: COPY %q, want %q", contrast["COPY"], want)
+	}
+	if text := read(t, "Containerfile"); !strings.HasSuffix(text, "\nFROM base AS mantlet\n") {
+		t.Error("the last stage, which is built where none is named, is not the plain image")
 	}
 }
 

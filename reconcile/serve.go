@@ -51,6 +51,9 @@ func (d *Daemon) Serve(ctx context.Context) error {
 	var others sync.WaitGroup
 	others.Go(func() { d.serveAddress(ctx) })
 	others.Go(func() { d.serveGate(ctx) })
+	if d.Environment.Process.ReadyFile != "" {
+		others.Go(func() { d.keepReadyFile(ctx) })
+	}
 	defer others.Wait()
 	if err := serve(ctx, listener, d.handler()); err != nil {
 		return fmt.Errorf("serving the status socket: %w", err)

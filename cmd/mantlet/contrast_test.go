@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -10,7 +11,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"mantlet/internal/lab"
@@ -235,4 +241,206 @@ func TestBootDeny(t *testing.T) {
 			t.Errorf("check: exit code %d: %s", code, said)
 		}
 	})
+}
+
+// TestReadyFile: the file is there exactly while mantlet is ready. It goes with a mantlet that is killed, and with one that ends.
+func TestReadyFile(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "ready")
+	p := newPod(t, web, "MANTLET_READY_FILE="+file)
+	p.must(os.WriteFile(file, []byte("what an image could have there"), 0o644))
+	isThere := func() bool { info, err := os.Stat(file); return err == nil && info.Mode().IsRegular() }
+	p.run()
+	p.unready("waiting for certificates")
+	if isThere() {
+		t.Error("it is there before mantlet is ready")
+	}
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.ready()
+	p.await("it is there", isThere)
+	p.must(syscall.Kill(p.envoy(), syscall.SIGSTOP))
+	p.unready("Envoy does not serve as it should")
+	p.await("it is gone while Envoy hangs", func() bool { return !isThere() })
+	p.must(syscall.Kill(p.envoy(), syscall.SIGCONT))
+	p.await("it is there again", isThere)
+	p.must(p.sidecar.Signal(syscall.SIGKILL))
+	_ = p.sidecar.Wait()
+	if isThere() {
+		t.Error("it is there although mantlet was killed")
+	}
+	p.await("Envoy ends", func() bool { return len(p.processes()) == 0 })
+	p.run()
+	p.await("it is there with the next mantlet", isThere)
+	p.must(p.sidecar.Stop())
+	if isThere() {
+		t.Error("it is there although mantlet ended")
+	}
+	p.leavesNothing()
+}
+
+// instructions returns what follows an instruction in the stages of the Containerfile that a flavour is made of.
+func instructions(t *testing.T, instruction string, of ...string) (all []string) {
+	t.Helper()
+	text, err := os.ReadFile("../../Containerfile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	stage := ""
+	for line := range strings.Lines(string(text)) {
+		is, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if _, name, ok := strings.Cut(rest, " AS "); is == "FROM" && ok {
+			stage = name
+		}
+		if is == instruction && slices.Contains(of, stage) {
+			all = append(all, rest)
+		}
+	}
+	return all
+}
+
+// image makes a root directory as the flavour contrast of the image has it, and nothing else: mantlet, Envoy, iptables-legacy and the
+// libraries of all three.
+func (p *pod) image() string {
+	p.t.Helper()
+	root := p.t.TempDir()
+	lab.Open(root)
+	p.must(os.Chmod(root, 0o755))
+	at := func(path string) string {
+		p.must(os.MkdirAll(filepath.Dir(filepath.Join(root, path)), 0o755))
+		return filepath.Join(root, path)
+	}
+	put := func(from, to string) {
+		real, err := filepath.EvalSymlinks(from)
+		p.must(err)
+		p.install(real, at(to))
+	}
+	put("/proc/self/exe", "/usr/local/bin/mantlet")
+	put(os.Getenv("MANTLET_ENVOY_PATH"), "/usr/local/bin/envoy")
+	p.must(os.Symlink("mantlet", at("/usr/local/bin/test")))
+	legacy, err := exec.LookPath("iptables-legacy")
+	p.must(err)
+	unpacked := filepath.Dir(legacy)
+	put(filepath.Join(unpacked, "xtables-legacy-multi"), "/usr/sbin/iptables-legacy")
+	triplet := runtimeArchitecture() + "-linux-gnu"
+	for _, directory := range []string{unpacked, "/usr/lib/" + triplet + "/xtables"} {
+		matches, err := filepath.Glob(filepath.Join(directory, "libxt_*.so"))
+		p.must(err)
+		for _, match := range matches {
+			put(match, "/usr/lib/"+triplet+"/xtables/"+filepath.Base(match))
+		}
+	}
+	for _, program := range []string{"/usr/local/bin/mantlet", "/usr/local/bin/envoy", "/usr/sbin/iptables-legacy"} {
+		ldd := exec.Command("ldd", filepath.Join(root, program))
+		ldd.Env = append(os.Environ(), "LD_LIBRARY_PATH="+unpacked)
+		out, _ := ldd.Output() // which fails for a static program
+		for _, library := range regexp.MustCompile(`/\S+`).FindAllString(string(out), -1) {
+			to := library
+			if filepath.Dir(library) == unpacked {
+				to = "/usr/lib/" + triplet + "/" + filepath.Base(library)
+			}
+			if _, err := os.Stat(at(to)); err != nil {
+				put(library, to)
+			}
+		}
+	}
+	p.must(os.WriteFile(at("/etc/resolv.conf"), nil, 0o644))
+	p.must(os.WriteFile(at("/etc/hosts"), []byte("127.0.0.1 localhost\n"), 0o644))
+	return root
+}
+
+func runtimeArchitecture() string {
+	return map[string]string{"amd64": "x86_64", "arm64": "aarch64"}[runtime.GOARCH]
+}
+
+// TestContrastsContainer: mantlet in a container of the shape that Contrast's generator gives its sidecar, which it does not know is
+// another: arguments, variables, certificates, probe and privileges are Contrast's, the rest is what the image's flavour has. The guest
+// has booted with its rule.
+func TestContrastsContainer(t *testing.T) {
+	t.Parallel()
+	far := "127.0.0.1:9" // nobody
+	p := newPod(t, instructions(t, "ENV", "base", "contrast")...)
+	p.sidecar.Root = p.image()
+	p.sidecar.Binary = "/usr/local/bin/mantlet"
+	p.sidecar.Args = []string{"run", "-l", "debug"} // the image's ENTRYPOINT, and the container's args
+	p.sidecar.Env = append(p.sidecar.Env,
+		"CONTRAST_INGRESS_PROXY_CONFIG=web#8080#false##admin#9901#true", "CONTRAST_EGRESS_PROXY_CONFIG=billing#127.137.0.1:8081#"+far, "CONTRAST_ADMIN_PORT=9901",
+		"MANTLET_TLS_DIRECTORY=", "MANTLET_RUNTIME_DIRECTORY=", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+	p.sidecar.RuntimeDirectory = filepath.Join(p.sidecar.Root, "run/mantlet") // as seen from outside
+	initialized := filepath.Join(p.sidecar.Root, "contrast/tls-config")
+	p.must(os.MkdirAll(initialized, 0o755))
+	p.must(p.identity.Write(initialized))
+	p.iptables(bootDeny)
+	p.besiege()
+
+	startupProbe := func() int {
+		cmd := p.sidecar.Command("-f", "/ready")
+		cmd.Path, cmd.Args = "", append([]string{"nsenter", "--mount", "--pid", "--target", strconv.Itoa(p.sidecar.PID()), "test"}, cmd.Args[1:]...)
+		cmd.Path, _ = exec.LookPath("nsenter")
+		_ = cmd.Run()
+		return cmd.ProcessState.ExitCode()
+	}
+	p.run()
+	p.protect(tlsPort)
+	p.protect(mtlsPort)
+	p.await("the startup probe succeeds", func() bool { return startupProbe() == 0 })
+	p.ready()
+	for _, addr := range p.Addrs() {
+		p.must(p.exchange(netip.AddrPortFrom(addr, tlsPort), p.anonymous()))
+		p.must(p.exchange(netip.AddrPortFrom(addr, mtlsPort), p.client.ClientConfig("pod")))
+		for _, path := range []string{"/status", "/metrics", "/stats/prometheus"} {
+			if code, said, err := p.get(addr, http.MethodGet, path); err != nil || code != http.StatusOK {
+				t.Errorf("%s: %d, %v: %s", path, code, err, said)
+			}
+		}
+	}
+	if rules := p.iptables("-S INPUT"); rules != "-P INPUT ACCEPT\n" {
+		t.Errorf("the guest's rule is still there: %s", rules)
+	}
+	p.besieged()
+
+	p.must(syscall.Kill(p.envoy(), syscall.SIGSTOP))
+	p.await("the probe fails while Envoy hangs", func() bool { return startupProbe() == 1 })
+	p.must(syscall.Kill(p.envoy(), syscall.SIGCONT))
+	p.await("it succeeds again", func() bool { return startupProbe() == 0 })
+	p.must(p.sidecar.Signal(syscall.SIGSTOP))
+	if code := startupProbe(); code != 1 {
+		t.Errorf("while mantlet hangs the probe's exit code is %d", code)
+	}
+	p.must(p.sidecar.Signal(syscall.SIGCONT))
+	p.await("it succeeds again", func() bool { return startupProbe() == 0 })
+	p.must(p.sidecar.Stop())
+}
+
+// TestTest checks what mantlet answers where it is called by the name test.
+func TestTest(t *testing.T) {
+	directory := t.TempDir()
+	link := filepath.Join(directory, "test")
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(directory, "file")
+	if err := errors.Join(os.Symlink(self, link), os.WriteFile(file, nil, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		args []string
+		code int
+	}{
+		{[]string{"-f", file}, 0},
+		{[]string{"-f", link}, 0}, // to a file
+		{[]string{"-f", file + "s"}, 1},
+		{[]string{"-f", directory}, 1},
+		{[]string{"-f", "/dev/null"}, 1},
+		{[]string{"-e", file}, 2},
+		{[]string{"-f"}, 2},
+		{nil, 2},
+		{[]string{"-f", file, "-a", "-f", file}, 2},
+	} {
+		cmd := exec.Command(link, c.args...)
+		cmd.Env = append(os.Environ(), asMantlet+"=1", "GORACE=atexit_sleep_ms=0")
+		if _ = cmd.Run(); cmd.ProcessState.ExitCode() != c.code {
+			t.Errorf("test %q: exit code %d, want %d", c.args, cmd.ProcessState.ExitCode(), c.code)
+		}
+	}
 }

@@ -186,6 +186,11 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 	if err := private(env.Process.RuntimeDirectory, env.Process.EnvoyUID); err != nil {
 		return err
 	}
+	if path := env.Process.ReadyFile; path != "" {
+		if err := reconcile.PlaceReadyFile(path, env.Process.RuntimeDirectory); err != nil {
+			return fmt.Errorf("MANTLET_READY_FILE %q can't be made: %w", path, err)
+		}
+	}
 	if socket := env.Process.GateSocket; socket != "" {
 		if info, err := os.Stat(filepath.Dir(socket)); err != nil || !info.IsDir() {
 			return fmt.Errorf("%s: there is no directory %s: mount there the volume that the workload mounts too", schema.GateVariable, filepath.Dir(socket))
@@ -366,6 +371,9 @@ func confine(runner *envoy.Runner, process schema.Process, log *slog.Logger) err
 			Read:  sandbox.Inputs(process.TLSDirectory, envoy.TLSFiles()...),
 			Write: []string{process.RuntimeDirectory},
 		}
+		if process.ReadyFile != "" {
+			own.Link = append(own.Link, process.RuntimeDirectory)
+		}
 		if process.ConfigFile != "" {
 			own.Read = append(own.Read, sandbox.Inputs(filepath.Dir(process.ConfigFile), filepath.Base(process.ConfigFile))...)
 		}
@@ -452,7 +460,7 @@ func closable(directory string) error {
 		return fmt.Errorf("looking into MANTLET_RUNTIME_DIRECTORY: %w", err)
 	}
 	for _, e := range entries {
-		if !slices.Contains([]string{"envoy", "mantlet.sock", "lost+found", "xtables.lock"}, e.Name()) && !strings.HasPrefix(strings.TrimPrefix(e.Name(), "."), "last-good.json") {
+		if !slices.Contains([]string{"envoy", "mantlet.sock", "lost+found", "ready", "xtables.lock"}, e.Name()) && !strings.HasPrefix(strings.TrimPrefix(e.Name(), "."), "last-good.json") {
 			return fmt.Errorf("MANTLET_RUNTIME_DIRECTORY %q is open to others (%v) and holds %q: mantlet would close to them what they use; %s",
 				directory, info.Mode(), e.Name(), right)
 		}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"unsafe"
@@ -31,7 +32,8 @@ func limit(add []sandbox.Capability) error {
 
 // container is what a program is executed in.
 type container struct {
-	Writable     string // the one directory, beside /dev/shm
+	Root         string // its root directory, which it can write, as it can do all that a privileged one can; "": the lab's, read-only
+	Writable     string // the one directory, beside /dev/shm, where the root is read-only
 	Capabilities []sandbox.Capability
 	Forbidden    []uint32 // system calls
 	Path         string
@@ -48,7 +50,10 @@ const (
 func (c container) around(cmd *exec.Cmd) error {
 	c.Path, c.Args, c.Env = cmd.Path, cmd.Args, cmd.Environ()
 	text, err := json.Marshal(c)
-	if err = errors.Join(err, os.MkdirAll(c.Writable, 0o777)); err != nil {
+	if c.Root == "" {
+		err = errors.Join(err, os.MkdirAll(c.Writable, 0o777))
+	}
+	if err != nil {
 		return err
 	}
 	cmd.Path, cmd.Env = "/proc/self/exe", []string{marker + "=" + stageContainer, containerContent + "=" + string(text)}
@@ -63,6 +68,12 @@ func execute() error {
 		return err
 	}
 	runtime.LockOSThread() // which executes the program
+	if c.Root != "" {
+		if err := c.pivot(); err != nil {
+			return err
+		}
+		return os.NewSyscallError("execve", unix.Exec(c.Path, c.Args, c.Env))
+	}
 	if err := c.mount(); err != nil {
 		return err
 	}
@@ -92,6 +103,28 @@ func (c container) mount() error {
 		if err := unix.MountSetattr(unix.AT_FDCWD, directory, 0, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}); err != nil {
 			return fmt.Errorf("making %s writable: %w", directory, err)
 		}
+	}
+	return nil
+}
+
+// pivot makes the container's root directory the root, with a /proc, a /dev and a /dev/shm of its own.
+func (c container) pivot() error {
+	under := func(path string) string { return filepath.Join(c.Root, path) }
+	devices := []string{"/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"}
+	err := errors.Join(os.MkdirAll(under("/proc"), 0o755), os.MkdirAll(under("/dev/shm"), 0o755),
+		unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""), unix.Mount(c.Root, c.Root, "", unix.MS_BIND, ""))
+	for _, path := range devices {
+		err = errors.Join(err, os.WriteFile(under(path), nil, 0o666), unix.Mount(path, under(path), "", unix.MS_BIND, ""))
+	}
+	err = errors.Join(err,
+		unix.Mount("proc", under("/proc"), "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""),
+		unix.Mount("tmpfs", under("/dev/shm"), "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=1777"),
+		unix.Chdir(c.Root))
+	if err == nil {
+		err = errors.Join(unix.PivotRoot(".", "."), unix.Unmount(".", unix.MNT_DETACH), unix.Chdir("/")) // see pivot_root(2)
+	}
+	if err != nil {
+		return fmt.Errorf("making %s the root: %w", c.Root, err)
 	}
 	return nil
 }

@@ -26,6 +26,7 @@ type Sidecar struct {
 	Env              []string             // beside the directories' and Envoy's variables
 	Capabilities     []sandbox.Capability // what its container adds to `drop: [ALL]`
 	Contained        bool                 // PID 1, with a read-only root and the system calls that RuntimeDefault lets through
+	Root             string               // PID 1 of a privileged container with this root directory, which has the other paths; "": none
 	Forbidden        []uint32             // further system calls that a contained one can't make
 	Binary           string               // mantlet
 	Args             []string             // its arguments; nil: run
@@ -77,6 +78,8 @@ func (s *Sidecar) Start() error {
 		err := errors.Join(s.Host.enter(), s.Host.enterMounts())
 		switch {
 		case err != nil:
+		case s.Root != "":
+			err = container{Root: s.Root}.around(s.cmd)
 		case s.Contained:
 			err = container{Writable: s.RuntimeDirectory, Capabilities: s.Capabilities, Forbidden: s.Forbidden}.around(s.cmd)
 		default:

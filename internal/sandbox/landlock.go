@@ -16,6 +16,7 @@ import (
 // execute. A name that is not there stands for the nearest directory above it that is: it may come later.
 type Rules struct {
 	Read, Execute, Write []string
+	Link                 []string // as Write, and symbolic links may be made there
 }
 
 // ErrNoLandlock is the kernel's: it has no Landlock, or it is switched off, or seccomp hides it.
@@ -27,6 +28,7 @@ const (
 	rightsExecute = rightsRead | unix.LANDLOCK_ACCESS_FS_EXECUTE
 	rightsWrite   = rightsRead | unix.LANDLOCK_ACCESS_FS_WRITE_FILE | unix.LANDLOCK_ACCESS_FS_TRUNCATE |
 		unix.LANDLOCK_ACCESS_FS_MAKE_REG | unix.LANDLOCK_ACCESS_FS_MAKE_SOCK | unix.LANDLOCK_ACCESS_FS_REMOVE_FILE
+	rightsLink    = rightsWrite | unix.LANDLOCK_ACCESS_FS_MAKE_SYM
 	rightsOfFiles = unix.LANDLOCK_ACCESS_FS_READ_FILE | unix.LANDLOCK_ACCESS_FS_EXECUTE | unix.LANDLOCK_ACCESS_FS_WRITE_FILE |
 		unix.LANDLOCK_ACCESS_FS_TRUNCATE
 )
@@ -54,6 +56,7 @@ func (r Rules) And(other Rules) Rules {
 		Read:    slices.Concat(r.Read, other.Read),
 		Execute: slices.Concat(r.Execute, other.Execute),
 		Write:   slices.Concat(r.Write, other.Write),
+		Link:    slices.Concat(r.Link, other.Link),
 	}
 }
 
@@ -104,7 +107,7 @@ func (r Rules) restrict(scoped bool, enforce func(ruleset uintptr) error) error 
 	for _, set := range []struct {
 		rights uint64
 		paths  []string
-	}{{rightsRead, r.Read}, {rightsExecute, r.Execute}, {rightsWrite, r.Write}} {
+	}{{rightsRead, r.Read}, {rightsExecute, r.Execute}, {rightsWrite, r.Write}, {rightsLink, r.Link}} {
 		for _, path := range set.paths {
 			if err := allow(ruleset, path, set.rights&attr.Access_fs); err != nil {
 				return fmt.Errorf("allowing %s: %w", path, err)

@@ -1,0 +1,71 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+)
+
+// readyPoll is how old the ready file's word may be: a probe that looks for the file does so each second, as a rule.
+const readyPoll = 250 * time.Millisecond
+
+// readyLink is what the ready file leads to.
+func readyLink(runtimeDirectory string) string { return filepath.Join(runtimeDirectory, "ready") }
+
+// PlaceReadyFile makes a path lead to where there is a file exactly while a sidecar is ready, and there is none yet. What is at the path is
+// replaced, unless it is a directory.
+//
+// The path leads to a name in the runtime directory, where mantlet may make and remove names once it is confined, and that name to a file
+// of mantlet's own process: a mantlet that is killed takes it along.
+func PlaceReadyFile(path, runtimeDirectory string) error {
+	link := readyLink(runtimeDirectory)
+	if err := remove(link); err != nil {
+		return err
+	}
+	if path == link {
+		return nil
+	}
+	if there, err := os.Readlink(path); err == nil && there == link {
+		return nil // of a mantlet before this one, or of the image
+	}
+	if err := remove(path); err != nil {
+		return err
+	}
+	return os.Symlink(link, path)
+}
+
+// remove removes a file or a link, if there is one.
+func remove(path string) error {
+	if info, err := os.Lstat(path); err == nil && info.IsDir() {
+		return fmt.Errorf("%s is a directory", path)
+	}
+	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// keepReadyFile makes the ready file be there exactly while the sidecar is ready, until ctx ends. From then on there is none.
+func (d *Daemon) keepReadyFile(ctx context.Context) {
+	link := readyLink(d.Environment.Process.RuntimeDirectory)
+	alive := filepath.Join("/proc", strconv.Itoa(os.Getpid()), "comm") // a regular file, to whoever looks
+	var failed error
+	defer func() { _ = remove(link) }()
+	for ; ctx.Err() == nil; sleep(ctx, readyPoll) {
+		var err error
+		if len(d.Unready(ctx)) > 0 {
+			err = remove(link)
+		} else if err = os.Symlink(alive, link); errors.Is(err, fs.ErrExist) {
+			err = nil
+		}
+		if err != nil && !same(err, failed) {
+			d.Log.Warn("the ready file does not say how it is", "error", err)
+		}
+		failed = err
+	}
+}
