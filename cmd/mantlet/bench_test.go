@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"fmt"
 	"net/http"
 	"net/netip"
@@ -231,6 +232,28 @@ func (p *pod) bare(config, admin string) time.Duration {
 	_ = envoy.Wait()
 	p.must(os.Remove(admin))
 	return took
+}
+
+// BenchmarkRotation measures from the last file of a new set of certificates, less the debounce, until a handshake shows it.
+func BenchmarkRotation(b *testing.B) {
+	p, _ := reloaded(b)
+	config := &tls.Config{InsecureSkipVerify: true}
+	var took []time.Duration
+	for b.Loop() {
+		for range 50 {
+			next := p.issue("pod")
+			p.must(next.Write(p.sidecar.TLSDirectory))
+			began := time.Now()
+			for shown := false; !shown; {
+				conn, err := p.handshake(netip.AddrPortFrom(p.IPv4, tlsPort), config)
+				p.must(err)
+				shown = conn.ConnectionState().PeerCertificates[0].Equal(next.Leaf)
+				_ = conn.Close()
+			}
+			took = append(took, time.Since(began)-debounce)
+		}
+	}
+	percentiles(b, "shown", took)
 }
 
 // BenchmarkRepair measures from the kernel's note of a foreign change to the rules until the kernel's note that they are put
