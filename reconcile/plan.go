@@ -50,7 +50,6 @@ type Envoy struct {
 	Settings  schema.Envoy
 	Bootstrap *bootstrapv3.Bootstrap
 	Listeners map[string]bool
-	Leaf      string // the serial number of the certificate that it shows, in hex
 }
 
 // Diff returns the steps that lead from what is there to a mesh in a place: none if it is what is wanted. Rules are

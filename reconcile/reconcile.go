@@ -39,20 +39,33 @@ type Kernel interface {
 	Watch(ctx context.Context) <-chan string
 }
 
+// ErrUntried is what Secrets.Update's error wraps where it says nothing of the certificates: no Envoy could try them now.
+var ErrUntried = errors.New("the certificates can't be tried")
+
 // Secrets are the certificates that Envoy has.
 type Secrets interface {
-	// Update gives Envoy the generation that is in the TLS directory, and reports whether it lacks a mesh CA that the one
-	// before had. Where the generation is not good the error says why, and Envoy keeps what it has. It is idempotent.
+	// Update gives Envoy the generation that is in the TLS directory, if Envoy accepts it, and reports whether it lacks a mesh
+	// CA that the one before had. Where the generation is not good the error says why, and Envoy keeps what it has. It returns
+	// once Envoy has it. Where no Envoy runs, the generation is offered to the one that starts next: Update is to be called
+	// again then. It is idempotent.
 	Update(ctx context.Context) (revoked bool, err error)
-	// Renew gives Envoy what it has once more, which ends all TLS session tickets, and returns once Envoy has read it, as far
-	// as Envoy tells. Where it has nothing, it does nothing.
+	// Renew gives Envoy what it has once more, which ends all TLS session tickets, and returns once Envoy has it. Where it has
+	// nothing, it does nothing.
 	Renew(ctx context.Context) error
-	// Expires returns when what Envoy has expires; the zero time where it has nothing.
+	// Offered reports whether an Envoy that is started finds certificates, tried or not.
+	Offered() bool
+	// Expires returns when what Envoy accepted expires; the zero time where it accepted nothing yet.
 	Expires() time.Time
 	// Valid returns why peers do not accept, at a time, what Envoy has; nil where they do, or where it has nothing.
 	Valid(now time.Time) error
-	// Certificates returns what Envoy has, without LeftSeconds. It may be called at any time.
-	Certificates() []Certificate
+	// Held returns an error if Envoy says that it does not have what it was given.
+	Held(ctx context.Context) error
+	// Good returns what Envoy accepted last, without LeftSeconds.
+	Good() []Certificate
+	// Certificates returns what Envoy says that it has, or said last, without LeftSeconds. It may be called at any time.
+	Certificates(ctx context.Context) []Certificate
+	// Warnings returns what is not as it should be with what Envoy has, although Envoy accepts it.
+	Warnings() []string
 }
 
 // Process is an Envoy that is live, or was.
@@ -127,7 +140,8 @@ type Daemon struct {
 	mu       sync.Mutex
 	want     *desired  // the last good configuration; nil until an override file that is named could be read
 	have     *desired  // what is in force, with the rules as they are in the kernel; nil at first
-	expires  time.Time // what Envoy has of certificates; zero where it has none
+	supplied bool      // an Envoy that is started finds certificates
+	expires  time.Time // those that Envoy accepted; zero where it has accepted none
 	process  Process   // the one that serves; nil where none does
 	serves   string    // the digest of the state that it was started with
 	handover bool      // to another Envoy: meanwhile the one that serves does not answer
@@ -146,7 +160,7 @@ type Daemon struct {
 
 	// What the reader of the certificates has alone.
 	given  []Certificate // that Envoy has
-	unread bool          // an Envoy was starting while a mesh CA was taken away, and may have read the files of before
+	unread bool          // an Envoy was starting, so that none could try them
 
 	news     chan struct{} // for the loop: another configuration, or other certificates
 	started  chan struct{} // for the reader of the certificates: an Envoy was started, or could not be
@@ -261,9 +275,9 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 	if err := d.move(); err != nil {
 		d.Log.Error("the state can't be rendered for this place", "error", err)
 	}
-	var certified bool
-	d.locked(func() { certified = !d.expires.IsZero() })
-	if ctx.Err() != nil || d.want == nil || !certified {
+	var supplied bool
+	d.locked(func() { supplied = d.supplied })
+	if ctx.Err() != nil || d.want == nil || !supplied {
 		return 0
 	}
 	d.revoke()
@@ -333,6 +347,11 @@ func (d *Daemon) apply(ctx context.Context, want *desired) error {
 		if err := d.start(ctx, want); err != nil {
 			return err
 		}
+	}
+	var accepted bool
+	d.locked(func() { accepted = !d.expires.IsZero() })
+	if !accepted { // nobody is let in before Envoy has accepted certificates
+		return nil
 	}
 	return d.enforce(want)
 }
@@ -529,21 +548,13 @@ func (d *Daemon) readCertificates(ctx context.Context) {
 	began := time.Now()
 	before := d.starting()
 	revoked, err := d.Secrets.Update(ctx)
-	d.unread = d.unread || revoked && (before.now || d.starting() != before)
-	if d.unread && !d.starting().now {
-		// The new Envoy may have read the mesh CAs of before. Once it has read them again, what it let in meanwhile ends.
-		if renewErr := d.Secrets.Renew(ctx); renewErr != nil {
-			err = errors.Join(err, renewErr)
-		} else {
-			d.unread, revoked = false, true
-		}
-	}
+	d.unread = errors.Is(err, ErrUntried) && (before.now || d.starting() != before)
 	expires := d.Secrets.Expires()
-	if given := d.Secrets.Certificates(); !reflect.DeepEqual(given, d.given) {
+	if given := d.Secrets.Good(); !reflect.DeepEqual(given, d.given) {
 		d.given = given
 		d.applied(applyCertificates, time.Since(began), nil)
 	}
-	if err != nil {
+	if err != nil && !d.unread {
 		what := "the certificates were rejected; the last good ones stay in use"
 		if expires.IsZero() {
 			what = notCertified
@@ -559,8 +570,9 @@ func (d *Daemon) readCertificates(ctx context.Context) {
 	}
 	var isNew bool
 	d.locked(func() {
-		isNew = revoked || !expires.Equal(d.expires)
-		d.expires, d.revoked = expires, d.revoked || revoked
+		supplied := d.Secrets.Offered()
+		isNew = revoked || !expires.Equal(d.expires) || supplied != d.supplied
+		d.supplied, d.expires, d.revoked = supplied, expires, d.revoked || revoked
 	})
 	if isNew {
 		notify(d.news)
@@ -594,6 +606,9 @@ func (d *Daemon) foresee(now time.Time) {
 			continue
 		}
 		err := fmt.Errorf("%s (%s) expires at %s, and there is no new one", c.Role, c.Subject, c.NotAfter.Format(time.RFC3339))
+		if now.After(c.NotAfter) {
+			err = fmt.Errorf("%s (%s) expired at %s; if no peer needs it, take it out", c.Role, c.Subject, c.NotAfter.Format(time.RFC3339))
+		}
 		if d.complain(&d.expiring, "certificates expire soon", "the certificates should be replaced", err) {
 			d.failed(checkCertificates, d.expiring)
 		}

@@ -43,6 +43,7 @@ type world struct {
 	found     error                    // what is not as it should be with the rules in the kernel
 	secretErr error
 	expiry    time.Time
+	offered   bool // certificates that no Envoy has tried yet
 	revoked   bool // a mesh CA was taken away; told once
 	latest    *process
 	open      func(context.Context) (int, error) // how many connections are
@@ -172,6 +173,16 @@ func (w *world) Renew(context.Context) error {
 	return nil
 }
 
+func (w *world) Offered() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.offered || !w.expiry.IsZero()
+}
+
+func (w *world) Held(context.Context) error { return nil }
+
+func (w *world) Warnings() []string { return nil }
+
 func (w *world) Expires() time.Time {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -187,7 +198,9 @@ func (w *world) Valid(now time.Time) error {
 	return nil
 }
 
-func (w *world) Certificates() []Certificate {
+func (w *world) Certificates(context.Context) []Certificate { return w.Good() }
+
+func (w *world) Good() []Certificate {
 	expiry := w.Expires()
 	if expiry.IsZero() {
 		return nil
@@ -458,6 +471,27 @@ func TestBadCertificates(t *testing.T) {
 			t.Errorf("reported %d times", n)
 		}
 		expect(t, w, "start Envoy", "rules")
+	})
+}
+
+// TestOffered: an Envoy is started with certificates that none has tried, and nothing comes in before it has accepted some.
+func TestOffered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		good := w.expiry
+		w.expiry, w.offered, w.secretErr = time.Time{}, true, errors.New("Envoy does not accept the certificates")
+		w.run(t)
+		if did := w.done(); !slices.Equal(did, []string{"start Envoy"}) {
+			t.Errorf("did %q", did)
+		}
+		ready(t, w, "waiting for certificates; nothing comes in until then: Envoy does not accept the certificates")
+		w.set(func() { w.expiry, w.secretErr = good, nil })
+		time.Sleep(poll)
+		synctest.Wait()
+		if did := w.done(); !slices.Equal(did, []string{"rules"}) {
+			t.Errorf("did %q", did)
+		}
+		ready(t, w, "")
 	})
 }
 
@@ -867,12 +901,11 @@ func TestStartHangs(t *testing.T) {
 		if g := w.have.generations.Default; g != 1 {
 			t.Errorf("generation %d is in force", g)
 		}
-		// The Envoy that starts may have read the mesh CA that is gone: once it is live, it reads again, and what it let in by then ends.
+		// The Envoy that starts may have read the mesh CA that is gone: once it is live, the certificates are looked at again, and
+		// what it let in by then ends.
+		w.set(func() { w.revoked = true })
 		close(until)
-		synctest.Wait()
-		if did := w.done(); !slices.Equal(did, []string{"renew", "rules"}) {
-			t.Errorf("the daemon did %q", did)
-		}
+		expect(t, w, "rules")
 		if g := w.have.generations.Default; g != 2 {
 			t.Errorf("generation %d is in force", g)
 		}
@@ -1070,7 +1103,7 @@ func TestNext(t *testing.T) {
 		t.Fatal(err)
 	}
 	w := newWorld(t)
-	w.Environment, w.Place, w.expires = env, render.Place{RuntimeDirectory: directory}, w.expiry
+	w.Environment, w.Place, w.supplied, w.expires = env, render.Place{RuntimeDirectory: directory}, true, w.expiry
 	for _, step := range []struct {
 		text string
 		does []string

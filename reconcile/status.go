@@ -28,7 +28,7 @@ type Status struct {
 	LastError    *Failure      `json:"lastError"`
 	Epochs       []Epoch       `json:"epochs"`       // the Envoys that run: those that drain, then the one that serves
 	Envoys       Envoys        `json:"envoys"`       // how many there were
-	Certificates []Certificate `json:"certificates"` // what Envoy was given
+	Certificates []Certificate `json:"certificates"` // what Envoy says that it has
 	Applies      []Applies     `json:"applies"`
 	Inbound      []Inbound     `json:"inbound"`   // connections from outside that are open, by entry and mode
 	Upstreams    []Upstream    `json:"upstreams"` // of the egress entries
@@ -126,7 +126,7 @@ type Envoys struct {
 	Recovered uint64 `json:"recovered"` // of those that started: because none served any more
 }
 
-// Certificate is one that Envoy was given.
+// Certificate is one that Envoy has.
 type Certificate struct {
 	Role        string    `json:"role"` // one of the Role constants
 	Subject     string    `json:"subject"`
@@ -168,6 +168,7 @@ const (
 	notCertified    = "waiting for certificates; nothing comes in until then"
 	notWritable     = "the runtime directory cannot be written to"
 	notValid        = "peers do not accept the certificates any more"
+	notTaken        = "Envoy does not have the certificates"
 	notLive         = "starting Envoy"
 	notRunning      = "Envoy is down"
 	notServing      = "Envoy does not serve as it should"
@@ -180,7 +181,7 @@ const (
 // Reasons returns how the reasons of Unready begin.
 func Reasons() []string {
 	return []string{
-		notStarted, notStaying, notConfigured, notCertified, notWritable, notValid, notLive, notRunning, notServing, notAlone, notInForce, notAsTheyShould, notLetIn,
+		notStarted, notStaying, notConfigured, notCertified, notWritable, notValid, notTaken, notLive, notRunning, notServing, notAlone, notInForce, notAsTheyShould, notLetIn,
 	}
 }
 
@@ -236,13 +237,18 @@ func (d *Daemon) Unready(ctx context.Context) []Reason {
 	}
 	d.mu.Unlock()
 	var checks sync.WaitGroup
-	var certificates, envoy, joined, rules, denied error
+	var certificates, held, envoy, joined, rules, denied error
 	checks.Go(func() { certificates = d.Secrets.Valid(time.Now()) })
 	if process != nil && !handover {
 		checks.Go(func() {
 			if found, known := d.tryListeners(); known {
 				joined = found
 			}
+		})
+		checks.Go(func() {
+			ctx, cancel := context.WithTimeout(ctx, checkLimit)
+			defer cancel()
+			held = d.Secrets.Held(ctx)
 		})
 		checks.Go(func() {
 			ctx, cancel := context.WithTimeout(ctx, checkLimit)
@@ -261,6 +267,7 @@ func (d *Daemon) Unready(ctx context.Context) []Reason {
 		}
 	})
 	because(checkCertificates, about(notValid, certificates))
+	because(checkCertificates, about(notTaken, held))
 	because(checkEnvoy, about(notServing, envoy))
 	because(checkEnvoy, about(notAlone, joined))
 	because(checkRules, about(notAsTheyShould, rules))
@@ -286,6 +293,9 @@ func (d *Daemon) Notes() []error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	notes := []error{d.badConfig, d.badCertificates, d.expiring, d.down, d.unserved, d.ungated, d.have.whyClosed()}
+	for _, line := range d.Secrets.Warnings() {
+		notes = append(notes, located{checkCertificates, errors.New(line)})
+	}
 	for _, line := range d.foreign {
 		notes = append(notes, located{checkRules, errors.New(line)})
 	}
@@ -325,7 +335,7 @@ func (d *Daemon) Status(ctx context.Context) Status {
 			s.Problems = append(s.Problems, note.Error())
 		}
 	}
-	for _, c := range d.Secrets.Certificates() {
+	for _, c := range d.Secrets.Certificates(ctx) {
 		c.LeftSeconds = seconds(time.Until(c.NotAfter))
 		s.Certificates = append(s.Certificates, c)
 	}

@@ -49,9 +49,13 @@ func newValidator(t testing.TB) validator {
 	if err := identity.Write(directory); err != nil {
 		t.Fatal(err)
 	}
+	const (
+		identitySecret = `"tls_certificate": {"certificate_chain": {"filename": "%[1]s/certChain.pem"}, "private_key": {"filename": "%[1]s/key.pem"}}`
+		caSecret       = `"validation_context": {"trusted_ca": {"filename": "%[1]s/mesh-ca.pem"}}`
+	)
 	for secret, content := range map[string]string{
-		render.IdentitySecret: `"tls_certificate": {"certificate_chain": {"filename": "%[1]s/certChain.pem"}, "private_key": {"filename": "%[1]s/key.pem"}}`,
-		render.MeshCASecret:   `"validation_context": {"trusted_ca": {"filename": "%[1]s/mesh-ca.pem"}}`,
+		render.IdentitySecret: identitySecret, render.TrialIdentitySecret: identitySecret,
+		render.MeshCASecret: caSecret, render.TrialClientCASecret: caSecret, render.TrialServerCASecret: caSecret,
 	} {
 		const form = `{"resources": [{"@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret", "name": %q, %s}]}`
 		text := fmt.Sprintf(form, secret, fmt.Sprintf(content, directory))
@@ -170,7 +174,7 @@ func TestBrokenIsRefused(t *testing.T) {
 			edit(t, r.Listeners[0].FilterChains[0].Filters[0].GetTypedConfig(), func(p *tcpproxyv3.TcpProxy) { p.MaxEarlyDataBytes = nil })
 		}},
 		{"duplicate cluster", validator.place, func(r *bootstrapv3.Bootstrap_StaticResources) { r.Clusters = append(r.Clusters, r.Clusters[0]) }},
-		{"sds-identity.json' does not exist", elsewhere, func(*bootstrapv3.Bootstrap_StaticResources) {}},
+		{".json' does not exist", elsewhere, func(*bootstrapv3.Bootstrap_StaticResources) {}},
 	} {
 		state, err := render.Render(mesh, c.place)
 		if err != nil {

@@ -64,14 +64,11 @@ func discovery() *corev3.ApiConfigSource {
 
 // discoveryServer is mantlet.
 func (r *renderer) discoveryServer() *clusterv3.Cluster {
-	pipe := &corev3.Address{Address: &corev3.Address_Pipe{Pipe: &corev3.Pipe{Path: DiscoverySocket(r.place.RuntimeDirectory)}}}
 	return &clusterv3.Cluster{
 		Name:                 discoveryCluster,
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
 		ConnectTimeout:       durationpb.New(connectTimeout),
-		LoadAssignment: assignment(discoveryCluster, &endpointv3.LbEndpoint{HostIdentifier: &endpointv3.LbEndpoint_Endpoint{
-			Endpoint: &endpointv3.Endpoint{Address: pipe},
-		}}),
+		LoadAssignment:       assignment(discoveryCluster, atPipe(pipe(DiscoverySocket(r.place.RuntimeDirectory), 0))),
 		TypedExtensionProtocolOptions: map[string]*anypb.Any{
 			"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": r.pack(&httpv3.HttpProtocolOptions{
 				UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_{
@@ -91,18 +88,15 @@ func AdminSocket(runtimeDirectory string, epoch int) string {
 	return filepath.Join(runtimeDirectory, fmt.Sprintf("admin-%d.sock", epoch))
 }
 
-// Admin returns the admin interface of an epoch: a unix socket, never TCP. It is open to whoever gets into the directory,
-// which Envoy and mantlet do, two users.
+// Admin returns the admin interface of an epoch: a unix socket, never TCP.
 func Admin(runtimeDirectory string, epoch int) *bootstrapv3.Admin {
-	pipe := &corev3.Pipe{Path: AdminSocket(runtimeDirectory, epoch), Mode: 0o666}
-	return &bootstrapv3.Admin{Address: &corev3.Address{Address: &corev3.Address_Pipe{Pipe: pipe}}}
+	return &bootstrapv3.Admin{Address: pipe(AdminSocket(runtimeDirectory, epoch), fromMantlet)}
 }
 
 func bootstrap(mesh schema.Mesh, place Place) (*bootstrapv3.Bootstrap, error) {
 	r := newRenderer(mesh, place)
 	b := &bootstrapv3.Bootstrap{
 		Node:            &corev3.Node{Id: node, Cluster: node},
-		Admin:           Admin(place.RuntimeDirectory, 0),
 		StaticResources: &bootstrapv3.Bootstrap_StaticResources{},
 	}
 	if !mesh.IngressOff {
@@ -117,6 +111,9 @@ func bootstrap(mesh schema.Mesh, place Place) (*bootstrapv3.Bootstrap, error) {
 		b.StaticResources.Clusters = append(b.StaticResources.Clusters, r.discoveryServer())
 		b.DynamicResources = &bootstrapv3.Bootstrap_DynamicResources{AdsConfig: discovery()}
 	}
+	b.StaticResources.Listeners = append(b.StaticResources.Listeners, r.trialListeners()...)
+	b.StaticResources.Clusters = append(b.StaticResources.Clusters, r.trialCluster())
+	SetEpoch(b, place.RuntimeDirectory, 0)
 	if err := errors.Join(r.err, Limit(b, Limits{}.Capacity(CostOf(mesh)))); err != nil {
 		return nil, err
 	}

@@ -170,6 +170,7 @@ func DiffBootstraps(want, have *bootstrapv3.Bootstrap) []string {
 // plain returns a bootstrap as generic JSON.
 func plain(b *bootstrapv3.Bootstrap) any {
 	b = proto.CloneOf(b)
+	SetEpoch(b, "", 0)
 	b.Admin, b.Node = nil, nil
 	b.OverloadManager, b.LayeredRuntime = nil, nil // see Limit
 	text, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(b)

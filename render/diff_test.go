@@ -119,7 +119,7 @@ func TestDiffBootstraps(t *testing.T) {
 			t.Fatal(err)
 		}
 		live := proto.CloneOf(one.Bootstrap)
-		live.Admin = render.Admin(place.RuntimeDirectory, 7)
+		render.SetEpoch(live, place.RuntimeDirectory, 7)
 		live.Node.UserAgentName = "envoy"
 		if lines := render.DiffBootstraps(one.Bootstrap, live); len(lines) > 0 {
 			t.Fatalf("the same differs: %q", lines)

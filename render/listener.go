@@ -115,8 +115,11 @@ func (r *renderer) accessLog(direction, peer string) []*accesslogv3.AccessLog {
 	if r.mesh.AccessLog == schema.AccessLogNone {
 		return nil
 	}
-	fields := &structpb.Struct{Fields: map[string]*structpb.Value{}}
-	for name, operator := range map[string]string{
+	var filter *accesslogv3.AccessLogFilter
+	if r.mesh.AccessLog == schema.AccessLogRefused {
+		filter = r.refused()
+	}
+	return r.logTo(map[string]string{
 		"log":         string(r.mesh.AccessLog),
 		"direction":   direction,
 		"peer":        "%DOWNSTREAM_REMOTE_ADDRESS%",
@@ -135,21 +138,24 @@ func (r *renderer) accessLog(direction, peer string) []*accesslogv3.AccessLog {
 		"bytes_in":    "%BYTES_RECEIVED%",
 		"bytes_out":   "%BYTES_SENT%",
 		"duration_ms": "%DURATION%",
-	} {
+	}, filter)
+}
+
+// logTo writes a line of JSON, with these fields, for each connection that a filter lets through, if there is one.
+func (r *renderer) logTo(operators map[string]string, filter *accesslogv3.AccessLogFilter) []*accesslogv3.AccessLog {
+	fields := &structpb.Struct{Fields: map[string]*structpb.Value{}}
+	for name, operator := range operators {
 		fields.Fields[name] = structpb.NewStringValue(operator)
 	}
-	log := &accesslogv3.AccessLog{
-		Name: "envoy.access_loggers.stdout",
+	return []*accesslogv3.AccessLog{{
+		Name:   "envoy.access_loggers.stdout",
+		Filter: filter,
 		ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: r.pack(&streamv3.StdoutAccessLog{
 			AccessLogFormat: &streamv3.StdoutAccessLog_LogFormat{LogFormat: &corev3.SubstitutionFormatString{
 				Format: &corev3.SubstitutionFormatString_JsonFormat{JsonFormat: fields},
 			}},
 		})},
-	}
-	if r.mesh.AccessLog == schema.AccessLogRefused {
-		log.Filter = r.refused()
-	}
-	return []*accesslogv3.AccessLog{log}
+	}}
 }
 
 // refused lets connections through to the log that came to nothing: the client's TLS handshake failed or took too long,

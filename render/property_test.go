@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -18,6 +19,7 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 	"pgregory.net/rapid"
 
@@ -217,7 +219,11 @@ func TestEveryPeerIsVerified(t *testing.T) {
 				}
 			}
 		}
-		for _, l := range resources.Listeners[1:] {
+		listeners, trial := cutTrial(resources.Listeners[1:])
+		if len(trial) != 2 {
+			t.Errorf("%d listeners are the trial's", len(trial))
+		}
+		for _, l := range listeners {
 			for _, chain := range l.FilterChains {
 				switch {
 				case l.Name != "ingress-tls":
@@ -232,7 +238,8 @@ func TestEveryPeerIsVerified(t *testing.T) {
 				}
 			}
 		}
-		clusters, dynamic := resources.Clusters, state.Bootstrap.DynamicResources
+		clusters, trialCluster := cutTrial(resources.Clusters)
+		dynamic := state.Bootstrap.DynamicResources
 		if dynamic != nil { // mantlet itself, which tells addresses and nothing else
 			last := clusters[len(clusters)-1]
 			path := last.GetLoadAssignment().GetEndpoints()[0].LbEndpoints[0].GetEndpoint().GetAddress().GetPipe().GetPath()
@@ -240,6 +247,9 @@ func TestEveryPeerIsVerified(t *testing.T) {
 				t.Errorf("Envoy is told what to do by %v, at %q", dynamic, path)
 			}
 			clusters = clusters[:len(clusters)-1]
+		}
+		if len(trialCluster) != 1 {
+			t.Errorf("%d clusters are the trial's", len(trialCluster))
 		}
 		if len(clusters) != 1+len(mesh.Egress) || clusters[0].Name != "workload" || clusters[0].TransportSocket != nil {
 			t.Errorf("%d clusters for %d egress entries, the first is %v", len(clusters), len(mesh.Egress), clusters[0])
@@ -279,6 +289,66 @@ func edgesOf(entries []schema.Ingress) []uint16 {
 		ports = append(ports, max(1, in.Ports.First-1), in.Ports.First, in.Ports.Last, max(in.Ports.Last, in.Ports.Last+1))
 	}
 	return ports
+}
+
+// cutTrial sets the parts apart that certificates are tried in. They lead to each other and nowhere else: by sockets of the
+// runtime directory, and with secrets of their own.
+func cutTrial[T interface {
+	GetName() string
+	proto.Message
+}](all []T,
+) (others, trial []T) {
+	for _, part := range all {
+		if strings.HasPrefix(part.GetName(), "trial-") {
+			trial = append(trial, part)
+		} else {
+			others = append(others, part)
+		}
+	}
+	return others, trial
+}
+
+// TestTrialIsClosed: nothing but the trial's own parts leads to it, and it leads nowhere else.
+func TestTrialIsClosed(t *testing.T) {
+	state, err := render.Render(schema.Mesh{}, place)
+	if err != nil {
+		t.Fatal(err)
+	}
+	listeners, ends := cutTrial(state.Bootstrap.StaticResources.Listeners)
+	clusters, between := cutTrial(state.Bootstrap.StaticResources.Clusters)
+	text := func(parts ...proto.Message) (all string) {
+		for _, part := range parts {
+			text, err := protojson.Marshal(part)
+			if err != nil {
+				t.Fatal(err)
+			}
+			all += string(text)
+		}
+		return all
+	}
+	ours, theirs := text(ends[0], ends[1], between[0]), ""
+	for _, l := range listeners {
+		theirs += text(l)
+	}
+	for _, c := range clusters {
+		theirs += text(c)
+	}
+	if strings.Contains(theirs, "trial") {
+		t.Errorf("another part speaks of the trial: %s", theirs)
+	}
+	for _, others := range []string{render.SecretFile(render.IdentitySecret), render.SecretFile(render.MeshCASecret), "socketAddress", `"workload"`} {
+		if strings.Contains(ours, others) {
+			t.Errorf("the trial speaks of %s: %s", others, ours)
+		}
+	}
+	for _, address := range []string{
+		ends[0].Address.GetPipe().GetPath(), ends[1].Address.GetPipe().GetPath(),
+		between[0].LoadAssignment.Endpoints[0].LbEndpoints[0].GetEndpoint().Address.GetPipe().GetPath(),
+	} {
+		if filepath.Dir(address) != place.RuntimeDirectory {
+			t.Errorf("an end of the trial is at %q", address)
+		}
+	}
 }
 
 // unpack returns what a transport socket that must be TLS is configured with.

@@ -34,7 +34,7 @@ func (r *renderer) downstreamTLS(mode schema.Mode, allow, alpn []string) *corev3
 	c := &tlsv3.DownstreamTlsContext{CommonTlsContext: r.common(alpn)}
 	if mode == schema.ModeMTLS {
 		c.RequireClientCertificate = wrapperspb.Bool(true)
-		r.trust(c.CommonTlsContext, r.sanMatchers(allow, wholeString))
+		trust(c.CommonTlsContext, r.meshCA, r.sanMatchers(allow, wholeString))
 		r.err = errors.Join(r.err, demandsClientCertificate(c))
 	}
 	return r.transportSocket(c)
@@ -46,7 +46,7 @@ func (r *renderer) upstreamTLS(e schema.Egress) *corev3.TransportSocket {
 		Sni:              strings.TrimSuffix(e.SNI(), "."), // RFC 6066, section 3: without the dot of an absolute name
 		MaxSessionKeys:   wrapperspb.UInt32(sessionKeys),
 	}
-	r.trust(c.CommonTlsContext, r.sanMatchers(e.ServerNames, exact))
+	trust(c.CommonTlsContext, r.meshCA, r.sanMatchers(e.ServerNames, exact))
 	r.err = errors.Join(r.err, verifiesPeer(c.CommonTlsContext))
 	return r.transportSocket(c)
 }
@@ -74,12 +74,12 @@ func verifiesPeer(c *tlsv3.CommonTlsContext) error {
 	return nil
 }
 
-// trust makes the mesh CA the only anchor for the peer and, where there are matchers, one of its SANs match.
-func (r *renderer) trust(c *tlsv3.CommonTlsContext, sans []*tlsv3.SubjectAltNameMatcher) {
+// trust makes a CA the only trust anchor for the peer. Where there are matchers, one of the peer's SANs must match.
+func trust(c *tlsv3.CommonTlsContext, ca *tlsv3.SdsSecretConfig, sans []*tlsv3.SubjectAltNameMatcher) {
 	c.ValidationContextType = &tlsv3.CommonTlsContext_CombinedValidationContext{
 		CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
 			DefaultValidationContext:         &tlsv3.CertificateValidationContext{MatchTypedSubjectAltNames: sans},
-			ValidationContextSdsSecretConfig: r.meshCA,
+			ValidationContextSdsSecretConfig: ca,
 		},
 	}
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"crypto/tls"
+	"crypto/x509"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -140,9 +141,14 @@ func TestCertificatesAppear(t *testing.T) {
 // shows waits until connections of both families are shown an identity's chain. None may fail meanwhile.
 func (p *pod) shows(identity *lab.Identity) {
 	p.t.Helper()
+	p.showsTo(p.client, identity)
+}
+
+func (p *pod) showsTo(client, identity *lab.Identity) {
+	p.t.Helper()
 	for _, addr := range p.Addrs() {
 		p.await("the certificate is in use", func() bool {
-			conn, err := p.handshake(netip.AddrPortFrom(addr, mtlsPort), p.client.ClientConfig("pod"))
+			conn, err := p.handshake(netip.AddrPortFrom(addr, mtlsPort), client.ClientConfig("pod"))
 			p.must(err)
 			defer conn.Close()
 			p.must(echo(conn))
@@ -229,13 +235,13 @@ func TestBadRotation(t *testing.T) {
 		name, says string
 		write      func()
 	}{
-		{"key of another", "does not match", func() { replace(lab.ChainFile, p.issue("pod").ChainPEM()) }},
+		{"key of another", "is not the key of the leaf (CN=pod)", func() { replace(lab.ChainFile, p.issue("pod").ChainPEM()) }},
 		{"expired", "expired at", func() { p.must(expired.Write(directory)) }},
-		{"another CA", "does not verify", func() {
+		{"another CA", "another CA of the same name", func() {
 			p.must(stranger.Write(directory))
 			replace(lab.CAFile, p.mesh.CAPEM())
 		}},
-		{"garbage", "holds no certificate", func() { replace(lab.CAFile, []byte("garbage")) }},
+		{"garbage", "is not PEM", func() { replace(lab.CAFile, []byte("garbage")) }},
 		{"nothing", "no such file", func() { p.must(os.Remove(filepath.Join(directory, lab.KeyFile))) }},
 	} {
 		before := p.log.count(c.says)
@@ -256,6 +262,142 @@ func TestBadRotation(t *testing.T) {
 	next := p.issue("pod")
 	p.must(next.Write(directory))
 	p.shows(next)
+}
+
+// bundle puts an identity into the TLS directory, with these mesh CAs and not its own.
+func (p *pod) bundle(identity *lab.Identity, cas ...[]byte) {
+	p.t.Helper()
+	directory := p.t.TempDir()
+	p.must(identity.Write(directory))
+	p.must(os.WriteFile(filepath.Join(directory, lab.CAFile), bytes.Join(cas, nil), 0o600))
+	for _, name := range []string{lab.ChainFile, lab.KeyFile, lab.CAFile} {
+		text, err := os.ReadFile(filepath.Join(directory, name))
+		p.must(err)
+		p.must(renameio.WriteFile(filepath.Join(p.sidecar.TLSDirectory, name), text, 0o600))
+	}
+}
+
+// TestUntriedCertificates: at a first start the first Envoy tries the certificates. Nothing comes in while it does not accept
+// them, and the ports open once there are others.
+func TestUntriedCertificates(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	refused, err := p.mesh.Issue(lab.Leaf{DNSNames: []string{"pod"}, KeyUsage: x509.KeyUsageKeyAgreement})
+	p.must(err)
+	p.must(refused.Write(p.sidecar.TLSDirectory))
+	p.besiege()
+	p.run()
+	p.protect(tlsPort)
+	p.protect(mtlsPort)
+	p.unready("Envoy does not accept the certificates: the leaf's key usage lacks digitalSignature")
+	p.besieged()
+	for _, addr := range p.Addrs() {
+		if conn, err := p.dialBriefly(netip.AddrPortFrom(addr, tlsPort)); err == nil {
+			_ = conn.Close()
+			t.Errorf("%s lets connections in", addr)
+		}
+	}
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.ready()
+	p.shows(p.identity)
+	p.besieged()
+}
+
+// TestNoHalfGeneration: whatever Envoy and Go read or verify differently, the last good generation stays whole: its
+// certificate is shown, its CAs let in and no others do, and that is what mantlet says; also once Envoy, or mantlet, was
+// killed. The next good generation takes its place.
+func TestNoHalfGeneration(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	authority := func() (*lab.Authority, *lab.Identity) {
+		a, err := lab.NewAuthority("mesh")
+		p.must(err)
+		client, err := a.Issue(lab.Leaf{DNSNames: []string{"client"}})
+		p.must(err)
+		return a, client
+	}
+	second, secondClient := authority()
+	next, nextClient := authority()
+	p.bundle(p.identity, p.mesh.CAPEM(), second.CAPEM())
+	p.besiege()
+	p.run()
+	p.protect(tlsPort)
+	p.protect(mtlsPort)
+	p.ready()
+	letIn := func(client *lab.Identity) bool {
+		config := client.ClientConfig("")
+		config.VerifyConnection = nil // whom it is let in by is the question
+		return p.exchange(netip.AddrPortFrom(p.IPv4, mtlsPort), config) == nil
+	}
+	// holds checks that the generation with these CAs is in force, and that mantlet says so.
+	holds := func(when string, client, identity *lab.Identity, cas int, clients map[*lab.Identity]bool) {
+		t.Helper()
+		p.ready()
+		p.showsTo(client, identity)
+		for client, want := range clients {
+			if got := letIn(client); got != want {
+				t.Errorf("%s: a client is let in: %t, want %t", when, got, want)
+			}
+		}
+		var leaf, anchors int
+		for _, c := range p.status().Certificates {
+			switch {
+			case c.Role == "mesh CA":
+				anchors++
+			case c.Role == "leaf" && c.NotAfter.Equal(identity.Leaf.NotAfter):
+				leaf++
+			}
+		}
+		if leaf != 1 || anchors != cas {
+			t.Errorf("%s: the status has %d leaves and %d mesh CAs, want 1 and %d", when, leaf, anchors, cas)
+		}
+	}
+	before := map[*lab.Identity]bool{p.client: true, secondClient: true, nextClient: false}
+	holds("at first", p.client, p.identity, 2, before)
+
+	refused, err := next.Issue(lab.Leaf{DNSNames: []string{"pod"}, KeyUsage: x509.KeyUsageKeyAgreement})
+	p.must(err)
+	foreign, err := lab.NewAuthority("foreign")
+	p.must(err)
+	for _, bad := range []struct {
+		name, says string
+		write      func()
+	}{
+		{"a CA taken away, the others glued", "is glued to the one before", func() {
+			p.bundle(p.identity, bytes.TrimSpace(foreign.CAPEM()), next.CAPEM(), p.mesh.CAPEM())
+		}},
+		{"another mesh, whose leaf Envoy refuses", "key usage lacks digitalSignature", func() { p.bundle(refused, next.CAPEM()) }},
+	} {
+		reported := p.log.count(bad.says)
+		bad.write()
+		p.await(bad.name+" is reported", func() bool { return p.log.count(bad.says) > reported })
+		holds(bad.name, p.client, p.identity, 2, before)
+		if said := strings.Join(p.status().Problems, "\n"); !strings.Contains(said, bad.says) {
+			t.Errorf("%s: the problems are %q", bad.name, said)
+		}
+		old := p.envoy()
+		p.must(syscall.Kill(old, syscall.SIGKILL))
+		p.await("Envoy is back", func() bool {
+			pids, _ := p.sidecar.Envoys()
+			return len(pids) == 1 && pids[0] != old
+		})
+		holds(bad.name+", and Envoy was killed", p.client, p.identity, 2, before)
+		p.must(p.sidecar.Signal(syscall.SIGKILL))
+		_ = p.sidecar.Wait()
+		p.run()
+		holds(bad.name+", and mantlet was killed", p.client, p.identity, 2, before)
+	}
+
+	identity, err := next.Issue(lab.Leaf{DNSNames: []string{"pod"}})
+	p.must(err)
+	p.bundle(identity, next.CAPEM())
+	p.await("the next good one is published", func() bool { return letIn(nextClient) })
+	holds("the next good one", nextClient, identity, 1, map[*lab.Identity]bool{p.client: false, secondClient: false, nextClient: true})
+	if problems := p.status().Problems; len(problems) > 0 {
+		t.Errorf("the problems are %q", problems)
+	}
+	p.same()
+	p.besieged()
 }
 
 // TestExpiry: mantlet warns before certificates expire, is unready once they have, and ready with others.
@@ -301,16 +443,6 @@ func TestOverlap(t *testing.T) {
 		config.RootCAs.AppendCertsFromPEM(next.CAPEM())
 		return config
 	}
-	bundle := func(identity *lab.Identity, cas ...[]byte) {
-		directory := t.TempDir()
-		p.must(identity.Write(directory))
-		p.must(os.WriteFile(filepath.Join(directory, lab.CAFile), bytes.Join(cas, nil), 0o600))
-		for _, name := range []string{lab.ChainFile, lab.KeyFile, lab.CAFile} {
-			text, err := os.ReadFile(filepath.Join(directory, name))
-			p.must(err)
-			p.must(renameio.WriteFile(filepath.Join(p.sidecar.TLSDirectory, name), text, 0o600))
-		}
-	}
 	open := map[*lab.Identity][]*tls.Conn{}
 	connect := func(client *lab.Identity) error {
 		for _, addr := range p.Addrs() {
@@ -329,10 +461,10 @@ func TestOverlap(t *testing.T) {
 	if connect(nextClient) == nil {
 		t.Error("a client of a CA that is not in the bundle is let in")
 	}
-	bundle(p.identity, p.mesh.CAPEM(), next.CAPEM())
+	p.bundle(p.identity, p.mesh.CAPEM(), next.CAPEM())
 	p.await("the next CA's client is let in", func() bool { return connect(nextClient) == nil })
 	p.must(connect(p.client))
-	bundle(nextPod, next.CAPEM(), p.mesh.CAPEM())
+	p.bundle(nextPod, next.CAPEM(), p.mesh.CAPEM())
 	p.await("the next CA's certificate is shown", func() bool {
 		p.must(connect(p.client))
 		p.must(connect(nextClient))
@@ -344,7 +476,7 @@ func TestOverlap(t *testing.T) {
 			p.must(echo(conn))
 		}
 	}
-	bundle(nextPod, next.CAPEM())
+	p.bundle(nextPod, next.CAPEM())
 	p.await("the old CA's client is refused", func() bool { return connect(p.client) != nil })
 	p.await("the rules follow", func() bool { return p.log.count(inForce) > 1 })
 	for _, conn := range open[p.client] {

@@ -130,7 +130,7 @@ func findings(ctx context.Context, environ []string) []finding {
 		[]finding{
 			tryLegacy(iptables.Tables{}, process), tryLandlock(), tryIPv6(), tryAdvertisements("/proc/sys/net/ipv6/conf"), tryConntrack("/proc/sys/net/netfilter"),
 			tryEnvoy(ctx, process.EnvoyPath, process.EnvoyUID), trySharedMemory("/dev/shm", process.EnvoyUID),
-			tryRuntimeDirectory(process.RuntimeDirectory, process.EnvoyUID), tryCertificates(process.TLSDirectory),
+			tryRuntimeDirectory(process.RuntimeDirectory, process.EnvoyUID), tryCertificates(files(process)),
 		},
 	)
 	if err != nil {
@@ -389,14 +389,14 @@ func tryWriting(directory string) error {
 	return nil
 }
 
-func tryCertificates(directory string) finding {
-	_, err := envoy.LoadCertificates(directory, time.Now())
-	remedy := "put a good set there, and mantlet takes it"
+func tryCertificates(files envoy.Files) finding {
+	_, err := envoy.LoadCertificates(files, time.Now())
+	remedy := "mend it there, and mantlet takes it"
 	if errors.Is(err, os.ErrNotExist) {
 		remedy = "mount certChain.pem, key.pem and mesh-ca.pem there, or let an init container write them; mantlet waits for them. " +
 			"MANTLET_TLS_DIRECTORY names another place"
 	}
-	return tried("certificates", directory, err, remedy)
+	return tried("certificates", files.Directory, err, remedy)
 }
 
 func tryOverrides(env *schema.Environment, err error) []finding {

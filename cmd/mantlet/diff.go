@@ -80,11 +80,11 @@ func diffLive(ctx context.Context, environ []string, notes io.Writer) ([]reconci
 	if err != nil {
 		return nil, fmt.Errorf("asking Envoy: %w", err)
 	}
-	certificates, err := envoy.Unpublished(process.TLSDirectory, process.EnvoyDirectory(), live, time.Now())
+	certificates, err := envoy.Unpublished(files(process), live, time.Now())
 	if err != nil {
 		_, _ = fmt.Fprintln(notes, "the certificates are not good, so they are not published:", err)
 	}
-	return reconcile.Diff(config.Mesh, place(env), reconcile.Live{Rules: rules, LacksTimeouts: len(rules.Timeouts) == 0 && table.LacksTimeouts(), Envoy: reconcile.Envoy(live), Certificates: certificates})
+	return reconcile.Diff(config.Mesh, place(env), reconcile.Live{Rules: rules, LacksTimeouts: len(rules.Timeouts) == 0 && table.LacksTimeouts(), Envoy: live.Envoy, Certificates: certificates})
 }
 
 // compare returns the steps from the current configuration to the one with another override file. A configuration that

@@ -232,7 +232,7 @@ func TestDiffOfWhatIsInForce(t *testing.T) {
 	second, err := other.Issue(lab.Leaf{DNSNames: []string{"pod"}})
 	p.must(err)
 	p.must(second.Write(p.sidecar.TLSDirectory))
-	p.differs("certificate: Envoy shows serial number *", "mesh CA: the TLS directory has others than Envoy was given; SDS")
+	p.differs("certificate: Envoy shows serial number *", "mesh CA: Envoy trusts CN=mesh (key id *", "mesh CA: Envoy does not trust CN=mesh (key id *")
 	p.must(os.Remove(filepath.Join(p.sidecar.TLSDirectory, "key.pem")))
 	if code, said, errs := p.diff(); code != 0 || said != "" || !strings.Contains(errs, "the certificates are not good, so they are not published") {
 		t.Errorf("beside a bad TLS directory, mantlet diff: exit code %d, said %q, %q", code, said, errs)

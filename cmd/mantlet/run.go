@@ -223,6 +223,10 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 		return errors.Join(err, runner.Close())
 	}
 	names := dns.NewFollower(dns.System(), endpoints, log)
+	secrets := &envoy.Secrets{
+		Files: files(env.Process), RuntimeDirectory: directory, KeptFile: filepath.Join(env.Process.RuntimeDirectory, "last-good-certificates.json"),
+		Runner: runner, Log: log,
+	}
 	daemon := &reconcile.Daemon{
 		Version:     versionText(),
 		Environment: env,
@@ -230,7 +234,7 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 		HasIPv6:     hasIPv6,
 		Kernel:      table,
 		Found:       found,
-		Secrets:     &envoy.Secrets{TLSDirectory: env.Process.TLSDirectory, RuntimeDirectory: directory, Runner: runner, Log: log},
+		Secrets:     secrets,
 		Proxy:       proxy{runner},
 		Legacy:      iptables.Tables{LockFile: filepath.Join(env.Process.RuntimeDirectory, "xtables.lock")},
 		Names:       names,
@@ -241,8 +245,11 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 	runner.Progress, runner.Upstream = daemon.Progress, daemon.Upstream
 	err = serve(ctx, hups, daemon)
 	names.Close()
-	return errors.Join(err, endpoints.Close(), runner.Close())
+	return errors.Join(err, endpoints.Close(), secrets.Close(), runner.Close())
 }
+
+// files is where the certificates are.
+func files(process schema.Process) envoy.Files { return envoy.Files{Directory: process.TLSDirectory} }
 
 // collectLater lets the heap grow to 16 MiB before garbage is collected, for a second: starting takes some 6 MiB, and the
 // collections in it would take a part of the time in which Envoy is not running yet. Then all goes that starting took.
@@ -460,7 +467,7 @@ func closable(directory string) error {
 		return fmt.Errorf("looking into MANTLET_RUNTIME_DIRECTORY: %w", err)
 	}
 	for _, e := range entries {
-		if !slices.Contains([]string{"envoy", "mantlet.sock", "lost+found", "ready", "xtables.lock"}, e.Name()) && !strings.HasPrefix(strings.TrimPrefix(e.Name(), "."), "last-good.json") {
+		if !slices.Contains([]string{"envoy", "mantlet.sock", "lost+found", "ready", "xtables.lock"}, e.Name()) && !strings.HasPrefix(strings.TrimPrefix(e.Name(), "."), "last-good") {
 			return fmt.Errorf("MANTLET_RUNTIME_DIRECTORY %q is open to others (%v) and holds %q: mantlet would close to them what they use; %s",
 				directory, info.Mode(), e.Name(), right)
 		}

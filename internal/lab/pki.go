@@ -135,6 +135,7 @@ type Leaf struct {
 	NotBefore  time.Time          // an hour ago if zero
 	NotAfter   time.Time          // in a day if zero
 	Usages     []x509.ExtKeyUsage // both ends' if nil; no extension if empty
+	KeyUsage   x509.KeyUsage      // digitalSignature if zero
 }
 
 // Issue makes a key and a mesh certificate for it, good for both ends of a connection.
@@ -150,6 +151,9 @@ func (a *Authority) Issue(leaf Leaf) (*Identity, error) {
 	}
 	if leaf.Usages != nil {
 		template.ExtKeyUsage = leaf.Usages
+	}
+	if leaf.KeyUsage != 0 {
+		template.KeyUsage = leaf.KeyUsage
 	}
 	if leaf.CommonName == "" && len(leaf.DNSNames) > 0 {
 		template.Subject.CommonName = leaf.DNSNames[0]

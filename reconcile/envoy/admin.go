@@ -139,11 +139,6 @@ func (a admin) connections(ctx context.Context) (int, error) {
 // openConnections are the statistics that count connections which would be cut if the process ended.
 const openConnections = `^cluster\.(workload|egress-.*)\.upstream_cx_active$`
 
-// caReads returns how often Envoy has read the mesh CA's file.
-func (a admin) caReads(ctx context.Context) (int, error) {
-	return a.sum(ctx, `^sds\.`+render.MeshCASecret+`\.update_attempt$`)
-}
-
 // sum adds up the statistics whose names match a regular expression.
 func (a admin) sum(ctx context.Context, names string) (int, error) {
 	stats, err := a.stats(ctx, names)

@@ -3,33 +3,60 @@ package envoy
 import (
 	"bytes"
 	"cmp"
-	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rsa"
-	"crypto/tls"
 	"crypto/x509"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"log/slog"
 	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
-	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
-	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
-	"google.golang.org/protobuf/encoding/protojson"
-	"google.golang.org/protobuf/types/known/anypb"
-
-	"mantlet/reconcile"
-	"mantlet/render"
 	"mantlet/schema"
 )
+
+// Certificates are one generation of the TLS directory: a chain, its key and the mesh CAs.
+//
+// Whether peers accept them is for Envoy to say, see trial. What is looked at here costs less, and says more plainly what
+// is wrong; it rejects nothing that Envoy takes.
+type Certificates struct {
+	files Files
+	text  [3][]byte // of the files: chain, key, mesh CAs
+
+	chain   []*x509.Certificate // the leaf first
+	key     *pem.Block
+	anchors []*x509.Certificate   // the mesh CAs
+	ways    [][]*x509.Certificate // from the leaf to a mesh CA, as Go verifies; each begins with the leaf
+	doubt   error                 // why there is none
+}
+
+// Equal reports whether both were read from the same bytes.
+func (c *Certificates) Equal(other *Certificates) bool {
+	return c != nil && other != nil && slices.EqualFunc(c.text[:], other.text[:], bytes.Equal)
+}
+
+// LoadCertificates reads a generation and checks what can be told without Envoy. The error names the file and, within it,
+// the block.
+func LoadCertificates(files Files, now time.Time) (*Certificates, error) {
+	c, err := files.read()
+	if err == nil {
+		err = c.check(now)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// Files are where certificates are read from.
+type Files struct {
+	Directory string
+}
 
 // The files of the TLS directory.
 const (
@@ -41,258 +68,72 @@ const (
 // TLSFiles returns the names of the TLS directory's files.
 func TLSFiles() []string { return []string{chainFile, keyFile, meshCAFile} }
 
-// Secrets keeps Envoy supplied with the certificates of the TLS directory.
-type Secrets struct {
-	TLSDirectory     string
-	RuntimeDirectory string
-	Runner           *Runner
-	Log              *slog.Logger
-
-	mu        sync.Mutex
-	published *Certificates // never changed again; another one takes its place
-
-	torn bool // a generation was published in part; Update alone looks at it
-}
-
-// has returns what Envoy has; nil for nothing.
-func (s *Secrets) has() *Certificates {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.published
-}
-
-// Update publishes the generation that is in the TLS directory, if it is good and not published yet. Where it is not good
-// the error says why, and Envoy keeps what it has.
-//
-// revoked tells that a mesh CA which the generation before had is gone. Update then returns once Envoy has read it, as far
-// as Envoy tells: a connection that it lets in from then on is not by the old CA.
-func (s *Secrets) Update(ctx context.Context) (revoked bool, err error) {
-	read, err := readCertificates(s.TLSDirectory)
-	published := s.has()
-	if err != nil || read.Equal(published) && !s.torn { // as a rule: a look at the bytes spares the signatures
-		return false, err
-	}
-	if err := read.check(s.TLSDirectory, time.Now()); err != nil {
-		return false, err
-	}
-	revoked = !read.trustsAllOf(cmp.Or(published, s.former())) || s.torn && !read.trustsAllOf(s.former())
-	seen := s.Runner.caReads(ctx)
-	err = Publish(read, s.RuntimeDirectory, time.Now())
-	if s.torn = err != nil; s.torn {
-		return false, err
-	}
-	s.mu.Lock()
-	s.published = read
-	s.mu.Unlock()
-	s.Runner.refused.own.Store(read)
-	s.Log.Info("certificates published", "subject", read.certs[0].Subject.String(), "sans", read.certs[0].DNSNames, "expires", read.expires)
-	if client, server := ends(read.certs[0]); !client || !server {
-		s.Log.Warn("peers accept the certificate at one end only", "client", client, "server", server,
-			"extended_key_usage", usages(read.certs[0]), "remedy", "issue it with serverAuth and clientAuth, unless connections go one way only")
-	}
-	if revoked {
-		s.Log.Info("a mesh CA was taken away: connections that were let in before end")
-	}
-	if revoked && published != nil && s.Runner.serving() != nil {
-		s.awaitRead(ctx, seen)
-	}
-	return revoked, nil
-}
-
-// former returns what a mantlet before this one, that was killed, has published: nothing but its mesh CAs are asked for.
-func (s *Secrets) former() *Certificates {
-	anchors, err := parse(published(s.RuntimeDirectory, render.MeshCASecret))
-	if err != nil {
-		return &Certificates{}
-	}
-	return &Certificates{anchors: anchors}
-}
-
-// readLimit bounds how long Envoy may take to read what was published; 30 ms as a rule.
-const readLimit = 2 * time.Second
-
-func (s *Secrets) awaitRead(ctx context.Context, seen int) {
-	ctx, cancel := context.WithTimeout(ctx, readLimit)
-	defer cancel()
-	tick := time.NewTicker(pollInterval)
-	defer tick.Stop()
-	for s.Runner.caReads(ctx) <= seen {
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			s.Log.Warn("Envoy has not said that it read the mesh CA")
-			return
-		}
-	}
-}
-
-// Renew publishes the last generation once more, and returns once Envoy has read it, as far as Envoy tells. That ends all TLS
-// session tickets, see Publish.
-func (s *Secrets) Renew(ctx context.Context) error {
-	published := s.has()
-	if published == nil {
-		return nil
-	}
-	seen := s.Runner.caReads(ctx)
-	if err := Publish(published, s.RuntimeDirectory, time.Now()); err != nil {
-		return err
-	}
-	if s.Runner.serving() != nil {
-		s.awaitRead(ctx, seen)
-	}
-	return nil
-}
-
-// Expires returns when the first certificate of what Envoy has does; the zero time where it has nothing.
-func (s *Secrets) Expires() time.Time {
-	published := s.has()
-	if published == nil {
-		return time.Time{}
-	}
-	return published.expires
-}
-
-// Valid returns why peers do not accept, at a time, what Envoy has; nil where they do, or where it has nothing.
-func (s *Secrets) Valid(now time.Time) error {
-	published := s.has()
-	if published == nil {
-		return nil
-	}
-	_, err := published.verify(now)
-	return err
-}
-
-// Certificates describes what Envoy has: the chain, then the mesh CAs.
-func (s *Secrets) Certificates() []reconcile.Certificate {
-	published := s.has()
-	if published == nil {
-		return nil
-	}
-	var all []reconcile.Certificate
-	describe := func(role string, c *x509.Certificate) {
-		all = append(all, reconcile.Certificate{
-			Role: role, Subject: c.Subject.String(), SANs: sans(c), NotBefore: c.NotBefore, NotAfter: c.NotAfter,
-		})
-	}
-	for i, c := range published.certs {
-		if i == 0 {
-			describe(reconcile.RoleLeaf, c)
-		} else {
-			describe(reconcile.RoleIntermediate, c)
-		}
-	}
-	for _, c := range published.anchors {
-		describe(reconcile.RoleMeshCA, c)
-	}
-	return all
-}
-
-// sans returns a certificate's names, those that mantlet and Envoy look at.
-func sans(c *x509.Certificate) []string {
-	names := append([]string{}, c.DNSNames...)
-	for _, uri := range c.URIs {
-		names = append(names, uri.String())
-	}
-	return names
-}
-
-// Certificates is one matched generation of the TLS directory: what LoadCertificates returned without an error, and so
-// what peers will accept until it expires.
-type Certificates struct {
-	chain, key, meshCA []byte
-	certs              []*x509.Certificate // of the chain, the leaf first
-	anchors            []*x509.Certificate
-	expires            time.Time             // the first certificate of the chain that does
-	verified           [][]*x509.Certificate // the ways from the leaf to a mesh CA that were found when they were checked
-}
-
-// Equal reports whether both hold the same bytes.
-func (c *Certificates) Equal(other *Certificates) bool {
-	return c != nil && other != nil &&
-		string(c.chain) == string(other.chain) && string(c.key) == string(other.key) && string(c.meshCA) == string(other.meshCA)
-}
-
-// trustsAllOf reports whether every mesh CA of the other generation is among those of c, be it by a certificate with another
-// life.
-func (c *Certificates) trustsAllOf(other *Certificates) bool {
-	return !slices.ContainsFunc(other.anchors, func(anchor *x509.Certificate) bool {
-		return !slices.ContainsFunc(c.anchors, func(one *x509.Certificate) bool {
-			return bytes.Equal(one.RawSubject, anchor.RawSubject) && reflect.DeepEqual(one.Extensions, anchor.Extensions) &&
-				bytes.Equal(one.RawSubjectPublicKeyInfo, anchor.RawSubjectPublicKeyInfo)
-		})
-	})
-}
-
-// LoadCertificates reads a generation and checks what Envoy would not: that all three files are there, the key is the
-// leaf's, the chain verifies up to the mesh CA, and nothing is expired or not valid yet at now. The error names the file.
-func LoadCertificates(directory string, now time.Time) (*Certificates, error) {
-	c, err := readCertificates(directory)
-	if err == nil {
-		err = c.check(directory, now)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return c, nil
-}
-
 // maxTLSFile is what a ConfigMap or a Secret can hold: some thousand certificates.
 const maxTLSFile = 1 << 20
 
-func readCertificates(directory string) (*Certificates, error) {
+func (f Files) read() (*Certificates, error) {
+	c := &Certificates{files: f}
 	var errs []error
-	read := func(name string) []byte {
-		path := filepath.Join(directory, name)
-		data, err := schema.ReadFile(path, maxTLSFile)
-		if err == nil && len(data) > maxTLSFile {
+	for i, path := range f.paths() {
+		text, err := schema.ReadFile(path, maxTLSFile)
+		switch {
+		case err != nil:
+			err = unreadable(path, err)
+		case len(text) > maxTLSFile:
 			err = fmt.Errorf("%s: is larger than %d bytes", path, maxTLSFile)
 		}
-		if err != nil {
-			errs = append(errs, err)
-		}
-		return data
+		c.text[i] = text
+		errs = append(errs, err)
 	}
-	c := &Certificates{chain: read(chainFile), key: read(keyFile), meshCA: read(meshCAFile)}
 	return c, errors.Join(errs...)
 }
 
-func (c *Certificates) check(directory string, now time.Time) error {
-	in := func(name string, err error) error { return fmt.Errorf("%s: %w", filepath.Join(directory, name), err) }
-	chain, err := parse(c.chain)
+// paths returns where the chain, the key and the mesh CAs are.
+func (f Files) paths() [3]string {
+	return [3]string{filepath.Join(f.Directory, chainFile), filepath.Join(f.Directory, keyFile), filepath.Join(f.Directory, meshCAFile)}
+}
+
+// check parses what was read, and rejects what no Envoy could use.
+func (c *Certificates) check(now time.Time) (err error) {
+	paths := c.files.paths()
+	in := func(path string, err error) error { return fmt.Errorf("%s: %w", path, err) }
+	if c.chain, err = parseCertificates(c.text[0]); err != nil {
+		return in(paths[0], err)
+	}
+	key, block, err := parseKey(c.text[1])
 	if err != nil {
-		return in(chainFile, err)
+		return in(paths[1], err)
 	}
-	anchors, err := parse(c.meshCA)
-	if err != nil {
-		return in(meshCAFile, err)
+	if c.anchors, err = parseCertificates(c.text[2]); err != nil {
+		return in(paths[2], err)
 	}
-	// X509KeyPair's errors speak of the key; a certificate that it can't read was found above.
-	pair, err := tls.X509KeyPair(c.chain, c.key)
-	if err != nil {
-		for i, cert := range chain[1:] {
-			if _, err := tls.X509KeyPair(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw}), c.key); err == nil {
-				return in(chainFile, fmt.Errorf("the key is that of certificate %d; the leaf must come first, and then what signed it", i+2))
-			}
-		}
-		return in(keyFile, err)
+	c.key = block
+	switch owner := slices.IndexFunc(c.chain, func(cert *x509.Certificate) bool { return isKeyOf(key, cert) }); {
+	case owner < 0:
+		return in(paths[1], fmt.Errorf("is not the key of the leaf (%s)", nameOf(c.chain[0])))
+	case owner > 0:
+		return in(paths[0], fmt.Errorf("the key is that of certificate %d; the leaf must come first, and then what signed it", owner+1))
 	}
-	if err := usable(pair.PrivateKey); err != nil {
-		return in(keyFile, err)
+	if err := usable(key); err != nil {
+		return in(paths[1], err)
 	}
-	if client, server := ends(chain[0]); !client && !server {
-		return in(chainFile, fmt.Errorf("the leaf (%s) is good for neither end of a connection: its extended key usage is %s; "+
-			"it should have serverAuth and clientAuth, or no such extension", chain[0].Subject, usages(chain[0])))
+	if client, server := ends(c.chain[0]); !client && !server {
+		return in(paths[0], fmt.Errorf("the leaf (%s) is good for neither end of a connection: its extended key usage is %s; "+
+			"it should have serverAuth and clientAuth, or no such extension", nameOf(c.chain[0]), usages(c.chain[0])))
 	}
-	c.certs, c.anchors, c.expires = chain, anchors, chain[0].NotAfter
-	for _, cert := range chain {
-		if cert.NotAfter.Before(c.expires) {
-			c.expires = cert.NotAfter
-		}
+	if err := c.inTime(c.chain[0], now); err != nil {
+		return in(paths[0], err)
 	}
-	if c.verified, err = c.verify(now); err != nil {
-		return in(chainFile, err)
+	if c.ways, err = c.verify(now); err != nil {
+		c.doubt = in(paths[0], err)
 	}
 	return nil
+}
+
+// isKeyOf reports whether a key is the one that a certificate is for.
+func isKeyOf(key crypto.Signer, cert *x509.Certificate) bool {
+	public, ok := cert.PublicKey.(interface{ Equal(crypto.PublicKey) bool })
+	return ok && public.Equal(key.Public())
 }
 
 // usable refuses keys with which Envoy would be live and no handshake of the mesh succeed: it refuses small ones itself,
@@ -314,7 +155,8 @@ func usable(key any) error {
 	return nil
 }
 
-// ends tells at which ends of a connection peers accept a leaf. BoringSSL does not take anyExtendedKeyUsage for either.
+// ends tells at which ends of a connection peers may accept a leaf, by its own extended key usage. BoringSSL does not take
+// anyExtendedKeyUsage for either.
 func ends(leaf *x509.Certificate) (client, server bool) {
 	if len(leaf.ExtKeyUsage)+len(leaf.UnknownExtKeyUsage) == 0 {
 		return true, true
@@ -334,102 +176,117 @@ func usages(leaf *x509.Certificate) string {
 	return strings.Join(names, ", ")
 }
 
-// verify does what a peer does with the chain at a time, and returns its ways to a mesh CA. Signatures stay good: of a way
-// that was verified only the times are looked at again. Readiness asks often, while Envoy starts.
+// trustsAllOf reports whether every mesh CA of the other generation is among those of c, be it by a certificate with another
+// life.
+func (c *Certificates) trustsAllOf(other *Certificates) bool {
+	return !slices.ContainsFunc(other.anchors, func(anchor *x509.Certificate) bool { return !c.trusts(anchor) })
+}
+
+func (c *Certificates) trusts(anchor *x509.Certificate) bool {
+	return slices.ContainsFunc(c.anchors, func(one *x509.Certificate) bool {
+		return sameCA(one, anchor) && reflect.DeepEqual(one.Extensions, anchor.Extensions)
+	})
+}
+
+// sameCA reports whether two certificates are of one CA: what the one verifies, the other does, while it is valid.
+func sameCA(a, b *x509.Certificate) bool {
+	return bytes.Equal(a.RawSubject, b.RawSubject) && bytes.Equal(a.RawSubjectPublicKeyInfo, b.RawSubjectPublicKeyInfo)
+}
+
+// verify returns the ways from the leaf to a mesh CA at a time, as Go verifies them: whatever the leaf's usage. The error
+// says in words why there is none.
 func (c *Certificates) verify(now time.Time) ([][]*x509.Certificate, error) {
-	for i, cert := range c.certs {
-		if now.After(cert.NotAfter) {
-			return nil, fmt.Errorf("certificate %d (%s) expired at %s", i+1, cert.Subject, cert.NotAfter.Format(time.RFC3339))
-		}
-		if now.Before(cert.NotBefore) {
-			return nil, fmt.Errorf("certificate %d (%s) is not valid before %s: is the clock right?", i+1, cert.Subject, cert.NotBefore.Format(time.RFC3339))
-		}
-	}
-	if slices.ContainsFunc(c.verified, func(way []*x509.Certificate) bool {
-		return !slices.ContainsFunc(way, func(cert *x509.Certificate) bool { return now.Before(cert.NotBefore) || now.After(cert.NotAfter) })
-	}) {
-		return c.verified, nil
-	}
 	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
 	for _, cert := range c.anchors {
 		roots.AddCert(cert)
 	}
-	for _, cert := range c.certs[1:] {
+	for _, cert := range c.chain[1:] {
 		intermediates.AddCert(cert)
 	}
-	ways, err := c.certs[0].Verify(x509.VerifyOptions{
+	ways, err := c.chain[0].Verify(x509.VerifyOptions{
 		Roots: roots, Intermediates: intermediates, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	})
 	if err != nil {
-		return nil, fmt.Errorf("the leaf (%s) does not verify up to %s: %w", c.certs[0].Subject, meshCAFile, err)
+		return nil, c.explain(err, now)
 	}
 	return ways, nil
 }
 
-// parse returns the certificates of a PEM text, at least one.
-func parse(text []byte) ([]*x509.Certificate, error) {
-	var certs []*x509.Certificate
-	block, rest := pem.Decode(text)
-	for ; block != nil; block, rest = pem.Decode(rest) {
-		if block.Type != "CERTIFICATE" {
-			return nil, fmt.Errorf("holds a PEM block %q; only CERTIFICATE belongs here", block.Type)
-		}
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			return nil, fmt.Errorf("certificate %d: %w", len(certs)+1, err)
-		}
-		certs = append(certs, cert)
+// valid returns why peers do not accept at a time what they accepted when it was checked; nil where they do. Signatures stay
+// good, so it looks at times alone, and costs little: readiness asks often. A certificate that no way leads over does not
+// count.
+func (c *Certificates) valid(now time.Time) error {
+	if err := c.inTime(c.chain[0], now); err != nil || c.doubt != nil {
+		return err
 	}
-	// pem.Decode passes over a block that is cut off; Envoy would refuse the whole.
-	if bytes.Contains(rest, []byte("-----BEGIN")) {
-		return nil, errors.New("ends within a PEM block; is it still being written?")
+	if slices.ContainsFunc(c.ways, func(way []*x509.Certificate) bool {
+		return !slices.ContainsFunc(way, func(cert *x509.Certificate) bool { return now.Before(cert.NotBefore) || now.After(cert.NotAfter) })
+	}) {
+		return nil
 	}
-	if len(certs) == 0 {
-		return nil, errors.New("holds no certificate in PEM")
-	}
-	return certs, nil
+	_, err := c.verify(now)
+	return err
 }
 
-// Publish gives a generation to Envoy as SDS files in the runtime directory, each replaced by a rename, which is the only
-// event that Envoy reads them anew at. The key and its chain are one resource, so they never mix with another generation's.
-//
-// The text that Envoy gets differs at each call, in a line before the PEM: with new content all TLS session tickets end.
-// Nothing else ends them when a client's certificate expires.
-func Publish(c *Certificates, runtimeDirectory string, now time.Time) error {
-	stamp := fmt.Appendf(nil, "published %s\n", now.Format(time.RFC3339Nano))
-	inline := func(data []byte) *corev3.DataSource {
-		return &corev3.DataSource{Specifier: &corev3.DataSource_InlineString{InlineString: string(data)}}
+// turns reports whether a certificate of the generation comes to be valid, or ceases to be, between two times.
+func (c *Certificates) turns(from, to time.Time) bool {
+	if from.After(to) { // the clock was set back
+		from, to = to, from
 	}
-	secrets := []*tlsv3.Secret{
-		{Name: render.MeshCASecret, Type: &tlsv3.Secret_ValidationContext{
-			ValidationContext: &tlsv3.CertificateValidationContext{TrustedCa: inline(c.meshCA)},
-		}},
-		{Name: render.IdentitySecret, Type: &tlsv3.Secret_TlsCertificate{
-			TlsCertificate: &tlsv3.TlsCertificate{CertificateChain: inline(slices.Concat(stamp, c.chain)), PrivateKey: inline(c.key)},
-		}},
+	between := func(t time.Time) bool { return !t.Before(from) && !t.After(to) }
+	return slices.ContainsFunc(slices.Concat(c.chain, c.anchors), func(cert *x509.Certificate) bool {
+		return between(cert.NotBefore) || between(cert.NotAfter)
+	})
+}
+
+// expires returns when the last way ends, as far as is known.
+func (c *Certificates) expires() time.Time {
+	var last time.Time
+	for _, way := range c.ways {
+		first := slices.MinFunc(way, func(a, b *x509.Certificate) int { return a.NotAfter.Compare(b.NotAfter) })
+		if first.NotAfter.After(last) {
+			last = first.NotAfter
+		}
 	}
-	for _, s := range secrets {
-		text, err := discoveryResponse(s)
-		if err != nil {
-			return fmt.Errorf("marshalling secret %s: %w", s.Name, err)
-		}
-		path := filepath.Join(runtimeDirectory, render.SecretFile(s.Name))
-		if err := writeFile(path, text); err != nil {
-			return fmt.Errorf("publishing secret %s: %w", s.Name, err)
-		}
+	if last.IsZero() {
+		return c.chain[0].NotAfter
+	}
+	return last
+}
+
+// inTime returns an error if a certificate of the generation is not valid at a time.
+func (c *Certificates) inTime(cert *x509.Certificate, now time.Time) error {
+	switch {
+	case now.After(cert.NotAfter):
+		return fmt.Errorf("%s expired at %s", c.place(cert), cert.NotAfter.Format(time.RFC3339))
+	case now.Before(cert.NotBefore):
+		return fmt.Errorf("%s is not valid before %s: is the clock right?", c.place(cert), cert.NotBefore.Format(time.RFC3339))
 	}
 	return nil
 }
 
-// discoveryResponse is envoy.service.discovery.v3.DiscoveryResponse with one resource. Its Go type would bring in gRPC.
-func discoveryResponse(s *tlsv3.Secret) ([]byte, error) {
-	resource, err := anypb.New(s)
-	if err != nil {
-		return nil, err
+// trusted returns the mesh CAs in the order that Envoy gets them in. Of several certificates for one CA it tries the first
+// alone, so that one comes first that is valid, and then the one that lasts longest.
+func (c *Certificates) trusted(now time.Time) []*x509.Certificate {
+	ordered := slices.Clone(c.anchors)
+	for i := range ordered {
+		best := i
+		for j := i + 1; j < len(ordered); j++ {
+			if sameCA(ordered[i], ordered[j]) && better(ordered[j], ordered[best], now) {
+				best = j
+			}
+		}
+		ordered[i], ordered[best] = ordered[best], ordered[i]
 	}
-	text, err := protojson.Marshal(resource)
-	if err != nil {
-		return nil, err
+	return ordered
+}
+
+func better(a, b *x509.Certificate, now time.Time) bool {
+	valid := func(c *x509.Certificate) int {
+		if now.Before(c.NotBefore) || now.After(c.NotAfter) {
+			return 0
+		}
+		return 1
 	}
-	return json.Marshal(map[string][]json.RawMessage{"resources": {text}})
+	return cmp.Or(cmp.Compare(valid(a), valid(b)), a.NotAfter.Compare(b.NotAfter)) > 0
 }

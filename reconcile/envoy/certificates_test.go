@@ -1,6 +1,7 @@
 package envoy
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -13,7 +14,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"log/slog"
 	"math/big"
 	"os"
 	"path/filepath"
@@ -77,27 +77,19 @@ func TestLoadCertificates(t *testing.T) {
 		"no usage":         {files(t, signer), []string{chainFile, "its extended key usage is codeSigning", "should have serverAuth and clientAuth"}},
 		"any usage":        {files(t, anyUsage), []string{chainFile, "its extended key usage is anyExtendedKeyUsage"}},
 
-		"nothing":      {map[string][]byte{chainFile: nil, keyFile: nil, meshCAFile: nil}, []string{chainFile, keyFile, meshCAFile, "no such file"}},
-		"no chain":     {map[string][]byte{chainFile: nil}, []string{chainFile, "no such file"}},
-		"no key":       {map[string][]byte{keyFile: nil}, []string{keyFile, "no such file"}},
-		"no CA":        {map[string][]byte{meshCAFile: nil}, []string{meshCAFile, "no such file"}},
-		"empty chain":  {map[string][]byte{chainFile: {}}, []string{chainFile, "holds no certificate"}},
-		"empty key":    {map[string][]byte{keyFile: {}}, []string{keyFile, "failed to find any PEM data in key"}},
-		"empty CA":     {map[string][]byte{meshCAFile: {}}, []string{meshCAFile, "holds no certificate"}},
-		"garbage":      {map[string][]byte{chainFile: []byte("garbage")}, []string{chainFile, "holds no certificate"}},
-		"a key for CA": {map[string][]byte{meshCAFile: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})}, []string{meshCAFile, `"PRIVATE KEY"`}},
-		"no DER": {
-			map[string][]byte{meshCAFile: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte("x")})},
-			[]string{meshCAFile, "certificate 1"},
-		},
-		"half a leaf":         {map[string][]byte{chainFile: chain[:100]}, []string{chainFile, "within a PEM block"}},
-		"half a chain":        {map[string][]byte{chainFile: chain[:len(chain)-100]}, []string{chainFile, "within a PEM block"}},
-		"half a CA":           {map[string][]byte{meshCAFile: slices.Concat(foreign.CAPEM(), ca[:100])}, []string{meshCAFile, "within a PEM block"}},
-		"half a key":          {map[string][]byte{keyFile: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})[:100]}, []string{keyFile}},
-		"another's key":       {map[string][]byte{chainFile: other.ChainPEM()}, []string{keyFile, "does not match"}},
+		"nothing":             {map[string][]byte{chainFile: nil, keyFile: nil, meshCAFile: nil}, []string{chainFile, keyFile, meshCAFile, "no such file"}},
+		"no chain":            {map[string][]byte{chainFile: nil}, []string{chainFile, "no such file"}},
+		"no key":              {map[string][]byte{keyFile: nil}, []string{keyFile, "no such file"}},
+		"no CA":               {map[string][]byte{meshCAFile: nil}, []string{meshCAFile, "no such file"}},
+		"empty chain":         {map[string][]byte{chainFile: {}}, []string{chainFile, "is empty"}},
+		"empty key":           {map[string][]byte{keyFile: {}}, []string{keyFile, "is empty"}},
+		"empty CA":            {map[string][]byte{meshCAFile: {}}, []string{meshCAFile, "is empty"}},
+		"half a chain":        {map[string][]byte{chainFile: chain[:len(chain)-100]}, []string{chainFile, "block 2 (line "}},
+		"half a CA":           {map[string][]byte{meshCAFile: slices.Concat(foreign.CAPEM(), ca[:100])}, []string{meshCAFile, "block 2 (line "}},
+		"half a key":          {map[string][]byte{keyFile: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})[:100]}, []string{keyFile, "is cut off"}},
+		"another's key":       {map[string][]byte{chainFile: other.ChainPEM()}, []string{keyFile, "is not the key of the leaf (CN=pod)"}},
 		"intermediate first":  {map[string][]byte{chainFile: slices.Concat(rest, pem.EncodeToMemory(leaf))}, []string{chainFile, "that of certificate 2; the leaf must come first"}},
-		"a foreign CA":        {map[string][]byte{meshCAFile: foreign.CAPEM()}, []string{chainFile, "does not verify up to " + meshCAFile}},
-		"expired":             {files(t, expired), []string{chainFile, "expired at"}},
+		"expired":             {files(t, expired), []string{chainFile, "certificate 1 (without a subject) expired at"}},
 		"not valid yet":       {files(t, early), []string{chainFile, "is the clock right?"}},
 		"expired, foreign CA": {map[string][]byte{meshCAFile: foreign.CAPEM(), chainFile: expired.ChainPEM(), keyFile: files(t, expired)[keyFile]}, []string{chainFile}},
 	} {
@@ -111,9 +103,9 @@ func TestLoadCertificates(t *testing.T) {
 					write(t, directory, name, text)
 				}
 			}
-			read, err := LoadCertificates(directory, now)
+			read, err := LoadCertificates(Files{Directory: directory}, now)
 			if len(c.says) == 0 {
-				if err != nil || !read.expires.Equal(good.Leaf.NotAfter) {
+				if err != nil || read.doubt != nil || !read.expires().Equal(good.Leaf.NotAfter) {
 					t.Errorf("%+v, %v", read, err)
 				}
 				return
@@ -134,16 +126,16 @@ func TestLoadCertificates(t *testing.T) {
 func TestOddFiles(t *testing.T) {
 	identity := must[*lab.Identity](t)(lab.NewIdentity("pod"))
 	for says, replace := range map[string]func(path string) error{
-		"it must be a file, and is a pipe": func(path string) error { return syscall.Mkfifo(path, 0o600) },
-		"it must be a file, and is a dir":  func(path string) error { return os.Mkdir(path, 0o700) },
-		"is larger than 1048576 bytes":     func(path string) error { return os.WriteFile(path, make([]byte, maxTLSFile+1), 0o600) },
+		"it must be a regular file, but is a pipe":      func(path string) error { return syscall.Mkfifo(path, 0o600) },
+		"it must be a regular file, but is a directory": func(path string) error { return os.Mkdir(path, 0o700) },
+		"is larger than 1048576 bytes":                  func(path string) error { return os.WriteFile(path, make([]byte, maxTLSFile+1), 0o600) },
 	} {
 		directory := t.TempDir()
 		path := filepath.Join(directory, meshCAFile)
 		if err := errors.Join(identity.Write(directory), os.Remove(path), replace(path)); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := LoadCertificates(directory, time.Now()); err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), says) {
+		if _, err := LoadCertificates(Files{Directory: directory}, time.Now()); err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), says) {
 			t.Errorf("%v, want %s", err, says)
 		}
 	}
@@ -154,7 +146,7 @@ func TestRenewedCA(t *testing.T) {
 	mesh, another := must[*lab.Authority](t)(lab.NewAuthority("mesh")), must[*lab.Authority](t)(lab.NewAuthority("mesh"))
 	renewed := must[*lab.Authority](t)(mesh.Renew())
 	has := func(a *lab.Authority) *Certificates {
-		return &Certificates{anchors: must[[]*x509.Certificate](t)(parse(a.CAPEM()))}
+		return &Certificates{anchors: must[[]*x509.Certificate](t)(parseCertificates(a.CAPEM()))}
 	}
 	if !has(renewed).trustsAllOf(has(mesh)) || has(another).trustsAllOf(has(mesh)) {
 		t.Error("a renewed certificate passes for another CA, or another CA for a renewed one")
@@ -178,11 +170,9 @@ func files(t *testing.T, i *lab.Identity) map[string][]byte {
 // TestKeys tries on the real Envoy that mutual TLS works with the keys that LoadCertificates lets pass, and does not work
 // with those that it refuses.
 func TestKeys(t *testing.T) {
-	r, log := runner(t)
+	r, _ := runner(t)
 	identity(t, r)
-	started(t, r)
-	directory := t.TempDir()
-	secrets := &Secrets{TLSDirectory: directory, RuntimeDirectory: r.RuntimeDirectory, Runner: r, Log: r.Log}
+	p := started(t, r)
 	ec := func(curve elliptic.Curve) crypto.Signer {
 		return must[crypto.Signer](t)(ecdsa.GenerateKey(curve, rand.Reader))
 	}
@@ -203,83 +193,19 @@ func TestKeys(t *testing.T) {
 		"RSA 2048": {must[crypto.Signer](t)(rsa.GenerateKey(rand.Reader, 2048)), true},
 		"Ed25519":  {ed, false},
 	} {
-		t.Run(name, func(t *testing.T) {
-			ca, certificate := selfSigned(t, c.key)
-			key := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: must[[]byte](t)(x509.MarshalPKCS8PrivateKey(c.key))})
-			write(t, directory, chainFile, ca)
-			write(t, directory, meshCAFile, ca)
-			write(t, directory, keyFile, key)
-			_, err := secrets.Update(t.Context())
-			if accepted := err == nil; accepted != c.usable {
-				t.Errorf("accepted: %t, %v", accepted, err)
-			}
-			rejected := strings.Count(log.String(), "rejected")
-			if err := Publish(&Certificates{chain: ca, meshCA: ca, key: key}, r.RuntimeDirectory, time.Now()); err != nil {
-				t.Fatal(err)
-			}
-			works := false
-			until(t, "Envoy has read it", func() bool {
-				conn, err := dial(15007, nil)
-				if err != nil {
-					return false
-				}
-				defer conn.Close()
-				works = conn.ConnectionState().PeerCertificates[0].Equal(certificate)
-				return works || strings.Count(log.String(), "rejected") > rejected
-			})
-			if works {
-				err = mutual(&tls.Certificate{Certificate: [][]byte{certificate.Raw}, PrivateKey: c.key})
-				works = err == nil
-			}
-			if works != c.usable {
-				t.Errorf("works: %t, %v", works, err)
-			}
-		})
-	}
-}
-
-// TestUsages tries on the real Envoy that it accepts from its clients the usages that a leaf must have for it.
-// What is good for one end alone is published, with one warning.
-func TestUsages(t *testing.T) {
-	r, _ := runner(t)
-	mesh := identity(t, r).Authority
-	started(t, r)
-	usage := func(all ...x509.ExtKeyUsage) []x509.ExtKeyUsage { return append([]x509.ExtKeyUsage{}, all...) }
-	for name, c := range map[string]struct {
-		usages         []x509.ExtKeyUsage
-		client, server bool
-	}{
-		"no extension": {usage(), true, true},
-		"both":         {usage(x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth), true, true},
-		"more":         {usage(x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageAny, x509.ExtKeyUsageServerAuth), true, true},
-		"client":       {usage(x509.ExtKeyUsageClientAuth), true, false},
-		"server":       {usage(x509.ExtKeyUsageServerAuth), false, true},
-		"other":        {usage(x509.ExtKeyUsageCodeSigning), false, false},
-		"any":          {usage(x509.ExtKeyUsageAny), false, false},
-	} {
-		t.Run(name, func(t *testing.T) {
-			leaf := must[*lab.Identity](t)(mesh.Issue(lab.Leaf{DNSNames: []string{"pod"}, Usages: c.usages}))
-			if client, server := ends(leaf.Leaf); client != c.client || server != c.server {
-				t.Errorf("client %t, server %t; want %t, %t", client, server, c.client, c.server)
-			}
-			certificate := leaf.Certificate()
-			if err := mutual(&certificate); (err == nil) != c.client {
-				t.Errorf("as a client's: %v, want it accepted: %t", err, c.client)
-			}
-			log, directory := &journal{}, t.TempDir()
-			if err := leaf.Write(directory); err != nil {
-				t.Fatal(err)
-			}
-			s := &Secrets{TLSDirectory: directory, RuntimeDirectory: t.TempDir(), Runner: &Runner{}, Log: log.logger()}
-			for range 2 {
-				if _, err := s.Update(t.Context()); (err == nil) != (c.client || c.server) {
-					t.Errorf("published: %v", err)
-				}
-			}
-			if got := strings.Count(log.String(), "at one end only"); (got == 1) != (c.client != c.server) || got > 1 {
-				t.Errorf("%d warnings: %s", got, log)
-			}
-		})
+		certificate := selfSigned(t, c.key)
+		key := must[[]byte](t)(x509.MarshalPKCS8PrivateKey(c.key))
+		if err := usable(c.key); (err == nil) != c.usable {
+			t.Errorf("%s: %v", name, err)
+		}
+		all := []*x509.Certificate{certificate}
+		v, err := p.try(t.Context(), &Certificates{chain: all, anchors: all, key: &pem.Block{Type: "PRIVATE KEY", Bytes: key}}, r.RuntimeDirectory)
+		if works := err == nil && v == (verdict{}); works != c.usable {
+			t.Errorf("%s: Envoy says %+v, %v", name, v, err)
+		}
+		if _, isRejected := errors.AsType[rejected](err); err != nil && !isRejected {
+			t.Errorf("%s can't be tried: %v", name, err)
+		}
 	}
 }
 
@@ -302,7 +228,7 @@ func mutual(certificate *tls.Certificate) error {
 	return tls.Client(outer, &tls.Config{InsecureSkipVerify: true}).Handshake()
 }
 
-func selfSigned(t *testing.T, key crypto.Signer) (text []byte, certificate *x509.Certificate) {
+func selfSigned(t *testing.T, key crypto.Signer) *x509.Certificate {
 	t.Helper()
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: "pod"}, DNSNames: []string{"pod"},
@@ -310,33 +236,41 @@ func selfSigned(t *testing.T, key crypto.Signer) (text []byte, certificate *x509
 		KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign, BasicConstraintsValid: true, IsCA: true,
 	}
 	der := must[[]byte](t)(x509.CreateCertificate(rand.Reader, template, template, key.Public(), key))
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), must[*x509.Certificate](t)(x509.ParseCertificate(der))
+	return must[*x509.Certificate](t)(x509.ParseCertificate(der))
 }
 
+// TestSecrets: a generation is offered where no Envoy runs, good once Envoy has tried it, and stays until Envoy has accepted
+// another one.
 func TestSecrets(t *testing.T) {
+	r, log := runner(t)
 	mesh := must[*lab.Authority](t)(lab.NewAuthority("mesh"))
-	first, second := must[*lab.Identity](t)(mesh.Issue(lab.Leaf{})), must[*lab.Identity](t)(mesh.Issue(lab.Leaf{}))
-	s := &Secrets{TLSDirectory: t.TempDir(), RuntimeDirectory: t.TempDir(), Runner: &Runner{}, Log: slog.New(slog.DiscardHandler)}
+	first, second := must[*lab.Identity](t)(mesh.Issue(lab.Leaf{DNSNames: []string{"pod"}})), must[*lab.Identity](t)(mesh.Issue(lab.Leaf{DNSNames: []string{"pod"}}))
+	s := &Secrets{Files: Files{Directory: t.TempDir()}, RuntimeDirectory: r.RuntimeDirectory, KeptFile: filepath.Join(t.TempDir(), "kept"), Runner: r, Log: r.Log}
 	path := filepath.Join(s.RuntimeDirectory, render.SecretFile(render.IdentitySecret))
 	read := func() string { return string(must[[]byte](t)(os.ReadFile(path))) }
 
-	if _, err := s.Update(t.Context()); err == nil || !s.Expires().IsZero() {
+	if _, err := s.Update(t.Context()); err == nil || !s.Expires().IsZero() || s.Offered() {
 		t.Errorf("nothing is there: %v, expires %v", err, s.Expires())
 	}
-	if err := s.Renew(t.Context()); err != nil {
-		t.Errorf("nothing is there to renew: %v", err)
-	}
-	if err := s.Valid(time.Now()); err != nil || s.Certificates() != nil {
-		t.Errorf("nothing is there: %v, %+v", err, s.Certificates())
+	if err := errors.Join(s.Renew(t.Context()), s.Valid(time.Now()), s.Held(t.Context())); err != nil || s.Certificates(t.Context()) != nil || s.Warnings() != nil {
+		t.Errorf("nothing is there: %v", err)
 	}
 	if _, err := os.Stat(path); err == nil {
 		t.Error("nothing was published")
 	}
 	// What is there already has no say in the mode, by which Envoy's user reads.
-	if err := errors.Join(first.Write(s.TLSDirectory), os.WriteFile(path, nil, 0o600)); err != nil {
+	if err := errors.Join(first.Write(s.Files.Directory), os.WriteFile(path, nil, 0o600)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Update(t.Context()); err != nil || !s.Expires().Equal(first.Leaf.NotAfter) {
+	if _, err := s.Update(t.Context()); err != nil || !s.Offered() || !s.Expires().IsZero() || strings.Contains(log.String(), "certificates published") {
+		t.Errorf("%v, expires %v: nobody has tried it", err, s.Expires())
+	}
+	if info := must[os.FileInfo](t)(os.Stat(path)); info.Mode() != 0o640 {
+		t.Errorf("the key's file has mode %v", info.Mode())
+	}
+	before := read()
+	started(t, r)
+	if _, err := s.Update(t.Context()); err != nil || !s.Expires().Equal(first.Leaf.NotAfter) || read() != before || strings.Count(log.String(), "certificates published") != 1 {
 		t.Errorf("%v, expires %v", err, s.Expires())
 	}
 	for at, want := range map[time.Time]string{
@@ -347,15 +281,11 @@ func TestSecrets(t *testing.T) {
 		}
 	}
 	var roles []string
-	for _, c := range s.Certificates() {
+	for _, c := range s.Certificates(t.Context()) {
 		roles = append(roles, c.Role)
 	}
-	if !slices.Equal(roles, []string{"leaf", "intermediate", "mesh CA"}) || !s.Certificates()[0].NotAfter.Equal(first.Leaf.NotAfter) {
-		t.Errorf("%+v", s.Certificates())
-	}
-	before := read()
-	if info := must[os.FileInfo](t)(os.Stat(path)); info.Mode() != 0o640 {
-		t.Errorf("the key's file has mode %v", info.Mode())
+	if !slices.Equal(roles, []string{"leaf", "intermediate", "mesh CA"}) || !s.Certificates(t.Context())[0].NotAfter.Equal(first.Leaf.NotAfter) {
+		t.Errorf("%+v", s.Certificates(t.Context()))
 	}
 	if _, err := s.Update(t.Context()); err != nil || read() != before {
 		t.Errorf("nothing changed, and the file did: %v", err)
@@ -364,56 +294,158 @@ func TestSecrets(t *testing.T) {
 		t.Errorf("renewed, it is the same: %v", err)
 	}
 	before = read()
-	write(t, s.TLSDirectory, chainFile, second.ChainPEM())
+	write(t, s.Files.Directory, chainFile, second.ChainPEM())
 	if _, err := s.Update(t.Context()); err == nil || read() != before || !s.Expires().Equal(first.Leaf.NotAfter) {
 		t.Errorf("the last good one does not stay: %v", err)
 	}
-	if err := second.Write(s.TLSDirectory); err != nil {
+	if err := second.Write(s.Files.Directory); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Update(t.Context()); err != nil || read() == before {
+	if revoked, err := s.Update(t.Context()); err != nil || revoked || read() == before {
 		t.Errorf("the next one was not published: %v", err)
 	}
-	s.tear(t)
-	if err := os.RemoveAll(s.RuntimeDirectory); err != nil {
+
+	// There is no room for another one, then there is.
+	other := must[*lab.Authority](t)(lab.NewAuthority("mesh"))
+	inTheWay := filepath.Join(s.RuntimeDirectory, render.SecretFile(render.MeshCASecret))
+	if err := errors.Join(os.Rename(inTheWay, inTheWay+".aside"), os.MkdirAll(filepath.Join(inTheWay, "x"), 0o700), must[*lab.Identity](t)(other.Issue(lab.Leaf{DNSNames: []string{"pod"}})).Write(s.Files.Directory)); err != nil {
 		t.Fatal(err)
 	}
-	if err := first.Write(s.TLSDirectory); err != nil {
+	if revoked, err := s.Update(t.Context()); err == nil || revoked || !s.Expires().Equal(second.Leaf.NotAfter) {
+		t.Errorf("it can't be published, and passes for it: revoked %t, %v", revoked, err)
+	}
+	if err := errors.Join(os.RemoveAll(inTheWay), os.Rename(inTheWay+".aside", inTheWay)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Update(t.Context()); err == nil || !s.Expires().Equal(second.Leaf.NotAfter) {
-		t.Errorf("it can't be published, and passes for it: %v", err)
+	if revoked, err := s.Update(t.Context()); err != nil || !revoked {
+		t.Errorf("half a generation stays: revoked %t, %v", revoked, err)
+	}
+	if revoked, err := s.Update(t.Context()); err != nil || revoked {
+		t.Errorf("told twice: revoked %t, %v", revoked, err)
 	}
 }
 
-// tear publishes another mesh CA without the identity that goes with it, then wants back what was before.
-func (s *Secrets) tear(t *testing.T) {
-	t.Helper()
-	other := must[*lab.Authority](t)(lab.NewAuthority("mesh"))
-	identity := filepath.Join(s.RuntimeDirectory, render.SecretFile(render.IdentitySecret))
-	move := func(from, to string) {
-		if err := os.Rename(from, to); err != nil {
-			t.Fatal(err)
+// TestKept: a mantlet that was killed leaves its last good generation to the one after it, which goes on with that where the
+// TLS directory holds none that is good, and sees what mesh CA is gone where it does. One that ended leaves it where it is
+// needed.
+func TestKept(t *testing.T) {
+	r, log := runner(t)
+	ca, gone := root(t, "mesh"), root(t, "gone")
+	directory, kept := t.TempDir(), filepath.Join(t.TempDir(), "kept")
+	mantlet := func() *Secrets {
+		return &Secrets{Files: Files{Directory: directory}, RuntimeDirectory: r.RuntimeDirectory, KeptFile: kept, Runner: r, Log: r.Log}
+	}
+	first := ca.leaf(t)
+	first.set(t, []issuer{ca, gone}).write(t, directory)
+	s := mantlet()
+	if _, err := s.Update(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	p := started(t, r)
+	if _, err := s.Update(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if info := must[os.FileInfo](t)(os.Stat(kept)); info.Mode() != 0o600 {
+		t.Errorf("the key is kept with mode %v", info.Mode())
+	}
+	serves := func(p *Process, l leaf, anchors int) {
+		t.Helper()
+		has := must[held](t)(must[secretTexts](t)(p.admin.secretTexts(t.Context())).parse())
+		if !has.chain[0].Equal(l.Certificate) || len(has.anchors) != anchors {
+			t.Errorf("Envoy has %x and %d mesh CAs, want %x and %d", has.chain[0].SerialNumber, len(has.anchors), l.SerialNumber, anchors)
 		}
 	}
-	aside, before := filepath.Join(t.TempDir(), "aside"), s.TLSDirectory
-	move(identity, aside)
-	if err := os.MkdirAll(filepath.Join(identity, "in the way"), 0o700); err != nil {
+	for name, bad := range map[string]set{
+		"what can't be read":     {[]byte("x"), nil, nil},
+		"what Envoy does refuse": ca.leaf(t, keyUsage(x509.KeyUsageKeyAgreement)).set(t, []issuer{ca}),
+	} {
+		p.Kill()
+		<-p.Exited()
+		bad.write(t, directory)
+		s = mantlet()
+		_, _ = s.Update(t.Context())
+		p = started(t, r)
+		if _, err := s.Update(t.Context()); err == nil || s.Expires().IsZero() {
+			t.Errorf("%s: %v, expires %v", name, err, s.Expires())
+		}
+		serves(p, first, 2)
+		if !strings.Contains(log.String(), "going on with the last good certificates") {
+			t.Errorf("%s: it is not said", name)
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+		if _, err := os.Stat(kept); err != nil {
+			t.Errorf("%s: it is needed: %v", name, err)
+		}
+	}
+	p.Kill()
+	<-p.Exited()
+	second := ca.leaf(t)
+	second.set(t, []issuer{ca}).write(t, directory)
+	s = mantlet()
+	_, _ = s.Update(t.Context())
+	p = started(t, r)
+	if revoked, err := s.Update(t.Context()); err != nil || !revoked {
+		t.Errorf("a mesh CA is gone since: %t, %v", revoked, err)
+	}
+	serves(p, second, 1)
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(kept); err == nil {
+		t.Error("a key is left that nobody needs")
+	}
+}
+
+// TestRevocationWaitsForNoEnvoy: a mesh CA that is taken away is gone from what Envoy reads although none can try what came
+// instead. Once one can, that is what holds: the new generation if it is good, else the last one as a whole.
+func TestRevocationWaitsForNoEnvoy(t *testing.T) {
+	r, _ := runner(t)
+	ca, gone := root(t, "mesh"), root(t, "gone")
+	s := &Secrets{Files: Files{Directory: t.TempDir()}, RuntimeDirectory: r.RuntimeDirectory, Runner: r, Log: r.Log}
+	first := ca.leaf(t).set(t, []issuer{ca, gone})
+	first.write(t, s.Files.Directory)
+	if _, err := s.Update(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	s.TLSDirectory = t.TempDir()
-	if err := must[*lab.Identity](t)(other.Issue(lab.Leaf{})).Write(s.TLSDirectory); err != nil {
+	p := started(t, r)
+	if _, err := s.Update(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Update(t.Context()); err == nil {
-		t.Error("half a generation passes for a whole one")
-	}
-	if err := os.RemoveAll(identity); err != nil {
-		t.Fatal(err)
-	}
-	move(aside, identity)
-	s.TLSDirectory = before
-	if revoked, err := s.Update(t.Context()); err != nil || !revoked || !s.former().trustsAllOf(s.published) {
-		t.Errorf("half a generation stays: revoked %t, %v", revoked, err)
+	good := ca.leaf(t)
+	for name, next := range map[string]set{
+		"a good one":             good.set(t, []issuer{ca}),
+		"one that Envoy refuses": ca.leaf(t, keyUsage(x509.KeyUsageKeyAgreement)).set(t, []issuer{ca}),
+	} {
+		first.write(t, s.Files.Directory)
+		if _, err := s.Update(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		p.Kill()
+		<-p.Exited()
+		next.write(t, s.Files.Directory)
+		if revoked, err := s.Update(t.Context()); err != nil || !revoked {
+			t.Errorf("%s, while no Envoy runs: revoked %t, %v", name, revoked, err)
+		}
+		if revoked, err := s.Update(t.Context()); err != nil || revoked {
+			t.Errorf("%s, told twice: revoked %t, %v", name, revoked, err)
+		}
+		p = started(t, r)
+		has := must[held](t)(must[secretTexts](t)(p.admin.secretTexts(t.Context())).parse())
+		if len(has.anchors) != 1 || !has.anchors[0].Equal(ca.Certificate) || has.chain[0].Equal(good.Certificate) {
+			t.Errorf("%s: the next Envoy starts with %d mesh CAs", name, len(has.anchors))
+		}
+		isGood := bytes.Equal(next.chain, encode([]*x509.Certificate{good.Certificate}))
+		if revoked, err := s.Update(t.Context()); isGood && (err != nil || !revoked) || !isGood && err == nil {
+			t.Errorf("%s, once an Envoy runs: revoked %t, %v", name, revoked, err)
+		}
+		has = must[held](t)(must[secretTexts](t)(p.admin.secretTexts(t.Context())).parse())
+		if want := map[bool]int{true: 1, false: 2}[isGood]; len(has.anchors) != want || has.chain[0].Equal(good.Certificate) != isGood {
+			t.Errorf("%s: Envoy comes to have %d mesh CAs, want %d", name, len(has.anchors), want)
+		}
+		if err := s.Held(t.Context()); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }

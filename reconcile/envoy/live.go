@@ -1,13 +1,12 @@
 package envoy
 
 import (
-	"bytes"
 	"cmp"
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -17,19 +16,17 @@ import (
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	"google.golang.org/protobuf/encoding/protojson"
 
+	"mantlet/reconcile"
 	"mantlet/render"
 	"mantlet/schema"
 )
 
 // Live is what a running Envoy says of itself.
 type Live struct {
-	Epoch     int
-	State     string // LIVE, INITIALIZING, …; "" where none runs
-	Digest    string // of what it was started with
-	Settings  schema.Envoy
-	Bootstrap *bootstrapv3.Bootstrap // what it was started with; Envoy adds to node
-	Listeners map[string]bool
-	Leaf      string // the serial number of the certificate that it shows, in hex
+	reconcile.Envoy
+
+	secrets secretTexts
+	untaken bool // it did not take a secret that it was given
 }
 
 // Read asks the newest Envoy of a runtime directory that answers. It needs no mantlet that runs. Where no Envoy answers it
@@ -79,7 +76,7 @@ func (a admin) live(ctx context.Context) (Live, error) {
 	if err := a.get(ctx, "/server_info", &info); err != nil {
 		return Live{}, err
 	}
-	l := Live{Epoch: info.Options.Epoch, State: info.State}
+	l := Live{Envoy: reconcile.Envoy{Epoch: info.Options.Epoch, State: info.State}}
 	l.Digest, _ = info.Node.Metadata[render.DigestKey].(string)
 	drain, err := time.ParseDuration(info.Options.DrainTime)
 	shutdown, err2 := time.ParseDuration(info.Options.ParentShutdownTime)
@@ -95,7 +92,11 @@ func (a admin) live(ctx context.Context) (Live, error) {
 	if l.Bootstrap, err = a.bootstrap(ctx); err != nil {
 		return Live{}, err
 	}
-	l.Leaf, err = a.leaf(ctx)
+	if l.secrets, err = a.secretTexts(ctx); err != nil {
+		return Live{}, err
+	}
+	states, err := a.secrets(ctx, meshNames())
+	l.untaken = l.secrets.untaken(states)
 	return l, err
 }
 
@@ -122,65 +123,41 @@ func (a admin) bootstrap(ctx context.Context) (*bootstrapv3.Bootstrap, error) {
 	return nil, errors.New("reading Envoy's bootstrap: there is none in its answer to /config_dump")
 }
 
-// leaf asks /certs (envoy.admin.v3.Certificates) for the serial number of the certificate that Envoy shows; "" where it has none.
-func (a admin) leaf(ctx context.Context) (string, error) {
-	var answer struct {
-		Certificates []struct {
-			Chain []struct {
-				Serial string `json:"serial_number"`
-			} `json:"cert_chain"`
-		} `json:"certificates"`
+// Unpublished returns what an Envoy that runs has otherwise than the TLS directory, a line each. The error says why the TLS
+// directory's generation is not good: no such is ever published.
+func Unpublished(files Files, live Live, now time.Time) ([]string, error) {
+	c, err := LoadCertificates(files, now)
+	if err != nil || live.State == "" {
+		return nil, err
 	}
-	if err := a.get(ctx, "/certs", &answer); err != nil {
-		return "", err
-	}
-	for _, c := range answer.Certificates {
-		for _, leaf := range c.Chain {
-			return leaf.Serial, nil
-		}
-	}
-	return "", nil
-}
-
-// Unpublished returns what of the TLS directory is not published in the runtime directory, or is not what the Envoy that
-// runs shows: a line each. The error says why the TLS directory's generation is not good: no such is ever published.
-func Unpublished(tlsDirectory, runtimeDirectory string, live Live, now time.Time) ([]string, error) {
-	c, err := LoadCertificates(tlsDirectory, now)
+	has, err := live.secrets.parse()
 	if err != nil {
 		return nil, err
 	}
+	chainName, caName := c.fileNames()
 	var lines []string
-	if serial := fmt.Sprintf("%x", c.certs[0].SerialNumber); live.State != "" && strings.TrimLeft(live.Leaf, "0") != serial {
-		lines = append(lines, fmt.Sprintf("certificate: Envoy shows serial number %s, the TLS directory has %s", cmp.Or(live.Leaf, "none"), serial))
-	} else if identity := published(runtimeDirectory, render.IdentitySecret); !bytes.Contains(identity, c.chain) || !bytes.Contains(identity, c.key) {
-		lines = append(lines, "certificate: the TLS directory has another chain or key than Envoy was given")
+	add := func(format string, args ...any) { lines = append(lines, fmt.Sprintf(format, args...)) }
+	switch {
+	case len(has.chain) == 0:
+		add("certificate: Envoy has none, %s has serial number %x", chainName, c.chain[0].SerialNumber)
+	case !has.chain[0].Equal(c.chain[0]):
+		add("certificate: Envoy shows serial number %x, %s has %x", has.chain[0].SerialNumber, chainName, c.chain[0].SerialNumber)
+	case !slices.EqualFunc(has.chain, c.chain, (*x509.Certificate).Equal):
+		add("certificate: Envoy shows other intermediates than %s has", chainName)
 	}
-	if !bytes.Equal(published(runtimeDirectory, render.MeshCASecret), c.meshCA) {
-		lines = append(lines, "mesh CA: the TLS directory has others than Envoy was given")
+	if more := without(has.anchors, c.anchors); len(more) > 0 {
+		add("mesh CA: Envoy trusts %s, which %s does not have", listed(more), caName)
+	}
+	if missing := without(c.anchors, has.anchors); len(missing) > 0 {
+		add("mesh CA: Envoy does not trust %s, which %s has", listed(missing), caName)
+	}
+	if live.untaken {
+		add("certificate: Envoy did not take all of what it was given last")
 	}
 	return lines, nil
 }
 
-// published returns the PEM texts that Publish put into a secret's file; nothing where it did not.
-func published(runtimeDirectory, secret string) []byte {
-	type source struct {
-		Inline string `json:"inlineString"`
-	}
-	var file struct {
-		Resources []struct {
-			Certificate struct {
-				Chain source `json:"certificateChain"`
-				Key   source `json:"privateKey"`
-			} `json:"tlsCertificate"`
-			Context struct {
-				CA source `json:"trustedCa"`
-			} `json:"validationContext"`
-		} `json:"resources"`
-	}
-	text, err := os.ReadFile(filepath.Join(runtimeDirectory, render.SecretFile(secret)))
-	if err != nil || json.Unmarshal(text, &file) != nil || len(file.Resources) == 0 {
-		return nil
-	}
-	r := file.Resources[0]
-	return []byte(r.Certificate.Chain.Inline + r.Certificate.Key.Inline + r.Context.CA.Inline)
+// without returns those of all that are not among others.
+func without(all, others []*x509.Certificate) []*x509.Certificate {
+	return slices.DeleteFunc(slices.Clone(all), func(one *x509.Certificate) bool { return slices.ContainsFunc(others, one.Equal) })
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"mantlet/reconcile"
+	"mantlet/render"
 	"mantlet/schema"
 )
 
@@ -24,9 +25,49 @@ type logs struct {
 	refused  *refusals
 	upstream func(listen string) reconcile.Upstream // of an egress entry; may be nil
 
+	rejections chan string     // why Envoy did not take a secret
+	trials     chan accessLine // what failed in the trial
+
 	mu   sync.Mutex
 	last string
 }
+
+func newLogs(to *slog.Logger, refused *refusals, upstream func(listen string) reconcile.Upstream) *logs {
+	const some = 8 // more than come of one trial
+	return &logs{to: to, refused: refused, upstream: upstream, rejections: make(chan string, some), trials: make(chan accessLine, some)}
+}
+
+// forget drops what was told of secrets and trials before.
+func (l *logs) forget() {
+	for len(l.rejections)+len(l.trials) > 0 {
+		select {
+		case <-l.rejections:
+		case <-l.trials:
+		default:
+		}
+	}
+}
+
+// rejection waits for why Envoy did not take a secret.
+func (l *logs) rejection() string {
+	select {
+	case text := <-l.rejections:
+		return text
+	case <-time.After(reasonLimit):
+		return "it does not say why"
+	}
+}
+
+// offer sends without waiting.
+func offer[T any](to chan<- T, one T) {
+	select {
+	case to <- one:
+	default:
+	}
+}
+
+// updateRejected begins what Envoy says of a secret that it does not take.
+const updateRejected = "Filesystem config update rejected: "
 
 // level returns slog's level for what Envoy says at one of its own (spdlog's). Some warnings belong to each orderly restart.
 func level(name, text string) slog.Level {
@@ -54,6 +95,10 @@ func (l *logs) messages(from io.Reader) {
 		}
 		text := unescape(fields[2])
 		severity := level(fields[0], text)
+		if why, ok := strings.CutPrefix(text, updateRejected); ok {
+			severity = slog.LevelDebug // mantlet says it
+			offer(l.rejections, why)
+		}
 		if severity >= slog.LevelError {
 			l.note(fields[1], text)
 		}
@@ -93,6 +138,12 @@ func (l *logs) access(from io.Reader) {
 		if err != nil {
 			if leftOut, ok := l.refused.admit("", time.Now()); ok { // whoever makes lines that are too long must not fill the log
 				l.to.Info("Envoy says", "text", short(text), "left_out_before", leftOut)
+			}
+			continue
+		}
+		if c.Direction == render.TrialDirection {
+			if c.Refused+c.Failed != "" {
+				offer(l.trials, c)
 			}
 			continue
 		}

@@ -28,6 +28,7 @@ type Process struct {
 	spawner *spawner
 	cmd     *exec.Cmd
 	admin   admin
+	trial   string // the path of the socket that leads into its trial
 
 	interview interview
 	logs      *logs

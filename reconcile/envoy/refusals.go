@@ -276,7 +276,7 @@ func (c *Certificates) untrusted(leaf *x509.Certificate, now time.Time) Reason {
 	for _, anchor := range c.anchors {
 		roots.AddCert(anchor)
 	}
-	for _, cert := range c.certs[1:] {
+	for _, cert := range c.chain[1:] {
 		intermediates.AddCert(cert)
 	}
 	ways, err := leaf.Verify(x509.VerifyOptions{

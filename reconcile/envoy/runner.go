@@ -193,8 +193,7 @@ func (r *Runner) add(p, parent *Process, most time.Duration) {
 			r.ended = sums(r.ended, old.counted)
 		}
 		if !old.alive() && old.Epoch != p.Epoch {
-			_ = os.Remove(render.AdminSocket(r.RuntimeDirectory, old.Epoch))
-			_ = os.Remove(filepath.Join(r.RuntimeDirectory, bootstrapFile(old.Epoch)))
+			_ = r.remove(fmt.Sprintf("*-%d.sock", old.Epoch), bootstrapFile(old.Epoch))
 		}
 		return !old.alive()
 	}), p)
@@ -373,19 +372,6 @@ func (r *Runner) connections(ctx context.Context, p *Process) (int, error) {
 	return r.openIn(p)
 }
 
-// caReads returns how often the Envoy that serves has read the mesh CA; 0 where none does.
-func (r *Runner) caReads(ctx context.Context) int {
-	p := r.serving()
-	if p == nil {
-		return 0
-	}
-	n, err := p.admin.caReads(ctx)
-	if err != nil {
-		return 0
-	}
-	return n
-}
-
 // serving returns the newest process.
 func (r *Runner) serving() *Process {
 	if running := r.Running(); len(running) > 0 {
@@ -424,10 +410,10 @@ func tryBinds(state render.State, serving *Process) error {
 		had[l.Name] = true
 	}
 	for _, l := range state.Bootstrap.StaticResources.Listeners {
-		if had[l.Name] {
+		address := l.GetAddress().GetSocketAddress()
+		if had[l.Name] || address == nil { // a unix socket of its own is in nobody's way
 			continue
 		}
-		address := l.GetAddress().GetSocketAddress()
 		listener, err := net.Listen("tcp", net.JoinHostPort(address.Address, strconv.Itoa(int(address.GetPortValue()))))
 		if err != nil {
 			return fmt.Errorf("listener %s: %w", l.Name, err)
@@ -482,7 +468,7 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Proc
 		}
 	}
 	p.Bootstrap = proto.CloneOf(state.Bootstrap)
-	p.Bootstrap.Admin = render.Admin(r.RuntimeDirectory, p.Epoch)
+	render.SetEpoch(p.Bootstrap, r.RuntimeDirectory, p.Epoch)
 	if err := render.Limit(p.Bootstrap, r.Limits.Capacity(state.Cost)); err != nil {
 		return nil, err
 	}
@@ -497,7 +483,8 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Proc
 		return nil, fmt.Errorf("removing the admin socket of an Envoy before this one: %w", err)
 	}
 	p.admin = newAdmin(socket)
-	p.logs = &logs{to: r.Log.With("epoch", p.Epoch), refused: &r.refused, upstream: r.Upstream}
+	p.trial = render.TrialSocket(r.RuntimeDirectory, p.Epoch)
+	p.logs = newLogs(r.Log.With("epoch", p.Epoch), &r.refused, r.Upstream)
 	p.exited = make(chan struct{})
 	p.spawner = &r.spawner
 	return p, r.start(p, arguments(config, r.socket(), p.base.id, p.Epoch, settings))
@@ -583,7 +570,9 @@ func (r *Runner) killer(before uint64) string {
 // ports returns those of a bootstrap's listeners.
 func ports(b *bootstrapv3.Bootstrap) (ports []uint32) {
 	for _, l := range b.StaticResources.Listeners {
-		ports = append(ports, l.GetAddress().GetSocketAddress().GetPortValue())
+		if address := l.GetAddress().GetSocketAddress(); address != nil {
+			ports = append(ports, address.GetPortValue())
+		}
 	}
 	return ports
 }
@@ -672,7 +661,7 @@ func (r *Runner) Close() error {
 
 // sweep removes what Envoys, and a mantlet that was killed while it wrote, leave in the runtime directory. None may be running.
 func (r *Runner) sweep() error {
-	return r.remove("epoch_*", "admin-*.sock", "bootstrap-*.json", "preflight.json", ".*.json*", "../.*.json*")
+	return r.remove("epoch_*", "admin-*.sock", "trial-*.sock", "bootstrap-*.json", "preflight.json", ".*.json*", "../.*.json*")
 }
 
 func (r *Runner) remove(patterns ...string) error {

@@ -59,15 +59,24 @@ func (r *Runner) executable() error {
 // writeFile replaces a file by one that Envoy may read, and no other user, whatever the mode of the one that was there. Its
 // group is the directory's, which Envoy's is.
 func writeFile(path string, content []byte) error {
-	file, err := renameio.NewPendingFile(path, renameio.WithStaticPermissions(0o640), renameio.WithTempDir(filepath.Dir(path)))
+	file, err := prepareFile(path, content)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = file.Cleanup() }()
-	if _, err := file.Write(content); err != nil {
-		return err
-	}
 	return file.CloseAtomicallyReplace()
+}
+
+// prepareFile writes what is to replace a file as writeFile does, and leaves the replacement to its caller.
+func prepareFile(path string, content []byte) (*renameio.PendingFile, error) {
+	file, err := renameio.NewPendingFile(path, renameio.WithStaticPermissions(0o640), renameio.WithTempDir(filepath.Dir(path)))
+	if err != nil {
+		return nil, err
+	}
+	if _, err := file.Write(content); err != nil {
+		return nil, errors.Join(err, file.Cleanup())
+	}
+	return file, nil
 }
 
 // spawner is the OS thread that starts Envoys, lives as long as they do, and does whatever else only their user may.

@@ -1,0 +1,95 @@
+package envoy
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/google/renameio/v2"
+)
+
+// The last good generation is kept in mantlet's own part of the runtime directory. So a mantlet that was killed, and finds a
+// bad one in the TLS directory, goes on with what was in force; and it sees which mesh CAs are gone since.
+
+// keptText is the file's content.
+type keptText struct {
+	Chain, Key, CA string
+}
+
+// load reads the file, once. What is in it is checked when it is used.
+func (s *Secrets) load() {
+	if s.loaded || s.KeptFile == "" {
+		return
+	}
+	s.loaded = true
+	content, err := os.ReadFile(s.KeptFile)
+	var kept keptText
+	if err == nil {
+		err = json.Unmarshal(content, &kept)
+	}
+	if err == nil {
+		c := &Certificates{files: s.Files, text: [3][]byte{[]byte(kept.Chain), []byte(kept.Key), []byte(kept.CA)}}
+		if c.anchors, err = parseCertificates(c.text[2]); err == nil {
+			s.kept = c
+		}
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		s.Log.Warn("the last good certificates are of no use", "error", err)
+	}
+}
+
+// keep writes a generation down. Where it can't, none is kept: an older one may trust a CA that is gone.
+func (s *Secrets) keep(c *Certificates) {
+	if s.KeptFile == "" {
+		return
+	}
+	content, err := json.Marshal(keptText{string(c.text[0]), string(c.text[1]), string(c.text[2])})
+	if err == nil {
+		err = renameio.WriteFile(s.KeptFile, content, 0o600, renameio.WithTempDir(filepath.Dir(s.KeptFile)))
+	}
+	if err == nil {
+		s.kept, s.unkept = c, nil
+		return
+	}
+	_ = os.Remove(s.KeptFile)
+	s.kept = nil
+	if s.unkept != c {
+		s.Log.Warn("the certificates could not be kept for a restart of mantlet; it is tried again", "error", err)
+	}
+	s.unkept = c
+}
+
+// restore has the generation tried that a mantlet before this one kept.
+func (s *Secrets) restore(ctx context.Context, now time.Time) {
+	if s.kept == nil {
+		return
+	}
+	if err := s.take(ctx, s.kept, now); err != nil {
+		if s.useless != s.kept {
+			s.Log.Warn("the last good certificates are of no use", "error", err)
+		}
+		s.useless = s.kept
+		return
+	}
+	if s.isGood() == s.kept {
+		s.Log.Warn("going on with the last good certificates, of a mantlet before this one")
+	}
+}
+
+// Close removes what was kept, unless it is needed: while the TLS directory holds what is not good, a mantlet after this one
+// has nothing else.
+func (s *Secrets) Close() error {
+	if s.KeptFile == "" {
+		return nil
+	}
+	if read, err := s.Files.read(); err != nil || !read.Equal(s.isGood()) {
+		return nil
+	}
+	if err := os.Remove(s.KeptFile); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,161 @@
+package envoy
+
+import (
+	"context"
+	"crypto/x509"
+	"fmt"
+	"net/url"
+	"strings"
+
+	"mantlet/reconcile"
+	"mantlet/render"
+)
+
+// secretState is what Envoy tells of a secret.
+type secretState struct {
+	version  string // that it took last into all its TLS contexts
+	rejected uint64 // how many it did not take
+}
+
+type secretStates map[string]secretState
+
+func (s secretStates) allAt(version string) bool {
+	for _, one := range s {
+		if one.version != version {
+			return false
+		}
+	}
+	return true
+}
+
+// read reports whether each secret was taken at a version, or refused since.
+func (s secretStates) read(version string, before secretStates) bool {
+	for name, one := range s {
+		if one.version != version && one.rejected == before[name].rejected {
+			return false
+		}
+	}
+	return true
+}
+
+func (s secretStates) rejections() (sum uint64) {
+	for _, one := range s {
+		sum += one.rejected
+	}
+	return sum
+}
+
+// secrets asks for the statistics of the secrets of these names (Envoy's docs/root/configuration/security/secret.rst).
+func (a admin) secrets(ctx context.Context, names []string) (secretStates, error) {
+	var answer struct {
+		Stats []struct {
+			Name  string `json:"name"`
+			Value any    `json:"value"`
+		} `json:"stats"`
+	}
+	filter := fmt.Sprintf(`^sds\.(%s)\.(version_text|update_rejected)$`, strings.Join(names, "|"))
+	if err := a.get(ctx, "/stats?format=json&filter="+url.QueryEscape(filter), &answer); err != nil {
+		return nil, err
+	}
+	all := secretStates{}
+	for _, name := range names {
+		all[name] = secretState{}
+	}
+	for _, s := range answer.Stats {
+		name, _, _ := strings.Cut(strings.TrimPrefix(s.Name, "sds."), ".")
+		one := all[name]
+		switch value := s.Value.(type) {
+		case string:
+			one.version = value
+		case float64:
+			one.rejected = uint64(value)
+		}
+		all[name] = one
+	}
+	return all, nil
+}
+
+// held are the certificates that Envoy has.
+type held struct {
+	chain, anchors []*x509.Certificate
+}
+
+// secretTexts are the mesh's secrets as Envoy was given them last, in PEM, and their versions.
+type secretTexts struct{ chain, anchors, chainVersion, anchorsVersion string }
+
+// secretTexts asks /config_dump (envoy.admin.v3.SecretsConfigDump).
+func (a admin) secretTexts(ctx context.Context) (text secretTexts, err error) {
+	type source struct {
+		Inline string `json:"inline_string"`
+	}
+	var answer struct {
+		Configs []struct {
+			Name    string `json:"name"`
+			Version string `json:"version_info"`
+			Secret  struct {
+				Certificate struct {
+					Chain source `json:"certificate_chain"`
+				} `json:"tls_certificate"`
+				Context struct {
+					CA source `json:"trusted_ca"`
+				} `json:"validation_context"`
+			} `json:"secret"`
+		} `json:"configs"`
+	}
+	filter := fmt.Sprintf(`^(%s)$`, strings.Join(meshNames(), "|"))
+	if err := a.get(ctx, "/config_dump?resource=dynamic_active_secrets&name_regex="+url.QueryEscape(filter), &answer); err != nil {
+		return text, err
+	}
+	for _, c := range answer.Configs {
+		switch c.Name {
+		case render.IdentitySecret:
+			text.chain, text.chainVersion = c.Secret.Certificate.Chain.Inline, c.Version
+		case render.MeshCASecret:
+			text.anchors, text.anchorsVersion = c.Secret.Context.CA.Inline, c.Version
+		}
+	}
+	return text, nil
+}
+
+// untaken reports whether Envoy did not take a secret that it was given. Of one whose content stays the same it goes on to tell
+// the older version here.
+func (t secretTexts) untaken(states secretStates) bool {
+	return t.chainVersion > states[render.IdentitySecret].version || t.anchorsVersion > states[render.MeshCASecret].version
+}
+
+// parse reads what Envoy has. Where it has nothing yet, held is empty.
+func (t secretTexts) parse() (h held, err error) {
+	for _, part := range []struct {
+		text string
+		into *[]*x509.Certificate
+	}{{t.chain, &h.chain}, {t.anchors, &h.anchors}} {
+		if part.text == "" {
+			continue
+		}
+		if *part.into, err = parseCertificates([]byte(part.text)); err != nil {
+			return held{}, fmt.Errorf("reading the certificates that Envoy has: %w", err)
+		}
+	}
+	return h, nil
+}
+
+// describe returns the certificates as a status has them: the chain, then the mesh CAs.
+func (h held) describe() []reconcile.Certificate {
+	var all []reconcile.Certificate
+	describe := func(role string, c *x509.Certificate) {
+		all = append(all, reconcile.Certificate{
+			Role: role, Subject: c.Subject.String(), SANs: sans(c), NotBefore: c.NotBefore, NotAfter: c.NotAfter,
+		})
+	}
+	for i, c := range h.chain {
+		if i == 0 {
+			describe(reconcile.RoleLeaf, c)
+		} else {
+			describe(reconcile.RoleIntermediate, c)
+		}
+	}
+	for _, c := range h.anchors {
+		describe(reconcile.RoleMeshCA, c)
+	}
+	return all
+}

@@ -1,0 +1,200 @@
+package envoy
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	"github.com/google/renameio/v2"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"mantlet/render"
+)
+
+// publication is what Envoy is given at a time, as SDS files in the runtime directory.
+type publication struct {
+	version string // Envoy tells it back once it has taken a secret into all its TLS contexts
+	secrets []*tlsv3.Secret
+}
+
+// meshNames are the secrets that the mesh is served with.
+func meshNames() []string { return []string{render.MeshCASecret, render.IdentitySecret} }
+
+// trialNames are the trial's secrets.
+func trialNames() []string {
+	return []string{render.TrialClientCASecret, render.TrialServerCASecret, render.TrialIdentitySecret}
+}
+
+// versionLayout makes versions that sort by time.
+const versionLayout = "2006-01-02T15:04:05.000000000Z"
+
+// publish returns a generation under the names that the mesh is served with.
+//
+// The chain differs each time, by a line before the PEM: with new content all TLS session tickets end. Nothing else ends
+// them when a client's certificate expires. The mesh CAs differ only where that is asked for, since each change of a secret
+// costs Envoy a new TLS context for each listener and upstream.
+func (c *Certificates) publish(now time.Time, anew bool) publication {
+	p := publication{version: now.UTC().Format(versionLayout)}
+	stamp := ""
+	if anew {
+		stamp = p.version
+	}
+	p.add(caSecret(render.MeshCASecret, c.trusted(now), stamp), identitySecret(render.IdentitySecret, c, p.version))
+	return p
+}
+
+// onTrial returns a generation under the trial's names. An end that is not judged accepts any certificate.
+func (c *Certificates) onTrial(now time.Time, whose judged) publication {
+	p := publication{version: now.UTC().Format(versionLayout)}
+	client := caSecret(render.TrialClientCASecret, c.trusted(now), p.version)
+	server := caSecret(render.TrialServerCASecret, c.trusted(now), p.version)
+	if whose == serversLeaf {
+		server.GetValidationContext().TrustChainVerification = tlsv3.CertificateValidationContext_ACCEPT_UNTRUSTED
+	}
+	if whose == clientsLeaf {
+		client.GetValidationContext().TrustChainVerification = tlsv3.CertificateValidationContext_ACCEPT_UNTRUSTED
+	}
+	p.add(client, server, identitySecret(render.TrialIdentitySecret, c, p.version))
+	return p
+}
+
+func (p publication) names() []string {
+	var names []string
+	for _, s := range p.secrets {
+		names = append(names, s.Name)
+	}
+	return names
+}
+
+func (p *publication) add(secrets ...*tlsv3.Secret) { p.secrets = append(p.secrets, secrets...) }
+
+func identitySecret(name string, c *Certificates, stamp string) *tlsv3.Secret {
+	return &tlsv3.Secret{Name: name, Type: &tlsv3.Secret_TlsCertificate{TlsCertificate: &tlsv3.TlsCertificate{
+		CertificateChain: inline(stamped(stamp, encode(c.chain))), PrivateKey: inline(pem.EncodeToMemory(c.key)),
+	}}}
+}
+
+func caSecret(name string, cas []*x509.Certificate, stamp string) *tlsv3.Secret {
+	return &tlsv3.Secret{Name: name, Type: &tlsv3.Secret_ValidationContext{
+		ValidationContext: &tlsv3.CertificateValidationContext{TrustedCa: inline(stamped(stamp, encode(cas)))},
+	}}
+}
+
+// stamped puts a line before a PEM text.
+func stamped(stamp string, text []byte) []byte {
+	if stamp == "" {
+		return text
+	}
+	return append([]byte("published "+stamp+"\n"), text...)
+}
+
+func inline(data []byte) *corev3.DataSource {
+	return &corev3.DataSource{Specifier: &corev3.DataSource_InlineString{InlineString: string(data)}}
+}
+
+// write puts the files into a directory, each by a rename, which is the only event that Envoy reads them anew at. The key and
+// its chain are one secret, so they never mix with another generation's. Nothing is replaced before all is written: where
+// there is no room, all stays.
+func (p publication) write(directory string) error {
+	var files []*renameio.PendingFile
+	defer func() {
+		for _, f := range files {
+			_ = f.Cleanup()
+		}
+	}()
+	for _, s := range p.secrets {
+		text, err := discoveryResponse(p.version, s)
+		if err != nil {
+			return fmt.Errorf("marshalling secret %s: %w", s.Name, err)
+		}
+		file, err := prepareFile(filepath.Join(directory, render.SecretFile(s.Name)), text)
+		if err != nil {
+			return fmt.Errorf("publishing secret %s: %w", s.Name, err)
+		}
+		files = append(files, file)
+	}
+	for i, f := range files {
+		if err := f.CloseAtomicallyReplace(); err != nil {
+			return fmt.Errorf("publishing secret %s: %w", p.secrets[i].Name, err)
+		}
+	}
+	return nil
+}
+
+// discoveryResponse is envoy.service.discovery.v3.DiscoveryResponse with one resource. Its Go type would bring in gRPC.
+func discoveryResponse(version string, s *tlsv3.Secret) ([]byte, error) {
+	resource, err := anypb.New(s)
+	if err != nil {
+		return nil, err
+	}
+	text, err := protojson.Marshal(resource)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(struct {
+		Version   string            `json:"versionInfo"`
+		Resources []json.RawMessage `json:"resources"`
+	}{version, []json.RawMessage{text}})
+}
+
+// rejected is why Envoy does not take a secret, in its own words.
+type rejected struct{ error }
+
+func (r rejected) Unwrap() error { return r.error }
+
+// give writes a publication and waits until the process has taken all of it. The error is rejected where Envoy does not take
+// it.
+//
+// Envoy makes TLS contexts of all secrets together, each time that one of them changes. So a secret that it refused before
+// makes it refuse the next change of another one, until that secret changes too. Hence all are written once more, with other
+// content, before Envoy's refusal counts.
+func (p *Process) give(ctx context.Context, directory string, publish func(now time.Time, anew bool) publication) (version string, err error) {
+	for round := range 2 {
+		pub := publish(time.Now(), round > 0)
+		before, err := p.admin.secrets(ctx, pub.names())
+		if err != nil {
+			return "", err
+		}
+		p.logs.forget()
+		if err := pub.write(directory); err != nil {
+			return "", err
+		}
+		has, err := p.await(ctx, pub, before)
+		switch {
+		case err != nil:
+			return "", err
+		case has.rejections() == before.rejections():
+			return pub.version, nil
+		case round > 0:
+			return "", rejected{errors.New(p.logs.rejection())}
+		}
+	}
+	return "", nil // not reached
+}
+
+// await waits until the process has read all secrets of a publication, be it to refuse them. Envoy tells the version of a
+// secret once the secret is in each of its TLS contexts. before is what it told before they were written.
+func (p *Process) await(ctx context.Context, pub publication, before secretStates) (has secretStates, err error) {
+	tick := time.NewTicker(pollInterval)
+	defer tick.Stop()
+	for {
+		if has, err = p.admin.secrets(ctx, pub.names()); err != nil || has.read(pub.version, before) {
+			return has, err
+		}
+		select {
+		case <-tick.C:
+		case <-p.exited:
+			return nil, p.Err()
+		case <-ctx.Done():
+			return nil, fmt.Errorf("Envoy has not read the certificates in time: %w", ctx.Err())
+		}
+	}
+}
