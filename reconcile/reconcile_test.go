@@ -43,7 +43,7 @@ type world struct {
 	found     error                    // what is not as it should be with the rules in the kernel
 	secretErr error
 	expiry    time.Time
-	offered   bool // certificates that no Envoy has tried yet
+	untried   bool // certificates that no Envoy has tried yet
 	revoked   bool // a mesh CA was taken away; told once
 	latest    *process
 	open      func(context.Context) (int, error) // how many connections are
@@ -176,7 +176,7 @@ func (w *world) Renew(context.Context) error {
 func (w *world) Offered() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.offered || !w.expiry.IsZero()
+	return w.untried || !w.expiry.IsZero()
 }
 
 func (w *world) Held(context.Context) error { return nil }
@@ -479,7 +479,7 @@ func TestOffered(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		good := w.expiry
-		w.expiry, w.offered, w.secretErr = time.Time{}, true, errors.New("Envoy does not accept the certificates")
+		w.expiry, w.untried, w.secretErr = time.Time{}, true, errors.New("Envoy does not accept the certificates")
 		w.run(t)
 		if did := w.done(); !slices.Equal(did, []string{"start Envoy"}) {
 			t.Errorf("did %q", did)
@@ -702,7 +702,7 @@ func TestFlips(t *testing.T) {
 					t.Fatal(err)
 				}
 				w := newWorld(t)
-				w.Environment, w.Place, w.expires = env, render.Place{RuntimeDirectory: directory}, w.expiry
+				w.Environment, w.Place, w.supplied, w.expires = env, render.Place{RuntimeDirectory: directory}, true, w.expiry
 				envoys, pause := 0, time.Duration(0)
 				step := func(text string) {
 					if err := os.WriteFile(file, []byte(calm+", "+text+"]"), 0o600); err != nil {
@@ -909,6 +909,32 @@ func TestStartHangs(t *testing.T) {
 		if g := w.have.generations.Default; g != 2 {
 			t.Errorf("generation %d is in force", g)
 		}
+	})
+}
+
+// TestOfferedMeanwhile: a configuration that comes while an Envoy starts for the one before it is taken once that start is over.
+func TestOfferedMeanwhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.run(t)
+		expect(t, w, "start Envoy", "rules")
+		until := make(chan struct{})
+		w.set(func() { w.hang = map[string]chan struct{}{"start": until} })
+		close(w.latest.exited)
+		expect(t, w, "start Envoy")
+		env, err := schema.ParseEnvironment([]string{"EDG_INGRESS_PROXY_CONFIG=web#8080#false"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		next, err := w.render(env.Base(), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.locked(func() { w.offered = next })
+		notify(w.news)
+		expect(t, w)
+		close(until)
+		expect(t, w, "rules")
 	})
 }
 
