@@ -36,10 +36,10 @@ const (
 
 // Live is what is there, as the kernel and Envoy say.
 type Live struct {
-	Rules         render.Ruleset
-	LacksTimeouts bool // the kernel has no ct timeout objects: want render.Ruleset.WithoutTimeouts
-	Envoy         Envoy
-	Certificates  []string // what Envoy has otherwise than the TLS directory, a line each
+	Rules        render.Ruleset
+	Fit          func(render.Ruleset) render.Ruleset // the rules as this mantlet and kernel have them; nil for as they are
+	Envoy        Envoy
+	Certificates []string // what Envoy has otherwise than the TLS directory, a line each
 }
 
 // Envoy is what a running Envoy says of itself.
@@ -62,8 +62,8 @@ func Diff(mesh schema.Mesh, place render.Place, have Live) ([]Step, error) {
 	_, generations, _ := render.ReadBack(have.Rules)
 	var steps []Step
 	want := render.Rules(mesh, generations)
-	if have.LacksTimeouts {
-		want = want.WithoutTimeouts()
+	if have.Fit != nil {
+		want = have.Fit(want)
 	}
 	for _, line := range render.Diff(want, have.Rules) {
 		steps = append(steps, Step{line, NoRestart})

@@ -52,7 +52,7 @@ func Refusal(chain string, rule Rule) string {
 		return refusedLeft
 	case has(OwnSource{}), has(Marked{Mark: MarkInside}):
 		return refusedForged
-	case chain == statusIn && has(firstSYN), has(MarkedSocket{NotEqual, StatusSocket}):
+	case chain == statusIn && has(firstSYN), has(MarkedSocket{NotEqual, StatusSocket}), chain == statusOut:
 		return refusedNoStatus
 	case has(firstSYN):
 		return refusedNoListener

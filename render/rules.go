@@ -78,8 +78,10 @@ func listenerPort(mode schema.Mode) uint16 {
 
 const statusIn = "status_in"
 
-// statusOut is where answers of the status port go: what came in through statusIn is marked as it wants.
-var statusOut = policy{mode: schema.ModePassthrough}
+// statusOut is where answers of the status port go, and on to those of statusPolicy: what came in through statusIn is marked as it wants.
+const statusOut = "status_out"
+
+var statusPolicy = policy{mode: schema.ModePassthrough}
 
 // DenyAll returns the rules that stand before anything is known: nothing comes in but what answers the pod. Without
 // replies it needs no more of the kernel than nf_tables itself, and not even answers come in.
@@ -105,13 +107,13 @@ func OnlyStatus(port uint16) Ruleset {
 	r := DenyAll(true)
 	r.Maps = []Map{
 		{Name: modesMap, Elements: []Element{{ports, goTo(statusIn)}}},
-		{Name: answersMap, Elements: []Element{{ports, goTo(statusOut.out())}}},
+		{Name: answersMap, Elements: []Element{{ports, goTo(statusOut)}}},
 	}
 	for i, rules := range [][]Rule{append(notForThePod(), Rule{Forwarded{}, drop}, Rule{LookUp{Map: modesMap}}), {{LookUp{Source: true, Map: answersMap}}}} {
 		chain := &r.Chains[i]
 		chain.Rules = slices.Insert(chain.Rules, len(chain.Rules)-1, rules...)
 	}
-	r.Chains = append(r.Chains, statusOut.egress(), statusIngress())
+	r.Chains = append(r.Chains, statusPolicy.egress(), statusIngress(), statusEgress())
 	return r
 }
 
@@ -223,12 +225,12 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 	standard, all := policy{schema.ModeMTLS, generations.Default}, parts(mesh, generations)
 	modes, answers := Map{Name: modesMap}, Map{Name: answersMap}
 	for _, part := range all {
-		in := part.in()
+		in, out := part.in(), part.out()
 		if part.ports.First == mesh.StatusPort { // it is the only one of the part
-			in = statusIn
+			in, out = statusIn, statusOut
 		}
 		modes.Elements = append(modes.Elements, Element{part.ports, goTo(in)})
-		answers.Elements = append(answers.Elements, Element{part.ports, goTo(part.out())})
+		answers.Elements = append(answers.Elements, Element{part.ports, goTo(out)})
 	}
 	r := Ruleset{
 		Timeouts: []Timeouts{tcpTimeouts},
@@ -253,7 +255,7 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 	}
 	r.Chains = append(r.Chains, begins(mesh)...)
 	if mesh.StatusPort != 0 {
-		r.Chains = append(r.Chains, statusIngress())
+		r.Chains = append(r.Chains, statusIngress(), statusEgress())
 	}
 	for _, p := range inUse(standard, all) {
 		r.Chains = append(r.Chains, p.ingress(), p.egress())
@@ -314,6 +316,46 @@ func statusIngress() Chain {
 	}}
 }
 
+// statusEgress lets out the answers of a socket of mantlet's user alone. The mark of statusIngress is no secret, and with NET_RAW every
+// user may set it.
+func statusEgress() Chain {
+	return Chain{Name: statusOut, Rules: []Rule{
+		{SocketUser{NotEqual, mantletUser}, Count{}, drop},
+		{goTo(statusPolicy.out())},
+	}}
+}
+
+// mantletUser is root, whom mantlet is in its container.
+const mantletUser = 0
+
+// ForUser returns the same rules for a mantlet that is another user.
+func (r Ruleset) ForUser(uid uint32) Ruleset {
+	return r.edit(func(rule Rule) Rule {
+		for i, s := range rule {
+			if s, is := s.(SocketUser); is {
+				s.UID = uid
+				rule[i] = s
+			}
+		}
+		return rule
+	})
+}
+
+// edit returns the ruleset with other rules in its chains: with gets a copy of each, and returns nil to leave it out.
+func (r Ruleset) edit(with func(Rule) Rule) Ruleset {
+	r.Chains = slices.Clone(r.Chains)
+	for i, c := range r.Chains {
+		var rules []Rule
+		for _, rule := range c.Rules {
+			if rule = with(slices.Clone(rule)); rule != nil {
+				rules = append(rules, rule)
+			}
+		}
+		r.Chains[i].Rules = rules
+	}
+	return r
+}
+
 // part is a range of ports that are handled alike.
 type part struct {
 	ports schema.Ports
@@ -336,7 +378,7 @@ func parts(mesh schema.Mesh, generations Generations) []part {
 	for _, ports := range schema.Cut(ranges) {
 		p := policy{schema.PolicyOf(mesh.Ingress, ports.First).Mode, generations.At(ports.First)}
 		if ports.First == mesh.StatusPort {
-			p = statusOut // by the time that it is the first, it is the only one
+			p = statusPolicy // by the time that it is the first, it is the only one
 		}
 		all = append(all, part{ports, p})
 	}

@@ -53,6 +53,17 @@ func (s SocketPriority) Text() string {
 	return fmt.Sprintf("meta priority %x:%x", s.Priority>>16, s.Priority&0xffff)
 }
 
+// SocketUser matches packets that the pod sends by the user who made their socket; a listener's answers to a SYN by the listener's. It never
+// matches packets whose socket nobody has: one that is closed, or that is to be accepted yet (nft_meta_get_eval_skugid,
+// net/netfilter/nft_meta.c).
+type SocketUser struct {
+	Op  Op
+	UID uint32
+}
+
+// Text implements Statement.
+func (s SocketUser) Text() string { return fmt.Sprintf("meta skuid %s%d", s.Op.infix(), s.UID) }
+
 // Destination matches the destination address of one IP family.
 type Destination struct{ Prefix netip.Prefix }
 

@@ -35,16 +35,11 @@ func (t Timeouts) onLine() string { return strings.Join(strings.Fields(t.Text())
 // WithoutTimeouts returns the same rules for a kernel without ct timeout objects. They accept and refuse the same packets.
 func (r Ruleset) WithoutTimeouts() Ruleset {
 	r.Timeouts = nil
-	r.Chains = slices.Clone(r.Chains)
-	for i, c := range r.Chains {
-		var rules []Rule
-		for _, rule := range c.Rules {
-			rule = slices.DeleteFunc(slices.Clone(rule), func(s Statement) bool { _, is := s.(SetTimeouts); return is })
-			if _, acts := rule[len(rule)-1].(TCPFlags); !acts { // a rule that only set timeouts
-				rules = append(rules, rule)
-			}
+	return r.edit(func(rule Rule) Rule {
+		rule = slices.DeleteFunc(rule, func(s Statement) bool { _, is := s.(SetTimeouts); return is })
+		if _, is := rule[len(rule)-1].(TCPFlags); is { // a rule that only set timeouts
+			return nil
 		}
-		r.Chains[i].Rules = rules
-	}
-	return r
+		return rule
+	})
 }

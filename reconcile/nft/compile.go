@@ -55,6 +55,8 @@ func (b *batch) statement(s render.Statement) ([]expr.Any, error) {
 		return []expr.Any{&expr.Meta{Key: key, Register: reg1}, compare(s.Op, native(loopbackIndex))}, nil
 	case render.SocketPriority:
 		return []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg1}, compare(render.Equal, native(s.Priority))}, nil
+	case render.SocketUser:
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeySKUID, Register: reg1}, compare(s.Op, native(s.UID))}, nil
 	case render.Destination:
 		return destination(s.Prefix), nil
 	case render.DestinationPort:

@@ -67,7 +67,7 @@ func (r *reader) guesses(all []expression) (s []render.Statement) {
 		s = append(s,
 			render.Protocol{Op: op(all[1]), Numbers: all[1].data["3.1"]},
 			render.Loopback{Op: op(all[1])}, render.Loopback{Output: true, Op: op(all[1])},
-			render.SocketPriority{Priority: all[1].data.native("3.1")},
+			render.SocketPriority{Priority: all[1].data.native("3.1")}, render.SocketUser{Op: op(all[1]), UID: all[1].data.native("3.1")},
 		)
 	}
 	if is("meta", "lookup") {

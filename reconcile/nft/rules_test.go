@@ -1073,6 +1073,17 @@ func TestStatusPort(t *testing.T) {
 					return x.happens(leaks(workload))
 				})
 			})
+			t.Run("another user with mantlet's mark", func(t *testing.T) {
+				if lab.EnvoyUser() == 0 {
+					t.Skip("an ordinary user's lab has no other user")
+				}
+				stops(t, whole, without(t, whole, "status_out", "skuid"), func(x *trial) bool {
+					x.statusOf(lab.Stranger, fmt.Sprintf(":%d", statusPort))
+					x.apply()
+					conn, err := x.dial(x.target(statusPort), x.wait)
+					return err == nil && x.heard(conn, greeting(statusPort))
+				})
+			})
 			t.Run("handshake that outlives mantlet", func(t *testing.T) {
 				stops(t, whole, without(t, whole, "status_in", "socket mark !="), func(x *trial) bool {
 					mantlet := x.status(fmt.Sprintf(":%d", statusPort))

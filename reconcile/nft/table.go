@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -207,10 +208,10 @@ const attempts = 10
 func (t *Table) Replace(r render.Ruleset) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	err := t.put(t.fit(r))
+	err := t.put(fit(r, t.lacksTimeouts))
 	if refuses(err) && !t.lacksTimeouts && len(r.Timeouts) > 0 && t.try(timeoutsNeed(r.Timeouts)) != nil {
 		t.lacksTimeouts = true
-		err = t.put(t.fit(r))
+		err = t.put(fit(r, t.lacksTimeouts))
 	}
 	if !refuses(err) {
 		return err
@@ -226,12 +227,16 @@ func refuses(err error) bool {
 	return err != nil && !errors.Is(err, unix.EPERM) && !errors.Is(err, ErrOwned) && !errors.Is(err, errBusy)
 }
 
-// fit returns the rules as the kernel takes them.
-func (t *Table) fit(r render.Ruleset) render.Ruleset {
-	if t.lacksTimeouts {
-		return r.WithoutTimeouts()
+// Fit returns the rules as Replace puts them in place: for this process's user, and as the kernel takes them.
+func (t *Table) Fit(r render.Ruleset) render.Ruleset {
+	return fit(r, len(r.Timeouts) > 0 && t.LacksTimeouts())
+}
+
+func fit(r render.Ruleset, lacksTimeouts bool) render.Ruleset {
+	if lacksTimeouts {
+		r = r.WithoutTimeouts()
 	}
-	return r
+	return r.ForUser(uint32(os.Geteuid()))
 }
 
 func (t *Table) put(r render.Ruleset) error {

@@ -159,7 +159,13 @@ func (p *place) standIn(port uint16) *standIn {
 // status takes the place of mantlet's status: it listens with mantlet's mark.
 func (p *place) status(addr string) *standIn {
 	p.t.Helper()
-	listener, err := listenWith(p.pod, addr, func(string) (level, option, value int) {
+	return p.statusOf(0, addr)
+}
+
+// statusOf does the same as a user who has NET_RAW.
+func (p *place) statusOf(uid int, addr string) *standIn {
+	p.t.Helper()
+	listener, err := listenAs(uid, p.pod, addr, func(string) (level, option, value int) {
 		return unix.SOL_SOCKET, unix.SO_MARK, int(render.StatusSocket)
 	})
 	if err != nil {
@@ -182,7 +188,12 @@ func transparent(host *lab.Host, addr string) (listener net.Listener, err error)
 }
 
 // listenWith listens with a socket option.
-func listenWith(host *lab.Host, addr string, with func(network string) (level, option, value int)) (listener net.Listener, err error) {
+func listenWith(host *lab.Host, addr string, with func(network string) (level, option, value int)) (net.Listener, error) {
+	return listenAs(0, host, addr, with)
+}
+
+// listenAs listens with a socket option at a socket of a user's.
+func listenAs(uid int, host *lab.Host, addr string, with func(network string) (level, option, value int)) (listener net.Listener, err error) {
 	config := net.ListenConfig{Control: func(network, _ string, raw syscall.RawConn) error {
 		level, option, value := with(network)
 		var refused error
@@ -191,6 +202,9 @@ func listenWith(host *lab.Host, addr string, with func(network string) (level, o
 	}}
 	config.SetMultipathTCP(false)
 	err = host.Do(func() error {
+		if err := unix.Setfsuid(uid); err != nil { // of this thread, which ends; it keeps the capabilities that a mark takes
+			return err
+		}
 		listener, err = config.Listen(context.Background(), "tcp", addr)
 		return err
 	})
