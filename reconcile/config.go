@@ -241,7 +241,7 @@ func (d *Daemon) write(content []byte) error {
 		return nil
 	}
 	_, err = files.Do("write", path, func() (any, error) {
-		return nil, renameio.WriteFile(path, text, 0o600, renameio.WithTempDir(filepath.Dir(path)))
+		return nil, files.Replacing(path, renameio.WriteFile(path, text, 0o600, renameio.WithTempDir(filepath.Dir(path))))
 	})
 	if err == nil && !isThere() {
 		err = errors.New("an earlier file was still being written")

@@ -344,6 +344,9 @@ func TestRuntimeDirectoryFullAtStart(t *testing.T) {
 	p.unready("no space left on device")
 	p.must(os.Remove(filler))
 	p.ready()
+	if got := p.log.count("certificates not published"); got != 1 {
+		t.Errorf("one failure is logged %d times", got)
+	}
 	p.besieged()
 }
 

@@ -2,8 +2,10 @@
 package files
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"time"
 
 	"golang.org/x/sync/singleflight"
@@ -31,4 +33,16 @@ func Do[T any](operation, path string, fn func() (T, error)) (T, error) {
 	case <-limit.C:
 		return value, &fs.PathError{Op: operation, Path: path, Err: fmt.Errorf("it takes longer than %s: does its file system answer?", Limit)}
 	}
+}
+
+// Replacing says of a failed replacement of a file which file it is about. A file is replaced by way of a temporary one, whose name
+// differs at each attempt: with that name in it the same failure would be logged again at each attempt, as a new one.
+func Replacing(path string, err error) error {
+	if file, ok := errors.AsType[*fs.PathError](err); ok {
+		return &fs.PathError{Op: file.Op, Path: path, Err: file.Err}
+	}
+	if link, ok := errors.AsType[*os.LinkError](err); ok {
+		return &fs.PathError{Op: link.Op, Path: path, Err: link.Err}
+	}
+	return err
 }

@@ -3,11 +3,15 @@ package files_test
 import (
 	"errors"
 	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/google/renameio/v2"
 	"go.uber.org/goleak"
 
 	"mantlet/internal/files"
@@ -57,5 +61,26 @@ func TestDo(t *testing.T) {
 func TestDoFails(t *testing.T) {
 	if content, err := files.Do("read", t.Name(), func() ([]byte, error) { return []byte("half"), fs.ErrInvalid }); err != fs.ErrInvalid || string(content) != "half" { //nolint:errorlint // as it is
 		t.Errorf("%q, %v", content, err)
+	}
+}
+
+// TestReplacing: a file that can't be replaced is named, and is the same failure at each attempt.
+func TestReplacing(t *testing.T) {
+	directory := t.TempDir()
+	taken := filepath.Join(directory, "taken")
+	if err := os.MkdirAll(filepath.Join(taken, "not empty"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{filepath.Join(directory, "absent", "file"), taken} {
+		replace := func() error {
+			return files.Replacing(path, renameio.WriteFile(path, []byte("content"), 0o600, renameio.WithTempDir(filepath.Dir(path))))
+		}
+		first, second := replace(), replace()
+		if first == nil || second == nil || first.Error() != second.Error() || !strings.Contains(first.Error(), path+": ") {
+			t.Errorf("%s: %v, then %v", path, first, second)
+		}
+	}
+	if err := files.Replacing(taken, nil); err != nil {
+		t.Errorf("nothing failed: %v", err)
 	}
 }

@@ -73,9 +73,9 @@ func TestLoadCertificates(t *testing.T) {
 			pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: sec1}))}, nil},
 		"several CAs": {map[string][]byte{meshCAFile: slices.Concat(foreign.CAPEM(), ca)}, nil},
 
-		"a client's usage": {files(t, clients), nil},
-		"no usage":         {files(t, signer), []string{chainFile, "its extended key usage is codeSigning", "should have serverAuth and clientAuth"}},
-		"any usage":        {files(t, anyUsage), []string{chainFile, "its extended key usage is anyExtendedKeyUsage"}},
+		"a client's usage": {filesOf(t, clients), nil},
+		"no usage":         {filesOf(t, signer), []string{chainFile, "its extended key usage is codeSigning", "should have serverAuth and clientAuth"}},
+		"any usage":        {filesOf(t, anyUsage), []string{chainFile, "its extended key usage is anyExtendedKeyUsage"}},
 
 		"nothing":             {map[string][]byte{chainFile: nil, keyFile: nil, meshCAFile: nil}, []string{chainFile, keyFile, meshCAFile, "no such file"}},
 		"no chain":            {map[string][]byte{chainFile: nil}, []string{chainFile, "no such file"}},
@@ -89,13 +89,13 @@ func TestLoadCertificates(t *testing.T) {
 		"half a key":          {map[string][]byte{keyFile: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})[:100]}, []string{keyFile, "is cut off"}},
 		"another's key":       {map[string][]byte{chainFile: other.ChainPEM()}, []string{keyFile, "is not the key of the leaf (CN=pod)"}},
 		"intermediate first":  {map[string][]byte{chainFile: slices.Concat(rest, pem.EncodeToMemory(leaf))}, []string{chainFile, "that of certificate 2; the leaf must come first"}},
-		"expired":             {files(t, expired), []string{chainFile, "certificate 1 (without a subject) expired at"}},
-		"not valid yet":       {files(t, early), []string{chainFile, "is the clock right?"}},
-		"expired, foreign CA": {map[string][]byte{meshCAFile: foreign.CAPEM(), chainFile: expired.ChainPEM(), keyFile: files(t, expired)[keyFile]}, []string{chainFile}},
+		"expired":             {filesOf(t, expired), []string{chainFile, "certificate 1 (without a subject) expired at"}},
+		"not valid yet":       {filesOf(t, early), []string{chainFile, "is the clock right?"}},
+		"expired, foreign CA": {map[string][]byte{meshCAFile: foreign.CAPEM(), chainFile: expired.ChainPEM(), keyFile: filesOf(t, expired)[keyFile]}, []string{chainFile}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			directory := t.TempDir()
-			for name, text := range files(t, good) {
+			for name, text := range filesOf(t, good) {
 				if change, ok := c.change[name]; ok {
 					text = change
 				}
@@ -153,8 +153,8 @@ func TestRenewedCA(t *testing.T) {
 	}
 }
 
-// files returns the three files of an identity.
-func files(t *testing.T, i *lab.Identity) map[string][]byte {
+// filesOf returns the three files of an identity.
+func filesOf(t *testing.T, i *lab.Identity) map[string][]byte {
 	t.Helper()
 	directory := t.TempDir()
 	if err := i.Write(directory); err != nil {

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/google/renameio/v2"
+
+	"mantlet/internal/files"
 )
 
 // The last good generation is kept in mantlet's own part of the runtime directory. So a mantlet that was killed, and finds a
@@ -48,7 +50,7 @@ func (s *Secrets) keep(c *Certificates) {
 	}
 	content, err := json.Marshal(keptText{string(c.text[0]), string(c.text[1]), string(c.text[2])})
 	if err == nil {
-		err = renameio.WriteFile(s.KeptFile, content, 0o600, renameio.WithTempDir(filepath.Dir(s.KeptFile)))
+		err = files.Replacing(s.KeptFile, renameio.WriteFile(s.KeptFile, content, 0o600, renameio.WithTempDir(filepath.Dir(s.KeptFile))))
 	}
 	if err == nil {
 		s.kept, s.unkept = c, nil

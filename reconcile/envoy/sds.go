@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"mantlet/internal/files"
 	"mantlet/render"
 )
 
@@ -104,9 +105,9 @@ func inline(data []byte) *corev3.DataSource {
 // its chain are one secret, so they never mix with another generation's. Nothing is replaced before all is written: where
 // there is no room, all stays.
 func (p publication) write(directory string) error {
-	var files []*renameio.PendingFile
+	var pending []*renameio.PendingFile
 	defer func() {
-		for _, f := range files {
+		for _, f := range pending {
 			_ = f.Cleanup()
 		}
 	}()
@@ -119,10 +120,11 @@ func (p publication) write(directory string) error {
 		if err != nil {
 			return fmt.Errorf("publishing secret %s: %w", s.Name, err)
 		}
-		files = append(files, file)
+		pending = append(pending, file)
 	}
-	for i, f := range files {
-		if err := f.CloseAtomicallyReplace(); err != nil {
+	for i, f := range pending {
+		path := filepath.Join(directory, render.SecretFile(p.secrets[i].Name))
+		if err := files.Replacing(path, f.CloseAtomicallyReplace()); err != nil {
 			return fmt.Errorf("publishing secret %s: %w", p.secrets[i].Name, err)
 		}
 	}

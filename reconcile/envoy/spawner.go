@@ -12,6 +12,7 @@ import (
 	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
+	"mantlet/internal/files"
 	"mantlet/internal/sandbox"
 )
 
@@ -38,7 +39,7 @@ func (r *Runner) Confine(rules sandbox.Rules, drop func() error) error {
 		}
 	}
 	if failed != nil && !errors.Is(failed, sandbox.ErrNoLandlock) {
-		r.spawner.fail(fmt.Errorf("Envoy is not started with more privileges than it needs: %w", failed))
+		r.spawner.fail(fmt.Errorf("confining Envoy: %w", failed))
 	}
 	return nil
 }
@@ -64,17 +65,17 @@ func writeFile(path string, content []byte) error {
 		return err
 	}
 	defer func() { _ = file.Cleanup() }()
-	return file.CloseAtomicallyReplace()
+	return files.Replacing(path, file.CloseAtomicallyReplace())
 }
 
 // prepareFile writes what is to replace a file as writeFile does, and leaves the replacement to its caller.
 func prepareFile(path string, content []byte) (*renameio.PendingFile, error) {
 	file, err := renameio.NewPendingFile(path, renameio.WithStaticPermissions(0o640), renameio.WithTempDir(filepath.Dir(path)))
 	if err != nil {
-		return nil, err
+		return nil, files.Replacing(path, err)
 	}
 	if _, err := file.Write(content); err != nil {
-		return nil, errors.Join(err, file.Cleanup())
+		return nil, errors.Join(files.Replacing(path, err), file.Cleanup())
 	}
 	return file, nil
 }

@@ -338,7 +338,7 @@ func TestTrialIsTheMesh(t *testing.T) {
 			t.Errorf("%s, as a client's: %v, want it accepted: %t", name, err, c.client)
 		}
 		all := &Certificates{}
-		for i, text := range [][]byte{leaf.ChainPEM(), files(t, leaf)[keyFile], mesh.CAPEM()} {
+		for i, text := range [][]byte{leaf.ChainPEM(), filesOf(t, leaf)[keyFile], mesh.CAPEM()} {
 			all.text[i] = text
 		}
 		all.chain, all.anchors = must[[]*x509.Certificate](t)(parseCertificates(all.text[0])), must[[]*x509.Certificate](t)(parseCertificates(all.text[2]))
