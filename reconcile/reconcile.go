@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sync/singleflight"
 
+	"mantlet/reconcile/bind"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -128,10 +129,11 @@ type Daemon struct {
 	Found       render.Ruleset // the rules that were in the kernel before deny-all
 	Secrets     Secrets
 	Proxy       Proxy
-	Legacy      Legacy        // nil: iptables-legacy is not looked at
-	Names       Names         // nil: names are not looked up, and have no addresses
-	HasIPv6     func() bool   // tells whether Envoy can listen on ::1; nil: as Place says
-	Limits      render.Limits // of mantlet and its Envoys
+	Legacy      Legacy         // nil: iptables-legacy is not looked at
+	Names       Names          // nil: names are not looked up, and have no addresses
+	HasIPv6     func() bool    // tells whether Envoy can listen on ::1; nil: as Place says
+	Limits      render.Limits  // of mantlet and its Envoys
+	Processes   bind.Processes // that held addresses of the environment's when mantlet still could see whose they are
 	Log         *slog.Logger
 	// LogLost returns how many lines of the log were dropped, and for how long whoever reads it has taken none; 0 while they
 	// do. Where it is nil, none are.
@@ -307,12 +309,17 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 	if d.have != nil {
 		err = errors.Join(err, d.fallBack(ctx))
 	}
+	again := same(err, d.down)
 	d.locked(func() { d.down = err })
 	d.failed(placeOf(err), err)
 	now := time.Now()
 	wait := max(d.pause.next(now), atOnce)
 	d.notBefore = now.Add(wait)
-	d.Log.Error("the desired state is not in force", "error", err, "retry_in", wait.String(), "last_good_goes_on", d.have != nil)
+	level := slog.LevelError
+	if again {
+		level = slog.LevelDebug // the log has it
+	}
+	d.Log.Log(ctx, level, "the desired state is not in force", "error", err, "retry_in", wait.String(), "last_good_goes_on", d.have != nil)
 	return wait
 }
 
@@ -461,7 +468,7 @@ func (d *Daemon) start(ctx context.Context, want *desired) error {
 		d.locked(func() { d.envoys.add(err == nil, d.have != nil && (d.process == nil || want == d.have)) })
 	}
 	if err != nil {
-		return about(notLive, err)
+		return about(notLive, Explain(err, want.mesh))
 	}
 	if d.process != nil {
 		d.drained = time.Now().Add(want.mesh.Envoy.DrainTime)

@@ -76,6 +76,9 @@ func (d *Daemon) serveAddress(ctx context.Context) {
 			return
 		}
 		err = fmt.Errorf("serving the status address: %w", err)
+		if errors.Is(err, syscall.EADDRINUSE) {
+			err = fmt.Errorf("%w: it is held by %s", err, d.Processes.At(d.Environment.Process.StatusListen()))
+		}
 		if !same(err, d.unserved) {
 			d.Log.Warn("the status address is not served", "error", err)
 		}

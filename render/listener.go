@@ -1,9 +1,11 @@
 package render
 
 import (
+	"net/netip"
 	"time"
 
 	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
+	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	celv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/filters/cel/v3"
@@ -26,6 +28,22 @@ const (
 	// connectAttempts is how many addresses of an upstream a connection tries before it fails.
 	connectAttempts = 3
 )
+
+// ListenAddresses returns where the listeners of a bootstrap listen.
+func ListenAddresses(b *bootstrapv3.Bootstrap) (all []netip.AddrPort) {
+	for _, l := range b.GetStaticResources().GetListeners() {
+		addresses := []*corev3.Address{l.GetAddress()}
+		for _, additional := range l.GetAdditionalAddresses() {
+			addresses = append(addresses, additional.GetAddress())
+		}
+		for _, a := range addresses {
+			if ip, err := netip.ParseAddr(a.GetSocketAddress().GetAddress()); err == nil {
+				all = append(all, netip.AddrPortFrom(ip, uint16(a.GetSocketAddress().GetPortValue())))
+			}
+		}
+	}
+	return all
+}
 
 func ingressName(mode schema.Mode) string { return "ingress-" + string(mode) }
 

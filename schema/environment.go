@@ -217,6 +217,16 @@ func (p Process) status() (netip.AddrPort, bool) {
 	return addr, err == nil
 }
 
+// StatusListen returns where the status is served over TCP: all addresses of the pod are the unspecified one of IPv6. It returns the
+// zero AddrPort for nowhere.
+func (p Process) StatusListen() netip.AddrPort {
+	at, ok := p.status()
+	if ok && !at.Addr().IsValid() {
+		at = netip.AddrPortFrom(netip.IPv6Unspecified(), at.Port())
+	}
+	return at
+}
+
 // statusPort returns the port at which peers of a mesh with these entries may reach the status in plaintext; 0 where there is none.
 // An admin port is as protected as any other that has no passthrough entry.
 func (p Process) statusPort(ingress []Ingress) uint16 {

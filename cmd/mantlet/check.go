@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,6 +22,7 @@ import (
 
 	"mantlet/internal/sandbox"
 	"mantlet/reconcile"
+	"mantlet/reconcile/bind"
 	"mantlet/reconcile/dns"
 	"mantlet/reconcile/envoy"
 	"mantlet/reconcile/iptables"
@@ -146,7 +148,7 @@ func findings(ctx context.Context, environ []string) []finding {
 	all = append(all, tried("environment", "", nil, ""))
 	most, _ := limits()
 	all = append(all, tryLimits(most, render.CostOf(config.Mesh)))
-	return slices.Concat(all, tryOverrides(env, unloaded), tryUpstreams(ctx, config.Mesh.Egress))
+	return slices.Concat(all, tryOverrides(env, unloaded), []finding{tryAddresses(ctx, env, config)}, tryUpstreams(ctx, config.Mesh.Egress))
 }
 
 // ofNodes are interfaces that network plugins make on a node. A node that is a container itself, as kind's are, shows by nothing else.
@@ -432,6 +434,26 @@ func tryFollows(path string) error {
 		return fmt.Errorf("%s is a mount of its own (subPath): an edit of the ConfigMap never reaches it", path)
 	}
 	return nil
+}
+
+// tryAddresses binds to the addresses that Envoy and mantlet are to listen at. Those that they listen at already are left out.
+func tryAddresses(ctx context.Context, env *schema.Environment, config schema.Config) finding {
+	ctx, cancel := context.WithTimeout(ctx, liveLimit)
+	defer cancel()
+	var taken []netip.AddrPort
+	if live, err := envoy.Read(ctx, env.Process.EnvoyDirectory()); err == nil {
+		taken = render.ListenAddresses(live.Bootstrap)
+	}
+	if _, _, err := probe(ctx, reconcile.StatusSocket(env.Process.RuntimeDirectory), "/livez"); err == nil {
+		taken = append(taken, env.Process.StatusListen()) // if it is somebody else's, mantlet's status says so
+	}
+	wanted := slices.DeleteFunc(addresses(env, config), func(a netip.AddrPort) bool { return slices.Contains(taken, a) })
+	err := bind.Try(nil, wanted...)
+	if errors.Is(err, unix.EACCES) { // a low port, and then a capability is missing
+		err = nil
+	}
+	return tried("listen addresses", fmt.Sprintf("%d free", len(wanted)), reconcile.Explain(err, config.Mesh),
+		"end what listens there, or have it listen at another port")
 }
 
 // lookupLimit is more than a lookup takes where servers do not answer.

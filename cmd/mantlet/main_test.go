@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/signal"
 	"runtime"
@@ -13,6 +14,9 @@ import (
 
 	"mantlet/internal/lab"
 )
+
+// asHolder makes the test binary listen at an address, and do nothing else.
+const asHolder = "RUN_AS_HOLDER"
 
 // asMantlet makes the test binary be mantlet, so that what runs on the lab's hosts is what was compiled for the test.
 const asMantlet = "RUN_AS_MANTLET"
@@ -33,6 +37,13 @@ func TestMain(m *testing.M) {
 			panic(err)
 		}
 		os.Exit(0)
+	}
+	if address := os.Getenv(asHolder); address != "" {
+		listener, err := net.Listen("tcp", address)
+		for err == nil {
+			_, err = listener.Accept()
+		}
+		panic(err)
 	}
 	if os.Getenv(asMantlet) != "" {
 		tellGoroutines()

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -24,6 +25,7 @@ import (
 
 	"mantlet/internal/sandbox"
 	"mantlet/reconcile"
+	"mantlet/reconcile/bind"
 	"mantlet/reconcile/dns"
 	"mantlet/reconcile/envoy"
 	"mantlet/reconcile/iptables"
@@ -211,7 +213,10 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 	}
 	limits, memory := limits()
 	directory := env.Process.EnvoyDirectory()
-	runner := &envoy.Runner{Path: env.Process.EnvoyPath, UID: env.Process.EnvoyUID, Needs: capabilities(env, env.Base()), RuntimeDirectory: directory, Log: log, Limits: limits, Memory: memory}
+	runner := &envoy.Runner{
+		Path: env.Process.EnvoyPath, UID: env.Process.EnvoyUID, RuntimeDirectory: directory, Log: log, Limits: limits, Memory: memory,
+		Needs: capabilities(env, env.Base()), Processes: bind.Holding(addresses(env, env.Base())...),
+	}
 	if err := confine(runner, env.Process, log); err != nil {
 		return errors.Join(err, runner.Close())
 	}
@@ -239,6 +244,7 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 		Legacy:      iptables.Tables{LockFile: filepath.Join(env.Process.RuntimeDirectory, "xtables.lock")},
 		Names:       names,
 		Limits:      limits,
+		Processes:   runner.Processes,
 		Log:         log,
 		LogLost:     func() (uint64, time.Duration) { return queue.lost(time.Now()) },
 	}
@@ -473,6 +479,17 @@ func closable(directory string) error {
 		}
 	}
 	return nil
+}
+
+// addresses returns those that Envoy and mantlet listen at.
+func addresses(env *schema.Environment, config schema.Config) (all []netip.AddrPort) {
+	if state, err := render.Render(config.Mesh, place(env)); err == nil {
+		all = render.ListenAddresses(state.Bootstrap)
+	}
+	if status := env.Process.StatusListen(); status.IsValid() {
+		all = append(all, status)
+	}
+	return all
 }
 
 // place is where mantlet runs.

@@ -138,7 +138,7 @@ func TestMissingCapability(t *testing.T) {
 			p.protect(mtlsPort)
 			p.unready(says)
 			p.unready(line)
-			p.await("mantlet tried again", func() bool { return p.log.count("retry_in") > 1 })
+			p.await("mantlet tried again", func() bool { return p.failedStarts() > 1 })
 			p.besieged()
 			if total := p.prober.Stats().Total(); total.Accepted > 0 {
 				t.Errorf("%+v, want nothing accepted", total)

@@ -397,7 +397,7 @@ func TestRefusedEpoch(t *testing.T) {
 	cancel()
 	old := s.connect()
 	s.refuses(t.Context(), bad, "duplicate cluster")
-	s.refuses(t.Context(), busy, "address already in use")
+	s.refuses(t.Context(), busy, fmt.Sprintf("127.0.0.1:15096 is held by pid %d (", os.Getpid()))
 	s.refuses(over, s.state, "context canceled")
 	s.serves(serving)
 	s.run(0)

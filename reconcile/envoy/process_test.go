@@ -122,7 +122,7 @@ func TestStartFails(t *testing.T) {
 			`Envoy runs "", not "`, nil,
 		},
 		"can't bind": {
-			`exec "$ENVOY" "$@"`, "cannot bind '127.0.0.1:15099'",
+			`exec "$ENVOY" "$@"`, fmt.Sprintf("127.0.0.1:15099 is held by pid %d (", os.Getpid()),
 			[]string{"EDG_EGRESS_PROXY_CONFIG=x#127.0.0.1:15099#192.0.2.1:1"},
 		},
 	} {

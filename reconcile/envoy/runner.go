@@ -27,6 +27,7 @@ import (
 	"mantlet/internal/cgroup"
 	"mantlet/internal/sandbox"
 	"mantlet/reconcile"
+	"mantlet/reconcile/bind"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -37,6 +38,7 @@ type Runner struct {
 	Path             string               // the binary; found on PATH where it has no slash
 	UID              int                  // of Envoys
 	Needs            []sandbox.Capability // of mantlet's container
+	Processes        bind.Processes       // that held addresses when mantlet still could see whose they are
 	RuntimeDirectory string               // theirs and mantlet's: holds sockets, SDS files and bootstraps
 	Log              *slog.Logger
 	Limits           render.Limits  // of mantlet and all Envoys
@@ -87,11 +89,14 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 	// Where it drains already, the one after it died: nobody listens, and a failure can't make it worse.
 	if parent != nil && !parent.drains {
 		r.progress("having Envoy validate the bootstrap", r.limit(state))
-		if err := r.preflight(ctx, state, parent); err != nil {
+		if err := r.preflight(ctx, state); err != nil {
 			return nil, err
 		}
 		r.progress("counting connections", askLimit)
 		r.count(ctx) // while it still answers
+	}
+	if err := r.tryBinds(state.Bootstrap); err != nil {
+		return nil, err
 	}
 	r.progress("executing Envoy", executeLimit)
 	var abandoned []*Process
@@ -381,7 +386,7 @@ func (r *Runner) serving() *Process {
 }
 
 // preflight tries what a new epoch could fail at: once it runs, a failure costs the old one its admin interface.
-func (r *Runner) preflight(ctx context.Context, state render.State, serving *Process) error {
+func (r *Runner) preflight(ctx context.Context, state render.State) error {
 	config, err := r.write("preflight.json", state.Bootstrap)
 	if err != nil {
 		return err
@@ -400,29 +405,17 @@ func (r *Runner) preflight(ctx context.Context, state render.State, serving *Pro
 	if err != nil {
 		return fmt.Errorf("Envoy does not accept the bootstrap: %w: %s", cmp.Or(ctx.Err(), err), &said)
 	}
-	return r.spawner.do(func() error { return tryBinds(state, serving) })
+	return nil
 }
 
-// tryBinds binds, for a moment, to the addresses of listeners that the serving Envoy does not have.
-func tryBinds(state render.State, serving *Process) error {
-	had := map[string]bool{}
-	for _, l := range serving.Bootstrap.StaticResources.Listeners {
-		had[l.Name] = true
-	}
-	for _, l := range state.Bootstrap.StaticResources.Listeners {
-		address := l.GetAddress().GetSocketAddress()
-		if had[l.Name] || address == nil { // a unix socket of its own is in nobody's way
-			continue
+// tryBinds returns why an Envoy could not listen at all addresses of a bootstrap.
+func (r *Runner) tryBinds(b *bootstrapv3.Bootstrap) error {
+	return r.spawner.do(func() error {
+		if _, err := sandbox.AmbientCapabilities(ports(b)); err != nil {
+			return err
 		}
-		listener, err := net.Listen("tcp", net.JoinHostPort(address.Address, strconv.Itoa(int(address.GetPortValue()))))
-		if err != nil {
-			return fmt.Errorf("listener %s: %w", l.Name, err)
-		}
-		if err := listener.Close(); err != nil {
-			return fmt.Errorf("listener %s: %w", l.Name, err)
-		}
-	}
-	return nil
+		return bind.Try(r.Processes, render.ListenAddresses(b)...)
+	})
 }
 
 // write puts a bootstrap into the runtime directory and returns its path.
