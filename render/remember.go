@@ -70,6 +70,11 @@ func ReadBack(r Ruleset) (ingress []schema.Ingress, g Generations, ok bool) {
 	return ingress, g, ok
 }
 
+// Denies reports whether a live ruleset lets nothing in, whatever it remembers.
+func Denies(r Ruleset) bool {
+	return slices.ContainsFunc(r.Maps, func(m Map) bool { return m.Name == formerMap })
+}
+
 // parsePolicy is the inverse of policy.in.
 func parsePolicy(chain string) (policy, bool) {
 	for _, mode := range []schema.Mode{schema.ModeMTLS, schema.ModeTLS, schema.ModePassthrough} {

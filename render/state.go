@@ -19,6 +19,7 @@ import (
 
 // State is a mesh, rendered.
 type State struct {
+	Mesh      schema.Mesh
 	Ruleset   Ruleset
 	Bootstrap *bootstrapv3.Bootstrap
 	Digest    string // of the bootstrap and of Envoy's settings; /server_info shows it under node.metadata, see DigestKey
@@ -45,7 +46,7 @@ func Render(mesh schema.Mesh, place Place) (State, error) {
 		return State{}, fmt.Errorf("marshalling the bootstrap: %w", err)
 	}
 	b.Node.Metadata = &structpb.Struct{Fields: map[string]*structpb.Value{DigestKey: structpb.NewStringValue(digest)}}
-	return State{Ruleset: Rules(mesh, Generations{}), Bootstrap: b, Digest: digest, Cost: CostOf(mesh)}, nil
+	return State{Mesh: mesh, Ruleset: Rules(mesh, Generations{}), Bootstrap: b, Digest: digest, Cost: CostOf(mesh)}, nil
 }
 
 // digestOf hashes all that an Envoy is started with. Of the bootstrap it takes the binary form: its text takes longer than all

@@ -18,67 +18,81 @@ import (
 
 func diffCommand() *cobra.Command {
 	var against string
+	var verbose bool
 	cmd := &cobra.Command{
 		Use:   "diff [--against FILE]",
 		Short: "Say what differs from the configuration; exit 0 nothing, 1 something, 2 it can't be told",
-		Long: "Say what the rules in the kernel, Envoy and its certificates have otherwise than the configuration that is there now, and\n" +
-			"what each step takes. It asks the kernel and Envoy by itself, in the pod's network namespace, and no mantlet that runs.\n" +
+		Long: "Say what the rules in the kernel, Envoy and its certificates have otherwise than the configuration that is there now, in\n" +
+			"its words, and what each step takes. It asks the kernel and Envoy by itself, in the pod's network namespace, and no mantlet that runs.\n" +
 			"With --against it says what another override file would change, and needs neither kernel nor Envoy.",
 		Args: cobra.NoArgs,
 	}
 	output := outputFlag(cmd, "how to say it:", "text", "json")
 	level := envoyLogLevelFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		var steps []reconcile.Step
+		var d reconcile.Difference
 		var err error
 		if cmd.Flags().Changed("against") {
-			steps, err = compare(against)
+			d.Steps, err = compare(against)
 		} else {
-			steps, err = diffLive(cmd.Context(), level.environ(), cmd.ErrOrStderr())
+			d, err = diffLive(cmd.Context(), level.environ(), cmd.ErrOrStderr())
 		}
 		if err != nil {
 			return err
 		}
 		if *output == "json" {
-			err = printData(cmd.OutOrStdout(), map[string]any{"steps": append([]reconcile.Step{}, steps...)}, "json")
+			d.Steps = append([]reconcile.Step{}, d.Steps...)
+			err = printData(cmd.OutOrStdout(), d, "json")
 		} else {
-			for _, s := range steps {
-				_, err = fmt.Fprintln(cmd.OutOrStdout(), s)
-			}
+			err = printDifference(cmd.OutOrStdout(), d, verbose)
 		}
-		if err == nil && len(steps) > 0 {
+		if err == nil && len(d.Steps) > 0 {
 			return errNot
 		}
 		return err
 	}
+	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "list the rules, and the fields of Envoy's bootstrap, that differ, too")
 	cmd.Flags().StringVar(&against, "against", "", "the override file to compare with, instead of the one that MANTLET_CONFIG names")
 	return cmd
+}
+
+// printDifference prints the steps and, where all is asked for, what they change.
+func printDifference(to io.Writer, d reconcile.Difference, all bool) (err error) {
+	for _, s := range d.Steps {
+		_, err = fmt.Fprintln(to, printable(s.String()))
+	}
+	if all {
+		for _, line := range d.Details {
+			_, err = fmt.Fprintln(to, " ", printable(line))
+		}
+	}
+	return err
 }
 
 // liveLimit bounds how long Envoy may take to answer.
 const liveLimit = 10 * time.Second
 
-// diffLive returns the steps from what is in force in this network namespace to the current configuration.
-func diffLive(ctx context.Context, environ []string, notes io.Writer) ([]reconcile.Step, error) {
+// diffLive returns what leads from what is in force in this network namespace to the current configuration.
+func diffLive(ctx context.Context, environ []string, notes io.Writer) (d reconcile.Difference, err error) {
 	ctx, cancel := context.WithTimeout(ctx, liveLimit)
 	defer cancel()
 	env, config, err := load(environ)
 	if err != nil {
-		return nil, fmt.Errorf("the current configuration: %w", incomparable(err))
+		return d, fmt.Errorf("the current configuration: %w", incomparable(err))
 	}
 	table, err := nft.Open()
 	if err != nil {
-		return nil, err
+		return d, err
 	}
 	defer func() { _ = table.Close() }()
 	rules, err := table.Read()
 	if err != nil {
-		return nil, err
+		return d, err
 	}
 	process := env.Process
 	live, err := envoy.Read(ctx, process.EnvoyDirectory())
 	if err != nil {
-		return nil, fmt.Errorf("asking Envoy: %w", err)
+		return d, fmt.Errorf("asking Envoy: %w", err)
 	}
 	certificates, err := envoy.Unpublished(files(process), live, time.Now())
 	if err != nil {

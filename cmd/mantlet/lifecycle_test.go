@@ -663,12 +663,16 @@ func (p *pod) holder(address string) *exec.Cmd {
 	cmd := exec.Command("setpriv", "--bounding-set=-all", "--inh-caps=-all", named)
 	cmd.Env = append(os.Environ(), asHolder+"="+address)
 	p.must(p.Start(cmd))
+	to := address
+	if strings.HasPrefix(to, ":") {
+		to = "127.0.0.1" + to
+	}
 	p.await("somebody listens at "+address, func() bool {
-		conn, err := p.Listen("tcp", address)
+		conn, err := p.Dial(context.Background(), "tcp", to)
 		if err == nil {
 			_ = conn.Close()
 		}
-		return errors.Is(err, syscall.EADDRINUSE)
+		return err == nil
 	})
 	return cmd
 }

@@ -151,6 +151,21 @@ func (p *pod) differs(want ...string) {
 	}
 }
 
+// details checks that `mantlet diff -v` has lines that are no steps; a * at the end of a line stands for any text.
+func (p *pod) details(want ...string) {
+	p.t.Helper()
+	_, said, _ := p.diff("-v")
+	for _, line := range want {
+		start, open := strings.CutSuffix(line, "*")
+		if !open {
+			start += "\n"
+		}
+		if !strings.Contains(said, "\n  "+start) {
+			p.t.Errorf("mantlet diff -v lacks %q, said\n%s", line, said)
+		}
+	}
+}
+
 // same checks that `mantlet diff` finds nothing.
 func (p *pod) same() {
 	p.t.Helper()
@@ -191,8 +206,9 @@ func TestDiffOfWhatIsInForce(t *testing.T) {
 		}
 	}
 	p.nft("delete element inet mantlet modes { 8080 }")
-	p.differs(
-		"map modes: `8080 : goto tls_in` missing; no restart",
+	p.differs("8080: mtls -> tls; no restart", "rules: the kernel has others than the configuration makes; -v lists them; no restart")
+	p.details(
+		"map modes: `8080 : goto tls_in` missing",
 		"chain mtls_in rule 3: have `tcp flags syn / fin,syn,rst,ack meta nfproto ipv4 meta l4proto tcp tproxy ip to 127.0.0.1:15999 socket wildcard 0 *",
 	)
 	p.nft("flush ruleset")
@@ -203,25 +219,31 @@ func TestDiffOfWhatIsInForce(t *testing.T) {
 	p.must(p.sidecar.Signal(syscall.SIGSTOP))
 
 	// Envoy.
-	m.write("egress: [{listen: '127.137.0.2:8082', upstream: 'cart-svc:8080'}]\nenvoy: {drainTime: 3s}\naccessLog: all\ningress: [{port: 8080, mode: mtls}]")
+	m.write("egress: [{listen: '127.137.0.2:8082', upstream: 'cart-svc:8080'}]\nenvoy: {drainTime: 3s}\naccessLog: all\notherProtocols: accept\ningress: [{port: 8080, mode: mtls}]")
 	p.differs(
-		"map modes: have `8080 : goto tls_in`, want `8080 : goto mtls_in`; no restart",
-		"map answers: have `8080 : goto tls_out`, want `8080 : goto mtls_out`; no restart",
-		"chain loops rule 1: have `ip daddr 127.137.0.1 tcp dport 8081 counter reject with tcp reset`, want `ip daddr 127.137.0.2 tcp dport 8082 *",
-		"chain tls_in: not wanted; no restart",
-		"chain tls_out: not wanted; no restart",
+		"8080: tls -> mtls; no restart",
+		"egress 127.137.0.2:8082: new, 127.137.0.2:8082 -> cart-svc:8080; hot restart",
+		"egress billing: removed, 127.137.0.1:8081; hot restart",
 		"envoy.drainTime: 1s -> 3s; hot restart",
-		"Envoy: cluster egress-127.137.0.1:8081 not wanted; hot restart",
-		"Envoy: cluster egress-127.137.0.2:8082 missing; hot restart",
-		"Envoy: listener egress-127.137.0.1:8081 not wanted; hot restart",
-		"Envoy: listener egress-127.137.0.2:8082 missing; hot restart",
-		"Envoy: listener ingress-mtls.filter_chains.ingress-mtls.*",
-		"Envoy: listener ingress-mtls.filter_chains.ingress-mtls.*",
-		"Envoy: listener ingress-tls.filter_chains.ingress-tls.*",
-		"Envoy: listener ingress-tls.filter_chains.ingress-tls.*",
+		"otherProtocols: drop -> accept; no restart",
+		"accessLog: refused -> all; hot restart",
 	)
+	p.details(
+		"map modes: have `8080 : goto tls_in`, want `8080 : goto mtls_in`",
+		"map answers: have `8080 : goto tls_out`, want `8080 : goto mtls_out`",
+		"chain tls_in: not wanted",
+		"Envoy: cluster egress-127.137.0.1:8081 not wanted",
+		"Envoy: cluster egress-127.137.0.2:8082 missing",
+		"Envoy: listener egress-127.137.0.1:8081 not wanted",
+		"Envoy: listener egress-127.137.0.2:8082 missing",
+		"Envoy: listener ingress-mtls.filter_chains.ingress-mtls.*",
+	)
+	m.write(billing + "ingress: [{port: 8000-8999, mode: mtls, allow: [cart]}, {port: 8080, remove: true}]\ntls: {minVersion: '1.3'}")
+	p.differs("8000-8079: mtls -> mtls for [cart]; hot restart", "8080: tls -> mtls for [cart]; hot restart",
+		"8081-8999: mtls -> mtls for [cart]; hot restart", "tls.minVersion: 1.2 -> 1.3; hot restart")
 	m.write(strings.Replace(billing, ":8080'", ":9999'", 1))
-	p.differs(`Envoy: cluster egress-127.137.0.1:8081.eds_cluster_config.service_name: have "billing-svc:8080", want "billing-svc:9999"; hot restart`)
+	p.differs("egress billing: billing-svc:8080 -> billing-svc:9999; hot restart")
+	p.details(`Envoy: cluster egress-127.137.0.1:8081.eds_cluster_config.service_name: have "billing-svc:8080", want "billing-svc:9999"`)
 	m.write(billing)
 
 	// Certificates.

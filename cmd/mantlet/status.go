@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -126,10 +127,10 @@ func printStatus(to io.Writer, s reconcile.Status, now time.Time) error {
 	}
 	p.line("mantlet %s: %s, runs for %s", s.Version, verdict, p.ago(s.Started))
 	for _, problem := range s.Problems {
-		p.line("  %s", strings.ReplaceAll(problem, "\n", "\n    "))
+		p.line("  %s", indented(problem, "    "))
 	}
 	if e := s.LastError; e != nil {
-		p.line("last error, %s ago, %s: %s", p.ago(e.Time), e.Place, strings.ReplaceAll(e.Text, "\n", "\n    "))
+		p.line("last error, %s ago, %s: %s", p.ago(e.Time), e.Place, indented(e.Text, "    "))
 	}
 	p.state(s)
 	p.epochs(s.Epochs)
@@ -138,6 +139,29 @@ func printStatus(to io.Writer, s reconcile.Status, now time.Time) error {
 	p.upstreams(s.Upstreams)
 	p.repairs(s)
 	return p.Flush()
+}
+
+// printable escapes what a terminal could take for a command, or show as something else.
+func printable(text string) string {
+	var all strings.Builder
+	for _, r := range text {
+		if unicode.IsPrint(r) {
+			all.WriteRune(r)
+			continue
+		}
+		quoted := strconv.QuoteRuneToASCII(r)
+		all.WriteString(quoted[1 : len(quoted)-1])
+	}
+	return all.String()
+}
+
+// indented is a text of some lines, those after the first moved to the right.
+func indented(text, by string) string {
+	var all []string
+	for line := range strings.Lines(text) {
+		all = append(all, printable(strings.TrimSuffix(line, "\n")))
+	}
+	return strings.Join(all, "\n"+by)
 }
 
 // page is a status being printed. Errors show at Flush.

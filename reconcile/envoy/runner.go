@@ -465,6 +465,9 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Proc
 	if err := render.Limit(p.Bootstrap, r.Limits.Capacity(state.Cost)); err != nil {
 		return nil, err
 	}
+	if err := render.AddMesh(p.Bootstrap, state.Mesh); err != nil {
+		return nil, err
+	}
 	p.Digest, p.workers = state.Digest, settings.Concurrency
 	config, err := r.write(bootstrapFile(p.Epoch), p.Bootstrap)
 	if err != nil {
