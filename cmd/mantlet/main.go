@@ -97,7 +97,7 @@ func execute(args []string, stdout, stderr io.Writer) int {
 		_, _ = fmt.Fprintln(stderr, err)
 		return exitNot
 	default:
-		_, _ = fmt.Fprintln(stderr, "mantlet:", err)
+		_, _ = fmt.Fprintln(stderr, errorLine(err))
 		return exitError
 	}
 }
@@ -114,6 +114,14 @@ func commandFirst(args []string) []string {
 		return args
 	}
 	return slices.Concat(args[i:i+1], args[:i], args[i+1:])
+}
+
+// errorLine is an error with its program's name, as programs have it.
+func errorLine(err error) string {
+	if errors.As(err, new(unanswered)) { // its first word
+		return err.Error()
+	}
+	return "mantlet: " + err.Error()
 }
 
 // invalid is a configuration that was rejected.

@@ -48,24 +48,60 @@ func statusCommand() *cobra.Command {
 	return cmd
 }
 
-// statusLimit is more than mantlet takes where Envoy hangs.
-const statusLimit = 10 * time.Second
+const (
+	// answerLimit is what a mantlet that runs takes to say so, whatever else hangs.
+	answerLimit = 2 * time.Second
+	// statusLimit is more than it takes for its status where Envoy hangs.
+	statusLimit = 10 * time.Second
+)
 
-// showStatus prints what mantlet says. The error is errNot where that is not all well; then what mantlet check would find
-// comes with it.
-func showStatus(ctx context.Context, to io.Writer, socket, output string, environ []string) error {
+// unanswered is that no mantlet answers.
+type unanswered struct{ error }
+
+func (u unanswered) Error() string {
+	return fmt.Sprintf("mantlet does not answer; `mantlet diff` reads kernel and Envoy without it (%v)", u.error)
+}
+
+// answers returns an error if no mantlet answers at a socket in time. One that hangs takes connections and says nothing.
+func answers(ctx context.Context, socket string) error {
+	ctx, cancel := context.WithTimeout(ctx, answerLimit)
+	defer cancel()
+	_, _, err := probe(ctx, socket, "/livez")
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = fmt.Errorf("nothing came within %s", answerLimit)
+	}
+	if err != nil {
+		return unanswered{err}
+	}
+	return nil
+}
+
+// readStatus asks a mantlet for its status.
+func readStatus(ctx context.Context, socket string) (status reconcile.Status, err error) {
+	if err := answers(ctx, socket); err != nil {
+		return status, err
+	}
 	ctx, cancel := context.WithTimeout(ctx, statusLimit)
 	defer cancel()
 	ok, text, err := probe(ctx, socket, "/status")
 	if err == nil && !ok {
 		err = errors.New(strings.TrimSpace(text))
 	}
-	var status reconcile.Status
 	if err == nil {
 		err = json.Unmarshal([]byte(text), &status)
 	}
 	if err != nil {
-		return fmt.Errorf("it does not answer: %w", err)
+		return status, unanswered{err}
+	}
+	return status, nil
+}
+
+// showStatus prints what mantlet says. The error is errNot where that is not all well; then what mantlet check would find
+// comes with it.
+func showStatus(ctx context.Context, to io.Writer, socket, output string, environ []string) error {
+	status, err := readStatus(ctx, socket)
+	if err != nil {
+		return err
 	}
 	var needs []finding
 	well := status.Ready && len(status.Problems) == 0
@@ -106,7 +142,7 @@ func watchStatus(ctx context.Context, to io.Writer, show func(context.Context) e
 			return nil
 		}
 		if err != nil && !errors.Is(err, errNot) { // it may come back
-			if _, err := fmt.Fprintln(to, "mantlet:", err); err != nil {
+			if _, err := fmt.Fprintln(to, errorLine(err)); err != nil {
 				return err
 			}
 		}

@@ -294,6 +294,37 @@ func TestStatus(t *testing.T) {
 	}
 }
 
+// TestHungDaemon: status says soon that mantlet hangs, and points to what works without it.
+func TestHungDaemon(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.ready()
+	p.must(p.sidecar.Signal(syscall.SIGSTOP))
+	for _, output := range []string{"text", "json"} {
+		began := time.Now()
+		code, said, errors := p.mantlet("status", "-o", output)
+		const want = "mantlet does not answer; `mantlet diff` reads kernel and Envoy without it (nothing came within 2s)\n"
+		if took := time.Since(began); code != 2 || said != "" || errors != want || took > 8*time.Second { // far more, for a busy machine
+			t.Errorf("after %s, exit code %d: %s%s", took, code, said, errors)
+		}
+	}
+	p.same()
+	p.must(p.sidecar.Signal(syscall.SIGCONT))
+	p.ready()
+
+	// Envoy hangs: that is told by a mantlet that does not.
+	envoy := p.envoy()
+	p.must(syscall.Kill(envoy, syscall.SIGSTOP))
+	p.await("mantlet says that Envoy hangs", func() bool {
+		code, said, _ := p.mantlet("status")
+		return code == 1 && strings.Contains(said, "Envoy does not serve as it should")
+	})
+	p.must(syscall.Kill(envoy, syscall.SIGCONT))
+	p.ready()
+}
+
 // scrape returns the metrics as Prometheus gets them, by name and labels.
 func (p *pod) scrape() map[string]float64 {
 	p.t.Helper()
