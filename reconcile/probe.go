@@ -59,12 +59,7 @@ func (d *Daemon) probe(w http.ResponseWriter, r *http.Request) {
 // probed logs a probe whose outcome is another than before; the first, if it is not good.
 func (d *Daemon) probed(p schema.Probe, err error) {
 	was := false
-	d.locked(func() {
-		if d.ill == nil {
-			d.ill = map[string]bool{}
-		}
-		was, d.ill[p.Name] = d.ill[p.Name], err != nil
-	})
+	d.locked(func() { was = d.noteOutcome(p, err) })
 	switch {
 	case err != nil && !was:
 		d.Log.Warn("a probe of the workload fails", "name", p.Name, "kind", p.Kind, "asks", p.String(), "error", err)

@@ -190,7 +190,7 @@ type Daemon struct {
 	unreadLegacy error    // why they could not be read
 	unlifted     error    // why one that drops all could not be removed
 
-	ill map[string]bool // probes of the workload that failed when they were last asked
+	outcomes map[string]outcome // of probes of the workload, by name
 
 	// Why the daemon is not where it should be, each nil where it is not the reason.
 	badConfig, badCertificates, expiring, down error

@@ -30,6 +30,9 @@ type Status struct {
 	Envoys       Envoys        `json:"envoys"`       // how many there were
 	Certificates []Certificate `json:"certificates"` // what Envoy says that it has
 	Applies      []Applies     `json:"applies"`
+	Policy       []Policy      `json:"policy"`    // in force for connections from outside, by ports; empty while nothing is let in
+	Routes       []Route       `json:"routes"`    // in force for connections of the workload, by egress entry
+	Probes       []ProbeStatus `json:"probes"`    // of the workload
 	Inbound      []Inbound     `json:"inbound"`   // connections from outside that are open, by entry and mode
 	Upstreams    []Upstream    `json:"upstreams"` // of the egress entries
 	Traffic      Traffic       `json:"traffic"`
@@ -347,6 +350,7 @@ func (d *Daemon) Status(ctx context.Context) Status {
 		s.Started = d.since
 		s.Desired, s.Applied = d.want.summary(), d.have.summary()
 		s.LastError = d.lastError
+		s.Policy, s.Routes, s.Probes = d.have.policies(), d.have.routes(), d.probeStatuses()
 		s.Applies = d.applies.all()
 		s.Envoys = d.envoys
 	})
@@ -402,16 +406,16 @@ func (w *desired) entries(open []Inbound) []Inbound {
 // entry returns the ports of the entry that a port belongs to.
 func (w *desired) entry(port uint16) string {
 	if w == nil {
-		return "other"
+		return otherPorts
 	}
 	i, _ := slices.BinarySearchFunc(w.mesh.Ingress, port, func(e schema.Ingress, port uint16) int { return cmp.Compare(e.Ports.Last, port) })
 	switch {
 	case i < len(w.mesh.Ingress) && w.mesh.Ingress[i].Ports.Contains(port):
 		return w.mesh.Ingress[i].Ports.String()
 	case port == w.mesh.StatusPort:
-		return "status"
+		return statusPort
 	default:
-		return "other"
+		return otherPorts
 	}
 }
 

@@ -171,6 +171,8 @@ func printStatus(to io.Writer, s reconcile.Status, now time.Time) error {
 	p.state(s)
 	p.epochs(s.Epochs)
 	p.certificates(s.Certificates)
+	p.policy(s)
+	p.probes(s.Probes)
 	p.traffic(s)
 	p.upstreams(s.Upstreams)
 	p.repairs(s)
@@ -291,22 +293,117 @@ func (p *page) upstreams(all []reconcile.Upstream) {
 // fewAddresses are as many as fit a line.
 const fewAddresses = 4
 
-func (p *page) traffic(s reconcile.Status) {
-	p.head("PORTS", "MODE", "OPEN")
+// mostRows is how many entries of a configuration a screen has room for.
+const mostRows = 40
+
+func (p *page) policy(s reconcile.Status) {
+	open := map[reconcile.Inbound]int{}
 	for _, in := range s.Inbound {
-		p.row(in.Ports, string(in.Mode), strconv.Itoa(in.Open))
+		open[reconcile.Inbound{Ports: in.Ports, Mode: in.Mode}] = in.Open
 	}
-	for _, h := range s.Traffic.Ingress {
-		p.row("all", string(h.Mode), fmt.Sprintf("%d handshakes since the start", h.Total))
+	p.head("PORTS", "MODE", "MAY CALL", "OPEN", "NAME")
+	for i, row := range s.Policy {
+		key := reconcile.Inbound{Ports: row.Ports, Mode: row.Mode}
+		n := open[key]
+		delete(open, key)
+		if i < mostRows || i == len(s.Policy)-1 {
+			p.row(row.Ports, string(row.Mode), mayCall(row), strconv.Itoa(n), optional(row.Name))
+		}
 	}
+	p.more(len(s.Policy) - 1)
+	for _, in := range s.Inbound {
+		if n, before := open[reconcile.Inbound{Ports: in.Ports, Mode: in.Mode}]; before {
+			p.row(in.Ports, string(in.Mode), "nobody any more: let in before", strconv.Itoa(n), "")
+		}
+	}
+	if len(s.Routes) == 0 {
+		return
+	}
+	counts := map[string]reconcile.Dialled{}
 	for _, e := range s.Traffic.Egress {
-		p.row(e.Listen, "egress", fmt.Sprintf("%d connections since the start, %d failed", e.Total, e.Failed))
+		counts[e.Listen] = e
+	}
+	p.head("EGRESS", "UPSTREAM", "ENDPOINT", "CONNECTIONS", "FAILED", "NAME")
+	for _, r := range s.Routes[:min(len(s.Routes), mostRows)] {
+		n := counts[r.Listen]
+		p.row(r.Listen, r.Upstream, names(r.ServerNames, "anyone of the mesh"), strconv.FormatUint(n.Total, 10), strconv.FormatUint(n.Failed, 10), optional(r.Name))
+	}
+	p.more(len(s.Routes))
+}
+
+// more tells what is left out of a table.
+func (p *page) more(rows int) {
+	if rows > mostRows {
+		p.row(fmt.Sprintf("… %d more: -o json has all", rows-mostRows))
+	}
+}
+
+// mayCall says who may call ports.
+func mayCall(row reconcile.Policy) string {
+	switch {
+	case row.Ports == "status":
+		return "anyone, mantlet itself"
+	case row.Mode == schema.ModeMTLS:
+		return names(row.Allow, "anyone of the mesh")
+	case row.Mode == schema.ModeTLS:
+		return "anyone, by TLS"
+	default:
+		return "anyone, unprotected"
+	}
+}
+
+// names prints a list of names, or what it means that there is none.
+func names(all []string, none string) string {
+	if all == nil {
+		return none
+	}
+	const most = 10
+	var printed []string
+	for _, name := range all[:min(len(all), most)] {
+		printed = append(printed, onLine(name))
+	}
+	if more := len(all) - most; more > 0 {
+		printed = append(printed, fmt.Sprintf("… %d more", more))
+	}
+	return strings.Join(printed, ", ")
+}
+
+func optional(text string) string {
+	if text == "" {
+		return ""
+	}
+	return onLine(text)
+}
+
+func (p *page) probes(all []reconcile.ProbeStatus) {
+	if len(all) == 0 {
+		return
+	}
+	p.head("PROBE", "ASKS", "LAST")
+	for _, probe := range all[:min(len(all), mostRows)] {
+		last := "not asked yet"
+		switch {
+		case probe.Asked == nil || probe.OK == nil:
+		case *probe.OK:
+			last = "well, " + p.ago(*probe.Asked) + " ago"
+		default:
+			last = "failed, " + p.ago(*probe.Asked) + " ago: " + printable(probe.Error)
+		}
+		p.row(probe.Name, printable(probe.Asks), last)
+	}
+	p.more(len(all))
+}
+
+func (p *page) traffic(s reconcile.Status) {
+	p.head("SINCE THE START", "")
+	for _, h := range s.Traffic.Ingress {
+		p.row(string(h.Mode), fmt.Sprintf("%d TLS handshakes with clients", h.Total))
 	}
 	if c := s.Capacity; c.Ingress > 0 {
 		p.row("limit", "", fmt.Sprintf("%d from outside at a time, %s; %d at each egress entry", c.Ingress, limitedBy(c.By, c.Memory, c.Descriptors), c.Egress))
 	}
 	if s.Conntrack.Max > 0 {
-		p.row("conntrack", "", fmt.Sprintf("%d of %d entries", s.Conntrack.Entries, s.Conntrack.Max))
+		p.row("conntrack", fmt.Sprintf("%d of %d entries now", s.Conntrack.Entries, s.Conntrack.Max))
 	}
 	p.head("REFUSED", "BY", "DIRECTION", "COUNT")
 	for _, r := range s.Refused {
@@ -314,9 +411,9 @@ func (p *page) traffic(s reconcile.Status) {
 			p.row(r.Reason, r.By, r.Direction, strconv.FormatUint(r.Count, 10))
 		}
 	}
-	p.head("LAST REFUSED", "PEER", "DESTINATION", "WHY")
+	p.head("LAST REFUSED", "PEER", "ITS SANS", "DESTINATION", "WHY")
 	for _, r := range lastOf(s.Refusals) {
-		p.row(p.ago(r.Time)+" ago", r.Peer, r.Destination, onLine(r.Reason)+" ("+r.Code+")")
+		p.row(p.ago(r.Time)+" ago", printable(r.Peer), names(r.SANs, "-"), printable(r.Destination), onLine(r.Reason)+" ("+r.Code+")")
 	}
 }
 

@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"mantlet/internal/lab"
@@ -291,6 +292,74 @@ func TestStatus(t *testing.T) {
 	p.must(p.sidecar.Stop())
 	if code, _, _ := p.mantlet("status", "--watch=false"); code != 2 {
 		t.Errorf("exit code %d once it has ended", code)
+	}
+}
+
+// TestPolicyIsVisible: status shows who may call which port, what came of the workload's probes, and who was refused.
+func TestPolicyIsVisible(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web, fmt.Sprintf("MANTLET_STATUS_ADDRESS=:%d", statusPort), `MANTLET_CONFIG_INLINE=
+ingress: [{name: orders, port: 9000-9099, mode: mtls, allow: [frontend, "spiffe://mesh/cart"]}]
+egress: [{name: billing, listen: "127.137.0.1:8081", upstream: "192.0.2.1:8080", serverNames: [billing-svc]}]
+probes: [{name: up, tcp: 8080}, {name: down, tcp: 5432}, {name: never, http: 8080/healthz}]`)
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.protect(tlsPort)
+	p.ready()
+	for path, want := range map[string]int{"/probe/up": 200, "/probe/down": 503} {
+		if code, _, err := p.get(p.IPv4, http.MethodGet, path); err != nil || code != want {
+			t.Errorf("%s: %d, %v", path, code, err)
+		}
+	}
+	config := p.anonymous()
+	of(lab.Leaf{DNSNames: []string{"cart"}, URIs: []string{"spiffe://mesh/other"}})(p, config)
+	if err := p.exchange(netip.AddrPortFrom(p.IPv4, 9050), config); err == nil {
+		t.Error("who is not on the list is let in")
+	}
+	var s reconcile.Status
+	p.await("the refusal is known", func() bool { s = p.status(); return len(s.Refusals) == 1 })
+	want := []reconcile.Policy{
+		{Ports: "7890", Name: "metrics", Mode: "passthrough"},
+		{Ports: "8080", Name: "web", Mode: "tls"},
+		{Ports: "9000-9099", Name: "orders", Mode: "mtls", Allow: []string{"frontend", "spiffe://mesh/cart"}},
+		{Ports: "status", Mode: "passthrough"},
+		{Ports: "other", Mode: "mtls"},
+	}
+	if diff := cmp.Diff(want, s.Policy); diff != "" {
+		t.Error(diff)
+	}
+	routes := []reconcile.Route{{Listen: "127.137.0.1:8081", Name: "billing", Upstream: "192.0.2.1:8080", ServerNames: []string{"billing-svc"}}}
+	if diff := cmp.Diff(routes, s.Routes); diff != "" {
+		t.Error(diff)
+	}
+	probes := map[string]string{}
+	for _, probe := range s.Probes {
+		switch {
+		case probe.OK == nil && probe.Asked == nil && probe.Error == "":
+			probes[probe.Name] = "not asked"
+		case probe.OK != nil && probe.Asked != nil:
+			probes[probe.Name] = fmt.Sprint(*probe.OK, " ", strings.Contains(probe.Error, "connection refused"))
+		}
+	}
+	if diff := cmp.Diff(map[string]string{"up": "true false", "down": "false true", "never": "not asked"}, probes); diff != "" {
+		t.Error(diff)
+	}
+	_, text, _ := p.mantlet("status")
+	for _, line := range []string{
+		`7890 +passthrough +anyone, unprotected +0 +metrics`,
+		`8080 +tls +anyone, by TLS +0 +web`,
+		`9000-9099 +mtls +frontend, spiffe://mesh/cart +0 +orders`,
+		`status +passthrough +anyone, mantlet itself +\d+`,
+		`other +mtls +anyone of the mesh +0`,
+		`127\.137\.0\.1:8081 +192\.0\.2\.1:8080 +billing-svc +0 +0 +billing`,
+		`up +tcp 8080 +well, \d+s ago`,
+		`down +tcp 5432 +failed, \d+s ago: dial tcp .*: connect: connection refused`,
+		`never +http 8080/healthz +not asked yet`,
+		`\d+s ago +198\.51\.100\.2 +cart, spiffe://mesh/other +198\.51\.100\.1:9050 +.*\(san_not_allowed\)`,
+	} {
+		if !regexp.MustCompile(`(?m)^` + line).MatchString(text) {
+			t.Errorf("mantlet status has no line %s:\n%s", line, text)
+		}
 	}
 }
 
