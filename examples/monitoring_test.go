@@ -108,7 +108,7 @@ func exported(t *testing.T) map[string]bool {
 	}
 	names := map[string]bool{}
 	for line := range strings.Lines(text.String()) {
-		if !strings.HasPrefix(line, "#") {
+		if strings.HasPrefix(line, "mantlet_") {
 			names[line[:strings.IndexAny(line, "{ ")]] = true
 		}
 	}
@@ -128,6 +128,11 @@ func TestMetricsExist(t *testing.T) {
 		}
 	}
 	document := string(read(t, "../docs/operations.md"))
+	for _, code := range reconcile.ProblemCodes() {
+		if !strings.Contains(document, "`"+code+"`") {
+			t.Errorf("docs/operations.md does not have the problem %s", code)
+		}
+	}
 	for _, name := range slices.Sorted(maps.Keys(names)) {
 		name = regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(name, "")
 		if !strings.Contains(document, "`"+name) {

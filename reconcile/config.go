@@ -56,6 +56,11 @@ type parsed struct {
 // what is wrong, and the last good one stays: also that of a mantlet before this one, if the environment is the same.
 func (d *Daemon) readConfig() {
 	err := d.load()
+	d.locked(func() {
+		if d.reloaded.Succeeded = err == nil; err == nil {
+			d.reloaded.SucceededAt = new(time.Now())
+		}
+	})
 	if err == nil {
 		d.settle(&d.badConfig, "configuration accepted again")
 		return

@@ -10,15 +10,20 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/common/expfmt"
 )
 
-// WriteMetrics writes a status in Prometheus' text format. There is no state beside the status: the registry lives for one
+// WriteMetrics writes a status in Prometheus' text format, and what Prometheus' own collectors tell of a Go program. There is no state beside the status: the registry lives for one
 // scrape, so that a mantlet which nobody scrapes pays nothing for it.
 func WriteMetrics(to io.Writer, s Status) error {
 	registry := prometheus.NewRegistry()
-	if err := registry.Register(metrics{s}); err != nil {
-		return fmt.Errorf("registering the metrics: %w", err)
+	for _, c := range []prometheus.Collector{
+		metrics{s}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+	} {
+		if err := registry.Register(c); err != nil {
+			return fmt.Errorf("registering the metrics: %w", err)
+		}
 	}
 	families, err := registry.Gather()
 	if err != nil {
@@ -82,6 +87,16 @@ func (m metrics) Collect(to chan<- prometheus.Metric) {
 		c.gauge("check_passed", "Whether a check of readiness passes.", number(!failed), "check", check)
 	}
 	c.gauge("problems", "How many things are not as they should be, whether or not they make the sidecar unready.", float64(len(s.Problems)))
+	for _, code := range ProblemCodes() {
+		is := slices.ContainsFunc(s.Causes, func(p Problem) bool { return p.Code == code })
+		c.gauge("problem", "Whether there is a problem of this kind.", number(is), "problem", code)
+	}
+	c.gauge("config_last_reload_successful", "Whether the configuration could be taken when it was read last.", number(s.Reload.Succeeded))
+	var reloaded float64
+	if at := s.Reload.SucceededAt; at != nil {
+		reloaded = stamp(*at)
+	}
+	c.gauge("config_last_reload_success_timestamp_seconds", "When a configuration was read last that could be taken; 0 for never.", reloaded)
 	c.gauge("desired_generation", "The number of the configuration that is wanted; 0 for none.", float64(s.Desired.generation()))
 	c.gauge("applied_generation", "The number of the configuration that is in force; 0 for none.", float64(s.Applied.generation()))
 	c.applies(s.Applies)

@@ -190,6 +190,7 @@ type Daemon struct {
 	unreadLegacy error    // why they could not be read
 	unlifted     error    // why one that drops all could not be removed
 
+	reloaded Reload             // what came of reading the configuration
 	outcomes map[string]outcome // of probes of the workload, by name
 
 	// Why the daemon is not where it should be, each nil where it is not the reason.

@@ -590,7 +590,7 @@ func TestForeignRules(t *testing.T) {
 		w.run(t)
 		noted := func() (texts []string) {
 			for _, note := range w.Notes() {
-				texts = append(texts, note.Error())
+				texts = append(texts, note.Text)
 			}
 			return texts
 		}

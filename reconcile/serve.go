@@ -239,7 +239,7 @@ func seldom[T any](d *Daemon, r *http.Request, key string, ask func(context.Cont
 
 // answer writes what Kubernetes' own components answer at these paths: ok, or the reasons, one a line; with ?verbose every
 // check, of which some may have to wait. Those that ?exclude= names do not count. What is worth a look although it is ok follows it.
-func answer(w http.ResponseWriter, r *http.Request, checks, waiting []string, reasons []Reason, notes []error) {
+func answer(w http.ResponseWriter, r *http.Request, checks, waiting []string, reasons []Reason, notes []Problem) {
 	query := r.URL.Query()
 	excluded := query["exclude"]
 	counts := slices.DeleteFunc(slices.Clone(reasons), func(reason Reason) bool { return slices.Contains(excluded, reason.Check) })
@@ -265,7 +265,7 @@ func answer(w http.ResponseWriter, r *http.Request, checks, waiting []string, re
 		return
 	}
 	for _, note := range notes {
-		_, _ = fmt.Fprintln(w, note)
+		_, _ = fmt.Fprintln(w, note.Text)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -23,6 +24,8 @@ type Status struct {
 	// Problems are all that is not as it should be, in words; empty when all is well. Those beside Unready do not keep the
 	// sidecar from its work: an input that is not good while the last good one is in force, say.
 	Problems     []string      `json:"problems"`
+	Causes       []Problem     `json:"causes"`  // the same problems with their codes
+	Reload       Reload        `json:"reload"`  // of the configuration
 	Desired      *Summary      `json:"desired"` // what is wanted; null until there is a good configuration
 	Applied      *Summary      `json:"applied"` // what is in force; null until something is
 	LastError    *Failure      `json:"lastError"`
@@ -45,6 +48,12 @@ type Status struct {
 	Conntrack Conntrack `json:"conntrack"`
 	// LogDropped counts the lines of the log that were dropped, since nobody read standard error.
 	LogDropped uint64 `json:"logDropped"`
+}
+
+// Reload is what came of reading the configuration.
+type Reload struct {
+	Succeeded   bool       `json:"succeeded"`   // the last time
+	SucceededAt *time.Time `json:"succeededAt"` // last; null for never
 }
 
 // Inbound is how many connections from outside are open at a port.
@@ -182,9 +191,30 @@ const (
 )
 
 // Reasons returns how the reasons of Unready begin.
-func Reasons() []string {
-	return []string{
-		notStarted, notStaying, notConfigured, notCertified, notWritable, notValid, notTaken, notLive, notRunning, notServing, notAlone, notInForce, notAsTheyShould, notLetIn,
+func Reasons() (all []string) {
+	for _, r := range reasons() {
+		all = append(all, r.begins)
+	}
+	return all
+}
+
+// reasons are how the reasons of Unready begin, and their codes.
+func reasons() []struct{ begins, code string } {
+	return []struct{ begins, code string }{
+		{notStarted, "starting"},
+		{notStaying, "stopping"},
+		{notConfigured, "waiting_for_configuration"},
+		{notCertified, "waiting_for_certificates"},
+		{notWritable, "runtime_directory_not_writable"},
+		{notValid, "certificates_not_valid"},
+		{notTaken, "certificates_not_taken"},
+		{notLive, "envoy_not_started"},
+		{notRunning, "envoy_down"},
+		{notServing, "envoy_not_serving"},
+		{notAlone, "envoy_listener_joined"},
+		{notInForce, "rules_not_in_force"},
+		{notAsTheyShould, "rules_changed"},
+		{notLetIn, "dropped_by_iptables_legacy"},
 	}
 }
 
@@ -289,28 +319,84 @@ func about(what string, err error) error {
 	return fmt.Errorf("%s: %w", what, err)
 }
 
-// Notes returns what is not as it should be although it does not make the sidecar unready: an input that is not good while
+// Problem is something that is not as it should be.
+type Problem struct {
+	Code string `json:"code"` // one of ProblemCodes, that stay
+	Text string `json:"text"`
+}
+
+// The codes of problems that do not make the sidecar unready.
+const (
+	configurationRejected  = "configuration_rejected"
+	certificatesRejected   = "certificates_rejected"
+	certificatesExpireSoon = "certificates_expire_soon"
+	certificatesWarning    = "certificates_doubtful"
+	stateNotInForce        = "state_not_in_force"
+	statusNotServed        = "status_address_not_served"
+	gateNotServed          = "gate_not_served"
+	rulesUndermined        = "rules_undermined"
+	logNotRead             = "log_not_read"
+	upstreamUnresolved     = "upstream_unresolved"
+	portsClosed            = "ports_closed"
+	legacyNotRead          = "iptables_legacy_not_read"
+)
+
+// ProblemCodes returns the codes of all problems.
+func ProblemCodes() (all []string) {
+	for _, r := range reasons() {
+		all = append(all, r.code)
+	}
+	return append(all, configurationRejected, certificatesRejected, certificatesExpireSoon, certificatesWarning, stateNotInForce, statusNotServed, gateNotServed,
+		rulesUndermined, logNotRead, upstreamUnresolved, portsClosed, legacyNotRead)
+}
+
+// problem gives a text the code of the reason that it begins as, or else the other one.
+func problem(text, other string) Problem {
+	for _, r := range reasons() {
+		if strings.HasPrefix(text, r.begins) {
+			return Problem{r.code, text}
+		}
+	}
+	return Problem{other, text}
+}
+
+// Notes returns what is not as it should be although it does not make the sidecar unready: an input that was rejected while
 // the last good one is in force, or a state that could not be put in force while the one before it serves.
-func (d *Daemon) Notes() []error {
+func (d *Daemon) Notes() (all []Problem) {
 	unresolved := d.unresolved(time.Now())
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	notes := []error{d.badConfig, d.badCertificates, d.expiring, d.down, d.unserved, d.ungated, d.have.whyClosed()}
+	for _, n := range []struct {
+		err  error
+		code string
+	}{
+		{d.badConfig, configurationRejected},
+		{d.badCertificates, certificatesRejected},
+		{d.expiring, certificatesExpireSoon},
+		{d.down, stateNotInForce},
+		{d.unserved, statusNotServed},
+		{d.ungated, gateNotServed},
+		{d.have.whyClosed(), portsClosed},
+		{d.unreadLegacy, legacyNotRead},
+	} {
+		if n.err != nil {
+			all = append(all, problem(n.err.Error(), n.code))
+		}
+	}
 	for _, line := range d.Secrets.Warnings() {
-		notes = append(notes, located{checkCertificates, errors.New(line)})
+		all = append(all, Problem{certificatesWarning, line})
 	}
-	for _, line := range d.foreign {
-		notes = append(notes, located{checkRules, errors.New(line)})
-	}
-	notes = append(notes, d.unreadLegacy)
-	for _, line := range d.legacyRules {
-		notes = append(notes, located{checkRules, errors.New(line)})
+	for _, line := range slices.Concat(d.foreign, d.legacyRules) {
+		all = append(all, Problem{rulesUndermined, line})
 	}
 	if lines, unread := d.logLost(); unread > 0 {
-		notes = append(notes, fmt.Errorf("nobody has read standard error for %s: %d lines of the log were dropped", unread.Round(time.Second), lines))
+		text := fmt.Sprintf("nobody has read standard error for %s: %d lines of the log were dropped", unread.Round(time.Second), lines)
+		all = append(all, Problem{logNotRead, text})
 	}
-	notes = append(notes, unresolved...)
-	return slices.DeleteFunc(notes, func(err error) bool { return err == nil })
+	for _, err := range unresolved {
+		all = append(all, Problem{upstreamUnresolved, err.Error()})
+	}
+	return all
 }
 
 func (d *Daemon) logLost() (lines uint64, unread time.Duration) {
@@ -326,16 +412,19 @@ func (d *Daemon) Status(ctx context.Context) Status {
 		Version:      d.Version,
 		Unready:      append([]Reason{}, d.Unready(ctx)...),
 		Problems:     []string{},
+		Causes:       []Problem{},
 		Epochs:       append([]Epoch{}, d.Proxy.Epochs(ctx)...),
 		Certificates: []Certificate{},
 	}
 	s.Ready = len(s.Unready) == 0
 	for _, r := range s.Unready {
 		s.Problems = append(s.Problems, r.Check+": "+r.Text)
+		s.Causes = append(s.Causes, problem(r.Text, r.Check))
 	}
 	for _, note := range d.Notes() {
-		if !slices.ContainsFunc(s.Unready, func(r Reason) bool { return r.Text == note.Error() }) {
-			s.Problems = append(s.Problems, note.Error())
+		if !slices.ContainsFunc(s.Unready, func(r Reason) bool { return r.Text == note.Text }) {
+			s.Problems = append(s.Problems, note.Text)
+			s.Causes = append(s.Causes, note)
 		}
 	}
 	for _, c := range d.Secrets.Certificates(ctx) {
@@ -351,6 +440,7 @@ func (d *Daemon) Status(ctx context.Context) Status {
 		s.Desired, s.Applied = d.want.summary(), d.have.summary()
 		s.LastError = d.lastError
 		s.Policy, s.Routes, s.Probes = d.have.policies(), d.have.routes(), d.probeStatuses()
+		s.Reload = d.reloaded
 		s.Applies = d.applies.all()
 		s.Envoys = d.envoys
 	})

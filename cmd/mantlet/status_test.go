@@ -446,6 +446,12 @@ func TestMetricsUnderLoad(t *testing.T) {
 		p.await(fmt.Sprintf("%s is %v", name, value), func() bool { return look()[name] == value })
 	}
 	shows("mantlet_ready", 1)
+	shows("mantlet_config_last_reload_successful", 1)
+	for _, name := range []string{"process_resident_memory_bytes", "process_open_fds", "process_cpu_seconds_total", "go_goroutines"} {
+		if last[name] <= 0 {
+			t.Errorf("%s is %v", name, last[name])
+		}
+	}
 	shows(`mantlet_certificate_expiry_timestamp_seconds{role="leaf"}`, float64(p.identity.Leaf.NotAfter.Unix()))
 	shows(`mantlet_applies_total{kind="start",result="success"}`, 1)
 
@@ -507,6 +513,12 @@ func TestMetricsUnderLoad(t *testing.T) {
 	look()
 	m.write("ingress: [{port: 9091, allow: nobody}]")
 	shows("mantlet_problems", 1)
+	shows(`mantlet_problem{problem="configuration_rejected"}`, 1)
+	shows(`mantlet_problem{problem="certificates_rejected"}`, 0)
+	shows("mantlet_config_last_reload_successful", 0)
+	if at := time.Unix(int64(last["mantlet_config_last_reload_success_timestamp_seconds"]), 0); time.Since(at) > 10*time.Minute {
+		t.Errorf("the configuration was taken last at %s", at)
+	}
 	shows("mantlet_ready", 1)
 }
 
