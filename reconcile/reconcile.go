@@ -113,6 +113,12 @@ type Refusal struct {
 	Detail      string    `json:"detail"` // as Envoy says it
 }
 
+// Followed is a refusal as it comes.
+type Followed struct {
+	Refusal
+	LeftOut int `json:"leftOutBefore,omitempty"` // refusals before it that came faster than they were taken
+}
+
 // RefusalCount is how many connections came to nothing for one reason.
 type RefusalCount struct {
 	Direction string `json:"direction"`
@@ -134,7 +140,9 @@ type Daemon struct {
 	HasIPv6     func() bool    // tells whether Envoy can listen on ::1; nil: as Place says
 	Limits      render.Limits  // of mantlet and its Envoys
 	Processes   bind.Processes // that held addresses of the environment's when mantlet still could see whose they are
-	Log         *slog.Logger
+	// Follow returns refusals as they come, until ctx ends; an error where too many follow already.
+	Follow func(ctx context.Context) (<-chan Followed, error)
+	Log    *slog.Logger
 	// LogLost returns how many lines of the log were dropped, and for how long whoever reads it has taken none; 0 while they
 	// do. Where it is nil, none are.
 	LogLost func() (lines uint64, unread time.Duration)

@@ -201,7 +201,54 @@ func (d *Daemon) handler() http.Handler {
 	})
 	mux.HandleFunc("GET /metrics", d.serveMetrics)
 	mux.HandleFunc("GET /stats/prometheus", d.serveStatistics)
+	mux.HandleFunc("GET "+RefusalsPath, d.serveRefusals)
 	return mux
+}
+
+// RefusalsPath is where refusals are served as they come, over the unix socket alone.
+const RefusalsPath = "/refusals"
+
+// serveRefusals writes refusals as they come, a line of JSON each, until the client is gone or takes none for too long.
+func (d *Daemon) serveRefusals(w http.ResponseWriter, r *http.Request) {
+	if overTCP(r) || d.Follow == nil {
+		http.NotFound(w, r)
+		return
+	}
+	follow, err := d.Follow(r.Context())
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+		return
+	}
+	stream := http.NewResponseController(w)
+	write := func(line []byte) error {
+		if err := stream.SetWriteDeadline(time.Now().Add(writeLimit)); err != nil {
+			return err
+		}
+		if _, err := w.Write(line); err != nil {
+			return err
+		}
+		return stream.Flush()
+	}
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	err = errors.Join(stream.SetReadDeadline(time.Time{}), write(nil)) // it is to notice that the client is gone, however late
+	for err == nil {
+		select {
+		case <-r.Context().Done():
+			return
+		case refusal := <-follow:
+			var line []byte
+			if line, err = json.Marshal(refusal); err == nil {
+				err = write(append(line, '\n'))
+			}
+		}
+	}
+	d.Log.Debug("a follower of refusals is gone", "error", err)
+}
+
+// overTCP reports whether a request came to the status address.
+func overTCP(r *http.Request) bool {
+	_, is := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
+	return is
 }
 
 // once lets those who ask the same at the same time share one answer, so that no number of them takes more than one.
@@ -223,7 +270,7 @@ type told[T any] struct {
 // seldom is once for those who ask over the unix socket. All others may get an answer that was finished before, but is
 // recent.
 func seldom[T any](d *Daemon, r *http.Request, key string, ask func(context.Context) T) T {
-	if _, stranger := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr); !stranger {
+	if !overTCP(r) {
 		return once(d, key, ask)
 	}
 	return once(d, key+" over TCP", func(ctx context.Context) T {

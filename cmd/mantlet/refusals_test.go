@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 	"unicode"
@@ -327,6 +328,8 @@ func TestRefusals(t *testing.T) {
 	p.protect(tlsPort)
 	p.protect(listedPort)
 	p.ready()
+	followed, follower := p.follow()
+	p.await("it follows", func() bool { return followed.count("following") == 1 })
 	counts := map[string]uint64{}
 	t.Run("each", func(t *testing.T) {
 		for i, c := range refusals {
@@ -347,6 +350,14 @@ func TestRefusals(t *testing.T) {
 		}
 	})
 	// Who was silent is refused last, after ten seconds.
+	p.await("it is followed", func() bool { return followed.count("handshake_timeout") == 1 })
+	p.must(follower.Process.Signal(syscall.SIGINT))
+	p.check(follower.Wait())
+	for code := range counts {
+		if followed.count(" "+code+": ") == 0 {
+			t.Errorf("who follows is not told of %s", code)
+		}
+	}
 	if _, text, _ := p.mantlet("status"); !strings.Contains(text, "the TLS handshake was not finished in time (handshake_timeout)") ||
 		strings.ContainsFunc(text, func(r rune) bool { return unicode.IsControl(r) && r != '\n' }) {
 		t.Errorf("mantlet status shows no refusal, or control characters:\n%q", text)

@@ -245,6 +245,7 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 		Names:       names,
 		Limits:      limits,
 		Processes:   runner.Processes,
+		Follow:      runner.Follow,
 		Log:         log,
 		LogLost:     func() (uint64, time.Duration) { return queue.lost(time.Now()) },
 	}

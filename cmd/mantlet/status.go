@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"os/signal"
 	"strconv"
@@ -24,7 +25,7 @@ import (
 )
 
 func statusCommand() *cobra.Command {
-	var watch bool
+	var watch, follow bool
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "Say how the running mantlet is; exit 0 ready and no problems, 1 not so, 2 it does not answer",
@@ -39,12 +40,17 @@ func statusCommand() *cobra.Command {
 		show := func(ctx context.Context) error {
 			return showStatus(ctx, cmd.OutOrStdout(), reconcile.StatusSocket(env.Process.RuntimeDirectory), *output, os.Environ())
 		}
+		if follow {
+			return followRefusals(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr(), reconcile.StatusSocket(env.Process.RuntimeDirectory), *output)
+		}
 		if watch {
 			return watchStatus(cmd.Context(), cmd.OutOrStdout(), show)
 		}
 		return show(cmd.Context())
 	}
 	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "say it again and again, until interrupted")
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "say who is refused, as it happens, until interrupted; with -o json a line of JSON each")
+	cmd.MarkFlagsMutuallyExclusive("watch", "follow")
 	return cmd
 }
 
@@ -152,6 +158,65 @@ func watchStatus(ctx context.Context, to io.Writer, show func(context.Context) e
 		case <-time.After(watchPause):
 		}
 	}
+}
+
+// followRefusals prints refusals as they come, until it is interrupted.
+func followRefusals(ctx context.Context, to, notes io.Writer, socket, output string) error {
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	if err := answers(ctx, socket); err != nil {
+		return err
+	}
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://mantlet"+reconcile.RefusalsPath, nil)
+	if err != nil {
+		return err
+	}
+	response, err := reconcile.OverSocket(socket).Do(request)
+	if ctx.Err() != nil {
+		return nil
+	}
+	if err != nil {
+		return unanswered{err}
+	}
+	defer func() { _ = response.Body.Close() }()
+	if response.StatusCode != http.StatusOK {
+		text, _ := io.ReadAll(io.LimitReader(response.Body, 4<<10))
+		return fmt.Errorf("following refusals: %s: %s", response.Status, printable(strings.TrimSpace(string(text))))
+	}
+	if output == "text" { // which may have to wait for its first line
+		_, _ = fmt.Fprintln(notes, "following who is refused; interrupt to end")
+	}
+	decoder := json.NewDecoder(response.Body)
+	for {
+		var refusal reconcile.Followed
+		err := decoder.Decode(&refusal)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
+			return unanswered{err}
+		}
+		if err := printRefusal(to, refusal, output); err != nil {
+			return err
+		}
+	}
+}
+
+func printRefusal(to io.Writer, r reconcile.Followed, output string) error {
+	if output == "json" {
+		encoder := json.NewEncoder(to)
+		encoder.SetEscapeHTML(false)
+		return encoder.Encode(r)
+	}
+	line := fmt.Sprintf("%s %s %s -> %s %s: %s", r.Time.Format(time.RFC3339), r.Direction, r.Peer, r.Destination, r.Code, r.Reason)
+	if len(r.SANs) > 0 {
+		line += "; its SANs: " + names(r.SANs, "")
+	}
+	if r.LeftOut > 0 {
+		line += fmt.Sprintf("; %d were left out before it", r.LeftOut)
+	}
+	_, err := fmt.Fprintln(to, printable(line))
+	return err
 }
 
 // printStatus prints a status for people, as of now.

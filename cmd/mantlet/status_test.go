@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -361,6 +362,74 @@ probes: [{name: up, tcp: 8080}, {name: down, tcp: 5432}, {name: never, http: 808
 			t.Errorf("mantlet status has no line %s:\n%s", line, text)
 		}
 	}
+}
+
+// TestFollow: refusals are told as they happen, to who asks in the pod alone, until it is interrupted.
+func TestFollow(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web, fmt.Sprintf("MANTLET_STATUS_ADDRESS=:%d", statusPort))
+	if code, _, said := p.mantlet("status", "--follow"); code != 2 || !strings.Contains(said, "mantlet does not answer") {
+		t.Errorf("where no mantlet runs: exit code %d: %s", code, said)
+	}
+	if code, _, said := p.mantlet("status", "--follow", "--watch"); code != 2 || !strings.Contains(said, "watch") {
+		t.Errorf("with --watch: exit code %d: %s", code, said)
+	}
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	p.ready()
+	text, textCommand := p.follow()
+	lines, linesCommand := p.follow("-o", "json")
+	refuse := func() {
+		t.Helper()
+		config := p.anonymous()
+		show(config, stranger(p).Certificate())
+		if err := p.exchange(netip.AddrPortFrom(p.IPv4, mtlsPort), config); err == nil {
+			t.Error("a stranger is let in")
+		}
+	}
+	p.await("both follow", func() bool {
+		refuse()
+		return text.count("\n") > 1 && lines.count("\n") > 0
+	})
+	before := lines.count("\n")
+	refuse()
+	p.await("one more is told", func() bool { return lines.count("\n") > before })
+	for _, cmd := range []*exec.Cmd{textCommand, linesCommand} {
+		p.must(cmd.Process.Signal(syscall.SIGINT))
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("following ended: %v", err)
+		}
+	}
+	line := regexp.MustCompile(`(?m)^\S+ ingress 198\.51\.100\.2 -> 198\.51\.100\.1:9090 unknown_ca: unknown CA: .*; its SANs: stranger\n`)
+	if !line.MatchString(text.String()) {
+		t.Errorf("it said %q, want %s", text, line)
+	}
+	for text := range strings.Lines(lines.String()) {
+		var refusal reconcile.Followed
+		if err := json.Unmarshal([]byte(text), &refusal); err != nil || refusal.Code != "unknown_ca" || refusal.Count != 1 || refusal.Time.IsZero() {
+			t.Errorf("a line is %q: %v", text, err)
+		}
+	}
+	if code, said, err := p.get(p.IPv4, http.MethodGet, reconcile.RefusalsPath); err != nil || code != http.StatusNotFound {
+		t.Errorf("over TCP: %d, %v: %s", code, err, said)
+	}
+
+	last, cmd := p.follow()
+	p.await("it follows", func() bool { return last.count("following") == 1 })
+	p.must(p.sidecar.Stop())
+	if err := cmd.Wait(); err == nil || !strings.Contains(last.String(), "mantlet does not answer") {
+		t.Errorf("mantlet ended, and following did so with %v: %s", err, last)
+	}
+}
+
+// follow runs `mantlet status --follow`.
+func (p *pod) follow(args ...string) (said *journal, cmd *exec.Cmd) {
+	p.t.Helper()
+	said = &journal{}
+	cmd = p.sidecar.Command(append([]string{"status", "--follow"}, args...)...)
+	cmd.Stdout, cmd.Stderr = said, said
+	p.must(p.Start(cmd))
+	return said, cmd
 }
 
 // TestHungDaemon: status says soon that mantlet hangs, and points to what works without it.

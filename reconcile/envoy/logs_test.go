@@ -2,11 +2,13 @@ package envoy
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"log/slog"
 	"net/url"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -170,6 +172,49 @@ func TestFloodOfRefusals(t *testing.T) {
 	if !slices.Equal(codes, want) || r.last[lastRefusals-2].Destination != "192.0.2.2:999" {
 		t.Errorf("what is kept is %v", codes)
 	}
+}
+
+// TestFollow: followers get what comes from then on, a slow one not all of it, and there are not any number of them.
+func TestFollow(t *testing.T) {
+	var r refusals
+	note := func(port int) {
+		r.note(reconcile.Refusal{Count: 1, Direction: "ingress", Destination: fmt.Sprintf("192.0.2.2:%d", port), Code: string(Plaintext)})
+	}
+	note(1)
+	ctx, cancel := context.WithCancel(t.Context())
+	slow, err := r.follow(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const more = 10
+	for port := range followerBuffer + more {
+		note(1000 + port)
+	}
+	for port := range followerBuffer {
+		if got := <-slow; got.Destination != fmt.Sprintf("192.0.2.2:%d", 1000+port) || got.Count != 1 || got.LeftOut != 0 {
+			t.Fatalf("followed %d is %+v", port, got)
+		}
+	}
+	note(2)
+	if got := <-slow; got.Destination != "192.0.2.2:2" || got.LeftOut != more {
+		t.Errorf("after those that were left out comes %+v", got)
+	}
+	for range maxFollowers - 1 {
+		if _, err := r.follow(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := r.follow(ctx); err == nil {
+		t.Error("any number may follow")
+	}
+	cancel()
+	for range 1000 {
+		if _, err = r.follow(t.Context()); err == nil {
+			return
+		}
+		runtime.Gosched()
+	}
+	t.Errorf("those who are gone count: %v", err)
 }
 
 // TestLongCertificates shows that what a stranger writes into a certificate fills neither log nor memory.

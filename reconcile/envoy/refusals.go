@@ -2,6 +2,7 @@ package envoy
 
 import (
 	"cmp"
+	"context"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
@@ -353,6 +354,56 @@ type refusals struct {
 	last   []reconcile.Refusal            // the newest last
 	counts map[reconcile.RefusalCount]int // each with Count 0
 	limits map[string]*valve              // by direction: strangers outside must not hide what fails on the way out
+
+	followers map[*follower]bool
+}
+
+// Bounds of those who follow refusals as they come.
+const (
+	maxFollowers   = 8
+	followerBuffer = 256 // a burst
+)
+
+// follower gets refusals as they come.
+type follower struct {
+	refusals chan reconcile.Followed
+	leftOut  int
+}
+
+// pass gives a refusal to the follower, unless that is too slow.
+func (f *follower) pass(refusal reconcile.Refusal) {
+	select {
+	case f.refusals <- reconcile.Followed{Refusal: refusal, LeftOut: f.leftOut}:
+		f.leftOut = 0
+	default:
+		f.leftOut++
+	}
+}
+
+// follow makes a follower until ctx ends.
+func (r *refusals) follow(ctx context.Context) (<-chan reconcile.Followed, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.followers) == maxFollowers {
+		return nil, fmt.Errorf("%d follow the refusals already", maxFollowers)
+	}
+	if r.followers == nil {
+		r.followers = map[*follower]bool{}
+	}
+	f := &follower{refusals: make(chan reconcile.Followed, followerBuffer)}
+	r.followers[f] = true
+	context.AfterFunc(ctx, func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		delete(r.followers, f)
+	})
+	return f.refusals, nil
+}
+
+// Follow returns refusals as they come, until ctx ends; an error where too many follow already. Those that come faster than they are
+// taken are left out, and counted.
+func (r *Runner) Follow(ctx context.Context) (<-chan reconcile.Followed, error) {
+	return r.refused.follow(ctx)
 }
 
 // valve lets some lines through and counts the others.
@@ -389,6 +440,9 @@ func (r *refusals) note(refusal reconcile.Refusal) {
 		r.counts = map[reconcile.RefusalCount]int{}
 	}
 	r.counts[reconcile.RefusalCount{Direction: refusal.Direction, Code: refusal.Code}]++
+	for f := range r.followers {
+		f.pass(refusal)
+	}
 	if i := slices.IndexFunc(r.last, func(last reconcile.Refusal) bool { return same(last, refusal) }); i >= 0 {
 		refusal.Count += r.last[i].Count
 		r.last = slices.Delete(r.last, i, i+1)
