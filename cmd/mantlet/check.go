@@ -80,7 +80,7 @@ func printFindings(to io.Writer, findings []finding) error {
 		if f.Remedy != "" {
 			text += "; " + f.Remedy
 		}
-		_, _ = fmt.Fprintf(page, "%s\t%s\t%s\n", f.Severity, f.Need, oneLine(text))
+		_, _ = fmt.Fprintf(page, "%s\t%s\t%s\n", f.Severity, printable(f.Need), printable(oneLine(text)))
 	}
 	return page.Flush()
 }

@@ -335,6 +335,9 @@ func TestLines(t *testing.T) {
 	for _, c := range []struct{ got, want string }{
 		{oneLine("one\ntwo; do this"), "one; two; do this"},
 		{oneLine("the file:\n  one\n\n  two  words"), "the file: one; two words"},
+		{printable("plain, \"quoted\" and é words"), "plain, \"quoted\" and é words"},
+		{printable("\x1b[2J\ta\u202eb\x00"), `\x1b[2J\ta\u202eb\x00`},
+		{indented("one\n two\x1b\n", "  "), "one\n   two\\x1b"},
 		{onLine("plain words"), "plain words"},
 		{onLine(""), `""`},
 		{onLine("a\tb"), `"a\tb"`},

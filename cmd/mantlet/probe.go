@@ -37,10 +37,10 @@ func probeCommand() *cobra.Command {
 				return errNot
 			}
 			if !ok {
-				_, _ = fmt.Fprint(cmd.ErrOrStderr(), said)
+				_, _ = fmt.Fprintln(cmd.ErrOrStderr(), indented(said, ""))
 				return errNot
 			}
-			_, err = fmt.Fprint(cmd.OutOrStdout(), said)
+			_, err = fmt.Fprintln(cmd.OutOrStdout(), indented(said, ""))
 			return err
 		},
 	}

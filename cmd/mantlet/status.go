@@ -296,7 +296,7 @@ func (p *page) state(s reconcile.Status) {
 			p.row(row.name, "none", "", "", "", "")
 			continue
 		}
-		source := row.state.Source
+		source := printable(row.state.Source)
 		if row.state.SourceDigest != "" {
 			source += " (SHA-256 " + short(row.state.SourceDigest) + ")"
 		}
@@ -492,7 +492,7 @@ func (p *page) repairs(s reconcile.Status) {
 		if r.Error != "" {
 			what += "; not put back: " + onLine(r.Error)
 		}
-		p.row(p.ago(r.Time)+" ago", cmp.Or(r.By, "?"), what)
+		p.row(p.ago(r.Time)+" ago", printable(cmp.Or(r.By, "?")), what)
 	}
 }
 
