@@ -154,6 +154,7 @@ func TestMistakes(t *testing.T) {
 
 		"no such Service":            {"#billing:80", "#bill:80", []string{from + egress + "no Service of the manifests is called bill, so nobody answers to bill; did you mean billing?"}},
 		"no such Service, full":      {"#billing:80", "#cart.store.svc:80", []string{from + egress + "no Service of the manifests is called cart, so nobody answers to cart.store.svc"}},
+		"outside, another namespace": {"#billing:80", "#billing.bank.svc:80", []string{"warning Deployment shop " + egress + "nothing of namespace bank is in the manifests, so what answers to billing.bank.svc was not checked"}},
 		"in another namespace":       {"{name: shop, namespace: store}", "{name: shop, namespace: front}", []string{from + egress + "there is no Service billing in the pod's namespace; it is in store: name it as billing.store"}},
 		"wrong port":                 {"#billing:80", "#billing:8080", []string{from + egress + "Service billing has no TCP port 8080; it has 80, 90, 53"}},
 		"UDP":                        {"#billing:80", "#billing:53", []string{from + egress + "Service billing has no TCP port 53"}},

@@ -90,6 +90,10 @@ func (c call) follow() []string {
 				others = append(others, s.Namespace)
 			}
 		}
+		if f.namespace != c.from.Namespace() && !c.has(f.namespace) {
+			c.from.warning(c.path, "nothing of namespace %s is in the manifests, so what answers to %s was not checked", f.namespace, up.Host)
+			return []string{"outside of the manifests"}
+		}
 		if len(others) > 0 {
 			c.problem("there is no Service %s in the pod's namespace; it is in %s: name it as %s.%s", f.name, strings.Join(others, ", "), f.name, others[0])
 		} else {
@@ -102,6 +106,12 @@ func (c call) follow() []string {
 		words = append(words, c.service(s)...)
 	}
 	return words
+}
+
+// has reports whether the manifests have something of a namespace.
+func (all *world) has(namespace string) bool {
+	return slices.ContainsFunc(all.services, func(s manifest.Service) bool { return sameNamespace(s.Namespace, namespace) }) ||
+		slices.ContainsFunc(all.workloads, func(w *workload) bool { return sameNamespace(w.Namespace(), namespace) })
 }
 
 // nearest suggests the Service whose name is most like one that is not there.

@@ -44,9 +44,9 @@ func targetOf(s manifest.Service, port manifest.ServicePort, p manifest.Pod) (ui
 
 // found is what a host name leads to.
 type found struct {
-	services []manifest.Service // as a rule one
-	outside  bool               // the name is not one of a Service
-	name     string             // of the Service that it would be
+	services        []manifest.Service // as a rule one
+	outside         bool               // the name is not one of a Service
+	name, namespace string             // of the Service that it would be
 }
 
 // find returns the Services that a host leads to, as a pod of a namespace has it looked up.
@@ -71,7 +71,7 @@ func (all *world) find(host, namespace string) found {
 		labels = labels[:len(labels)-1]
 	}
 	name := labels[len(labels)-1]
-	f := found{name: name}
+	f := found{name: name, namespace: namespace}
 	for _, s := range all.services {
 		if s.Name == name && sameNamespace(s.Namespace, namespace) && (len(labels) == 1 || isHeadless(s)) {
 			f.services = append(f.services, s)
