@@ -197,7 +197,7 @@ func TestRotation(t *testing.T) {
 				p.must(renameio.Symlink(filepath.Join(elsewhere, name), filepath.Join(directory, name)))
 			}
 			p.shows(former)
-			pauses = 1
+			pauses = 3 // each file may be seen by itself
 			p.must(next.Write(elsewhere))
 		}},
 	} {
