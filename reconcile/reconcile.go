@@ -531,7 +531,9 @@ func (d *Daemon) certify(ctx context.Context, reread <-chan struct{}) {
 	changed := make(chan struct{}, 1)
 	var watching sync.WaitGroup
 	defer watching.Wait()
-	watching.Go(func() { watch(ctx, d.Environment.Process.TLSDirectory, changed, d.Log) })
+	for _, directory := range d.Environment.Process.TLSDirectories() {
+		watching.Go(func() { watch(ctx, directory, changed, d.Log) })
+	}
 	tickets := time.NewTicker(ticketLife)
 	defer tickets.Stop()
 	defer d.watchdog.idle(certificates)

@@ -174,7 +174,7 @@ func environmentProblems() map[string]environmentProblem {
 		out      = "must have 3 fields, name#listen-ip:listen-port#host-or-ip:port, but has "
 		duration = "must be a duration from 1s to 24h in hours, minutes and seconds, for example 10s or 1h30m"
 		known    = "ACCESS_LOG, CONFIG, CONFIG_INLINE, CONFIG_SHA256, ENVOY_CONCURRENCY, ENVOY_DRAIN_TIME, ENVOY_LOG_LEVEL, " +
-			"ENVOY_PARENT_SHUTDOWN_TIME, ENVOY_PATH, ENVOY_UID, GATE_SOCKET, HOST_IP, LIFT_DEFAULT_DENY, LOG_LEVEL, OTHER_PROTOCOLS, OVERRIDES, POD_IP, READY_FILE, RUNTIME_DIRECTORY, STATUS_ADDRESS, TLS_DIRECTORY, TLS_MIN_VERSION"
+			"ENVOY_PARENT_SHUTDOWN_TIME, ENVOY_PATH, ENVOY_UID, GATE_SOCKET, HOST_IP, LIFT_DEFAULT_DENY, LOG_LEVEL, OTHER_PROTOCOLS, OVERRIDES, POD_IP, READY_FILE, RUNTIME_DIRECTORY, STATUS_ADDRESS, TLS_CA, TLS_CERTIFICATE, TLS_DIRECTORY, TLS_KEY, TLS_MIN_VERSION"
 	)
 	x120 := strings.Repeat("x", 120)
 	long := strings.Repeat("a.", 127) + "a"

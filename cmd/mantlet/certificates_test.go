@@ -86,6 +86,13 @@ func TestCertificatesAppear(t *testing.T) {
 			p.must(p.identity.Write(from))
 			p.copyPieces(from, lab.CAFile, lab.KeyFile, lab.ChainFile)
 		},
+		"by cert-manager's names": func(p *pod, directory string) {
+			from := p.t.TempDir()
+			p.must(p.identity.Write(from))
+			for to, name := range map[string]string{"tls.crt": lab.ChainFile, "tls.key": lab.KeyFile, "ca.crt": lab.CAFile} {
+				p.must(os.Rename(filepath.Join(from, name), filepath.Join(directory, to)))
+			}
+		},
 		"with their directory": func(p *pod, directory string) {
 			p.must(os.Remove(directory))
 			p.besieged()

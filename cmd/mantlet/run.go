@@ -256,7 +256,9 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 }
 
 // files is where the certificates are.
-func files(process schema.Process) envoy.Files { return envoy.Files{Directory: process.TLSDirectory} }
+func files(process schema.Process) envoy.Files {
+	return envoy.Files{Directory: process.TLSDirectory, Certificate: process.TLSCertificate, Key: process.TLSKey, CA: process.TLSCA}
+}
 
 // collectLater lets the heap grow to 16 MiB before garbage is collected, for a second: starting takes some 6 MiB, and the
 // collections in it would take a part of the time in which Envoy is not running yet. Then all goes that starting took.
@@ -382,8 +384,13 @@ func confine(runner *envoy.Runner, process schema.Process, log *slog.Logger) err
 	}
 	return runner.Confine(rules, func() error {
 		own := sandbox.Rules{
-			Read:  sandbox.Inputs(process.TLSDirectory, envoy.TLSFiles()...),
+			Read:  sandbox.Inputs(process.TLSDirectory, process.TLSFileNames()...),
 			Write: []string{process.RuntimeDirectory},
+		}
+		for _, path := range []string{process.TLSCertificate, process.TLSKey, process.TLSCA} {
+			if filepath.IsAbs(path) {
+				own.Read = append(own.Read, sandbox.Inputs(filepath.Dir(path), filepath.Base(path))...)
+			}
 		}
 		if process.ReadyFile != "" {
 			own.Link = append(own.Link, process.RuntimeDirectory)

@@ -23,17 +23,19 @@ func (w *workload) identify() {
 	if !w.hasMesh {
 		return
 	}
-	directory := w.config.Process.TLSDirectory
 	read := func(file string) []byte {
-		text, _ := w.sidecar.File(path.Join(directory, file))
+		text, _ := w.sidecar.File(file)
 		return text
 	}
 	id := &w.identity
-	id.ca = read("mesh-ca.pem")
-	if chain := read("certChain.pem"); chain != nil {
+	files, err := w.config.Process.TLSFiles(func(path string) bool { return read(path) != nil })
+	if err == nil { // else certified says what is wrong
+		id.ca = read(files[2])
+	}
+	if chain := read(files[0]); chain != nil {
 		id.chain = parse(chain)
 		if len(id.chain) == 0 {
-			w.problem("certChain.pem", "holds no certificate; it must have the leaf and then the intermediate, as PEM")
+			w.problem(path.Base(files[0]), "holds no certificate; it must have the leaf and then the intermediate, as PEM")
 		}
 	}
 	if len(id.chain) > 0 {

@@ -2,6 +2,7 @@ package analyze
 
 import (
 	"fmt"
+	"path"
 	"regexp"
 	"slices"
 	"strings"
@@ -39,10 +40,15 @@ func named(e schema.Egress) string {
 // certified looks for the files without which a workload is nobody in the mesh.
 func (w *workload) certified() {
 	directory := w.config.Process.TLSDirectory
+	files, err := w.config.Process.TLSFiles(func(path string) bool { _, ok := w.sidecar.File(path); return ok })
+	if err != nil {
+		w.problem("", "%v", err)
+		return
+	}
 	var missing []string
-	for _, file := range []string{"certChain.pem", "key.pem", "mesh-ca.pem"} {
-		if _, ok := w.sidecar.File(directory + "/" + file); !ok {
-			missing = append(missing, file)
+	for _, file := range files {
+		if _, ok := w.sidecar.File(file); !ok {
+			missing = append(missing, path.Base(file))
 		}
 	}
 	if source, ok := w.sidecar.Source(directory); ok && len(missing) > 0 {

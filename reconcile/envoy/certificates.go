@@ -11,7 +11,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"path/filepath"
+	"os"
 	"reflect"
 	"slices"
 	"strings"
@@ -25,8 +25,8 @@ import (
 // Whether peers accept them is for Envoy to say, see trial. What is looked at here costs less, and says more plainly what
 // is wrong; it rejects nothing that Envoy takes.
 type Certificates struct {
-	files Files
-	text  [3][]byte // of the files: chain, key, mesh CAs
+	paths [3]string // of the files: chain, key, mesh CAs
+	text  [3][]byte // of the files
 
 	chain   []*x509.Certificate // the leaf first
 	key     *pem.Block
@@ -53,28 +53,23 @@ func LoadCertificates(files Files, now time.Time) (*Certificates, error) {
 	return c, nil
 }
 
-// Files are where certificates are read from.
+// Files are where certificates are read from: a directory, and the names that variables give its files. See schema.Process.
 type Files struct {
-	Directory string
+	Directory            string
+	Certificate, Key, CA string
 }
-
-// The files of the TLS directory.
-const (
-	chainFile  = "certChain.pem" // the leaf, then intermediates
-	keyFile    = "key.pem"
-	meshCAFile = "mesh-ca.pem"
-)
-
-// TLSFiles returns the names of the TLS directory's files.
-func TLSFiles() []string { return []string{chainFile, keyFile, meshCAFile} }
 
 // maxTLSFile is what a ConfigMap or a Secret can hold: some thousand certificates.
 const maxTLSFile = 1 << 20
 
 func (f Files) read() (*Certificates, error) {
-	c := &Certificates{files: f}
+	paths, err := f.paths()
+	if err != nil {
+		return nil, err
+	}
+	c := &Certificates{paths: paths}
 	var errs []error
-	for i, path := range f.paths() {
+	for i, path := range c.paths {
 		text, err := schema.ReadFile(path, maxTLSFile)
 		switch {
 		case err != nil:
@@ -89,13 +84,17 @@ func (f Files) read() (*Certificates, error) {
 }
 
 // paths returns where the chain, the key and the mesh CAs are.
-func (f Files) paths() [3]string {
-	return [3]string{filepath.Join(f.Directory, chainFile), filepath.Join(f.Directory, keyFile), filepath.Join(f.Directory, meshCAFile)}
+func (f Files) paths() ([3]string, error) {
+	process := schema.Process{TLSDirectory: f.Directory, TLSCertificate: f.Certificate, TLSKey: f.Key, TLSCA: f.CA}
+	return process.TLSFiles(func(path string) bool {
+		_, err := os.Lstat(path)
+		return err == nil
+	})
 }
 
 // check parses what was read, and rejects what no Envoy could use.
 func (c *Certificates) check(now time.Time) (err error) {
-	paths := c.files.paths()
+	paths := c.paths
 	in := func(path string, err error) error { return fmt.Errorf("%s: %w", path, err) }
 	if c.chain, err = parseCertificates(c.text[0]); err != nil {
 		return in(paths[0], err)

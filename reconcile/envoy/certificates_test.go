@@ -66,32 +66,32 @@ func TestLoadCertificates(t *testing.T) {
 		says   []string          // none: it is good
 	}{
 		"good":                   {},
-		"the leaf alone":         {map[string][]byte{chainFile: pem.EncodeToMemory(leaf)}, nil},
-		"text around the blocks": {map[string][]byte{chainFile: slices.Concat([]byte("the leaf\n"), chain, []byte("\n\nthe end\n"))}, nil},
-		"an SEC 1 key": {map[string][]byte{keyFile: slices.Concat(
+		"the leaf alone":         {map[string][]byte{lab.ChainFile: pem.EncodeToMemory(leaf)}, nil},
+		"text around the blocks": {map[string][]byte{lab.ChainFile: slices.Concat([]byte("the leaf\n"), chain, []byte("\n\nthe end\n"))}, nil},
+		"an SEC 1 key": {map[string][]byte{lab.KeyFile: slices.Concat(
 			pem.EncodeToMemory(&pem.Block{Type: "EC PARAMETERS", Bytes: []byte{6, 5, 0x2b, 0x81, 4, 0, 0x22}}),
 			pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: sec1}))}, nil},
-		"several CAs": {map[string][]byte{meshCAFile: slices.Concat(foreign.CAPEM(), ca)}, nil},
+		"several CAs": {map[string][]byte{lab.CAFile: slices.Concat(foreign.CAPEM(), ca)}, nil},
 
 		"a client's usage": {filesOf(t, clients), nil},
-		"no usage":         {filesOf(t, signer), []string{chainFile, "its extended key usage is codeSigning", "should have serverAuth and clientAuth"}},
-		"any usage":        {filesOf(t, anyUsage), []string{chainFile, "its extended key usage is anyExtendedKeyUsage"}},
+		"no usage":         {filesOf(t, signer), []string{lab.ChainFile, "its extended key usage is codeSigning", "should have serverAuth and clientAuth"}},
+		"any usage":        {filesOf(t, anyUsage), []string{lab.ChainFile, "its extended key usage is anyExtendedKeyUsage"}},
 
-		"nothing":             {map[string][]byte{chainFile: nil, keyFile: nil, meshCAFile: nil}, []string{chainFile, keyFile, meshCAFile, "no such file"}},
-		"no chain":            {map[string][]byte{chainFile: nil}, []string{chainFile, "no such file"}},
-		"no key":              {map[string][]byte{keyFile: nil}, []string{keyFile, "no such file"}},
-		"no CA":               {map[string][]byte{meshCAFile: nil}, []string{meshCAFile, "no such file"}},
-		"empty chain":         {map[string][]byte{chainFile: {}}, []string{chainFile, "is empty"}},
-		"empty key":           {map[string][]byte{keyFile: {}}, []string{keyFile, "is empty"}},
-		"empty CA":            {map[string][]byte{meshCAFile: {}}, []string{meshCAFile, "is empty"}},
-		"half a chain":        {map[string][]byte{chainFile: chain[:len(chain)-100]}, []string{chainFile, "block 2 (line "}},
-		"half a CA":           {map[string][]byte{meshCAFile: slices.Concat(foreign.CAPEM(), ca[:100])}, []string{meshCAFile, "block 2 (line "}},
-		"half a key":          {map[string][]byte{keyFile: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})[:100]}, []string{keyFile, "is cut off"}},
-		"another's key":       {map[string][]byte{chainFile: other.ChainPEM()}, []string{keyFile, "is not the key of the leaf (CN=pod)"}},
-		"intermediate first":  {map[string][]byte{chainFile: slices.Concat(rest, pem.EncodeToMemory(leaf))}, []string{chainFile, "that of certificate 2; the leaf must come first"}},
-		"expired":             {filesOf(t, expired), []string{chainFile, "certificate 1 (without a subject) expired at"}},
-		"not valid yet":       {filesOf(t, early), []string{chainFile, "is the clock right?"}},
-		"expired, foreign CA": {map[string][]byte{meshCAFile: foreign.CAPEM(), chainFile: expired.ChainPEM(), keyFile: filesOf(t, expired)[keyFile]}, []string{chainFile}},
+		"nothing":             {map[string][]byte{lab.ChainFile: nil, lab.KeyFile: nil, lab.CAFile: nil}, []string{lab.ChainFile, lab.KeyFile, lab.CAFile, "no such file"}},
+		"no chain":            {map[string][]byte{lab.ChainFile: nil}, []string{lab.ChainFile, "no such file"}},
+		"no key":              {map[string][]byte{lab.KeyFile: nil}, []string{lab.KeyFile, "no such file"}},
+		"no CA":               {map[string][]byte{lab.CAFile: nil}, []string{lab.CAFile, "no such file"}},
+		"empty chain":         {map[string][]byte{lab.ChainFile: {}}, []string{lab.ChainFile, "is empty"}},
+		"empty key":           {map[string][]byte{lab.KeyFile: {}}, []string{lab.KeyFile, "is empty"}},
+		"empty CA":            {map[string][]byte{lab.CAFile: {}}, []string{lab.CAFile, "is empty"}},
+		"half a chain":        {map[string][]byte{lab.ChainFile: chain[:len(chain)-100]}, []string{lab.ChainFile, "block 2 (line "}},
+		"half a CA":           {map[string][]byte{lab.CAFile: slices.Concat(foreign.CAPEM(), ca[:100])}, []string{lab.CAFile, "block 2 (line "}},
+		"half a key":          {map[string][]byte{lab.KeyFile: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})[:100]}, []string{lab.KeyFile, "is cut off"}},
+		"another's key":       {map[string][]byte{lab.ChainFile: other.ChainPEM()}, []string{lab.KeyFile, "is not the key of the leaf (CN=pod)"}},
+		"intermediate first":  {map[string][]byte{lab.ChainFile: slices.Concat(rest, pem.EncodeToMemory(leaf))}, []string{lab.ChainFile, "that of certificate 2; the leaf must come first"}},
+		"expired":             {filesOf(t, expired), []string{lab.ChainFile, "certificate 1 (without a subject) expired at"}},
+		"not valid yet":       {filesOf(t, early), []string{lab.ChainFile, "is the clock right?"}},
+		"expired, foreign CA": {map[string][]byte{lab.CAFile: foreign.CAPEM(), lab.ChainFile: expired.ChainPEM(), lab.KeyFile: filesOf(t, expired)[lab.KeyFile]}, []string{lab.ChainFile}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			directory := t.TempDir()
@@ -131,7 +131,7 @@ func TestOddFiles(t *testing.T) {
 		"is larger than 1048576 bytes":                  func(path string) error { return os.WriteFile(path, make([]byte, maxTLSFile+1), 0o600) },
 	} {
 		directory := t.TempDir()
-		path := filepath.Join(directory, meshCAFile)
+		path := filepath.Join(directory, lab.CAFile)
 		if err := errors.Join(identity.Write(directory), os.Remove(path), replace(path)); err != nil {
 			t.Fatal(err)
 		}
@@ -161,7 +161,7 @@ func filesOf(t *testing.T, i *lab.Identity) map[string][]byte {
 		t.Fatal(err)
 	}
 	all := map[string][]byte{}
-	for _, name := range []string{chainFile, keyFile, meshCAFile} {
+	for _, name := range []string{lab.ChainFile, lab.KeyFile, lab.CAFile} {
 		all[name] = must[[]byte](t)(os.ReadFile(filepath.Join(directory, name)))
 	}
 	return all
@@ -294,7 +294,7 @@ func TestSecrets(t *testing.T) {
 		t.Errorf("renewed, it is the same: %v", err)
 	}
 	before = read()
-	write(t, s.Files.Directory, chainFile, second.ChainPEM())
+	write(t, s.Files.Directory, lab.ChainFile, second.ChainPEM())
 	if _, err := s.Update(t.Context()); err == nil || read() != before || !s.Expires().Equal(first.Leaf.NotAfter) {
 		t.Errorf("the last good one does not stay: %v", err)
 	}

@@ -40,7 +40,7 @@ func (c *Certificates) place(cert *x509.Certificate) string {
 }
 
 func (c *Certificates) fileNames() (chain, ca string) {
-	paths := c.files.paths()
+	paths := c.paths
 	return filepath.Base(paths[0]), filepath.Base(paths[2])
 }
 
@@ -81,7 +81,7 @@ func (c *Certificates) because(why error) error {
 	if usage := c.chain[0].KeyUsage; usage != 0 && usage&x509.KeyUsageDigitalSignature == 0 {
 		why = fmt.Errorf("the leaf's key usage lacks digitalSignature: %w", why)
 	}
-	return fmt.Errorf("%s: Envoy does not accept the certificates: %w", c.files.paths()[0], why)
+	return fmt.Errorf("%s: Envoy does not accept the certificates: %w", c.paths[0], why)
 }
 
 // climb goes from the leaf to what signed it, and so on, as far as the generation has it. complete tells that it ends with a

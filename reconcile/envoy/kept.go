@@ -33,7 +33,7 @@ func (s *Secrets) load() {
 		err = json.Unmarshal(content, &kept)
 	}
 	if err == nil {
-		c := &Certificates{files: s.Files, text: [3][]byte{[]byte(kept.Chain), []byte(kept.Key), []byte(kept.CA)}}
+		c := &Certificates{paths: [3]string{s.KeptFile, s.KeptFile, s.KeptFile}, text: [3][]byte{[]byte(kept.Chain), []byte(kept.Key), []byte(kept.CA)}}
 		if c.anchors, err = parseCertificates(c.text[2]); err == nil {
 			s.kept = c
 		}

@@ -149,9 +149,9 @@ func (l leaf) set(t *testing.T, cas []issuer, intermediates ...issuer) set {
 
 func (s set) write(t *testing.T, directory string) {
 	t.Helper()
-	write(t, directory, chainFile, s.chain)
-	write(t, directory, keyFile, s.key)
-	write(t, directory, meshCAFile, s.ca)
+	write(t, directory, lab.ChainFile, s.chain)
+	write(t, directory, lab.KeyFile, s.key)
+	write(t, directory, lab.CAFile, s.ca)
 }
 
 // TestTrial puts certificates of many shapes before one Envoy. What Envoy would serve with is published, as one; of all else
@@ -231,9 +231,9 @@ func TestTrial(t *testing.T) {
 		{"an intermediate is missing", oneCA(narrow.leaf(t), ca, narrow), []string{"certificate 2 (CN=narrow) was issued by CN=inter", "append the intermediate CN=inter"}, ""},
 
 		// What one parser reads and the other does not.
-		{"CAs glued", withCA(glued(other, root(t, "x")), []byte("\n"), caText), []string{meshCAFile, "block 2 (line 10) is glued to the one before"}, ""},
-		{"BOM before CAs", withCA([]byte(byteOrderMark), caText), []string{meshCAFile, "byte order mark (BOM)"}, ""},
-		{"garbage between CAs", withCA(caText, []byte("-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n"), caText), []string{meshCAFile, "block 2", "is not base64"}, ""},
+		{"CAs glued", withCA(glued(other, root(t, "x")), []byte("\n"), caText), []string{lab.CAFile, "block 2 (line 10) is glued to the one before"}, ""},
+		{"BOM before CAs", withCA([]byte(byteOrderMark), caText), []string{lab.CAFile, "byte order mark (BOM)"}, ""},
+		{"garbage between CAs", withCA(caText, []byte("-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n"), caText), []string{lab.CAFile, "block 2", "is not base64"}, ""},
 
 		// What Go verifies and Envoy does not.
 		{"key agreement alone", oneCA(ca.leaf(t, keyUsage(x509.KeyUsageKeyAgreement)), ca), []string{"key usage lacks digitalSignature"}, ""},
@@ -338,7 +338,7 @@ func TestTrialIsTheMesh(t *testing.T) {
 			t.Errorf("%s, as a client's: %v, want it accepted: %t", name, err, c.client)
 		}
 		all := &Certificates{}
-		for i, text := range [][]byte{leaf.ChainPEM(), filesOf(t, leaf)[keyFile], mesh.CAPEM()} {
+		for i, text := range [][]byte{leaf.ChainPEM(), filesOf(t, leaf)[lab.KeyFile], mesh.CAPEM()} {
 			all.text[i] = text
 		}
 		all.chain, all.anchors = must[[]*x509.Certificate](t)(parseCertificates(all.text[0])), must[[]*x509.Certificate](t)(parseCertificates(all.text[2]))
