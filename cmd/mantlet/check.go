@@ -35,6 +35,8 @@ func checkCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Try everything that mantlet needs of this place; exit 0 if it is there, 1 if not",
+		Example: `  # In a pod of the image, beside a mantlet or without one.
+  kubectl exec POD -c mantlet -- mantlet check`,
 		Long: "Try everything that mantlet needs of this place, a line each, with what to do where it is not there. It leaves\n" +
 			"nothing behind, and disturbs no mantlet that runs here. Exit 0: all is there, warnings aside; 1: something is not.",
 		Args: cobra.NoArgs,

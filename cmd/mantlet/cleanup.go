@@ -15,8 +15,9 @@ import (
 
 func cleanupCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:   "cleanup",
-		Short: "Remove the rules that a mantlet left in this network namespace; everything comes in again",
+		Use:     "cleanup",
+		Short:   "Remove the rules that a mantlet left in this network namespace; everything comes in again",
+		Example: `  nsenter --net=/proc/PID/ns/net mantlet cleanup`,
 		Long: "Remove the table inet mantlet from this network namespace: the rules that a mantlet left when it ended. From then on everything\n" +
 			"comes in as if there had been no mantlet. A mantlet that runs is not disturbed: cleanup ends with exit code 2. It needs\n" +
 			"the capability NET_ADMIN.",

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -127,6 +128,15 @@ func TestMeshGivenBack(t *testing.T) {
 		}
 		if diff := cmp.Diff(want, mantlet([]string{"MANTLET_CONFIG=" + file}, "render")); diff != "" {
 			t.Errorf("as %s: another state:\n%s", form, diff)
+		}
+	}
+}
+
+// TestHelpHasExamples: help shows by example how a command is used, where its name alone does not.
+func TestHelpHasExamples(t *testing.T) {
+	for _, cmd := range rootCommand().Commands() {
+		if cmd.Example == "" && !slices.Contains([]string{"schema", "version"}, cmd.Name()) {
+			t.Errorf("mantlet %s --help has no example", cmd.Name())
 		}
 	}
 }

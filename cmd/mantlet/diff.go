@@ -22,6 +22,11 @@ func diffCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "diff [--against FILE]",
 		Short: "Say what differs from the configuration; exit 0 nothing, 1 something, 2 it can't be told",
+		Example: `  # What is in force otherwise than the configuration says.
+  mantlet diff
+
+  # What another override file would change.
+  mantlet diff --against new.yaml`,
 		Long: "Say what the rules in the kernel, Envoy and its certificates have otherwise than the configuration that is there now, in\n" +
 			"its words, and what each step takes. It asks the kernel and Envoy by itself, in the pod's network namespace, and no mantlet that runs.\n" +
 			"With --against it says what another override file would change, and needs neither kernel nor Envoy.",

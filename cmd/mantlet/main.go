@@ -68,7 +68,8 @@ const (
 // errNot ends a command whose answer is no and has been given.
 var errNot = errors.New("no")
 
-func execute(args []string, stdout, stderr io.Writer) int {
+// rootCommand returns the program.
+func rootCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "mantlet",
 		Short:         "A service-mesh sidecar: never plaintext, never down, and plain about why",
@@ -76,7 +77,11 @@ func execute(args []string, stdout, stderr io.Writer) int {
 		SilenceUsage:  true,
 	}
 	root.AddCommand(runCommand(), renderCommand(), validateCommand(), diffCommand(), statusCommand(), probeCommand(), schemaCommand(), checkCommand(), cleanupCommand(), gateCommand(), installCommand(), injectCommand(), analyzeCommand(), versionCommand())
-	root.CompletionOptions.HiddenDefaultCmd = true
+	return root
+}
+
+func execute(args []string, stdout, stderr io.Writer) int {
+	root := rootCommand()
 	root.SetArgs(commandFirst(args))
 	root.SetOut(stdout)
 	root.SetErr(stderr)

@@ -20,8 +20,10 @@ const probeLimit = 3 * time.Second
 
 func probeCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:       "probe {ready|live}",
-		Short:     "Ask the running mantlet, for exec probes: exit 0 yes, 1 no",
+		Use:   "probe {ready|live}",
+		Short: "Ask the running mantlet, for exec probes: exit 0 yes, 1 no",
+		Example: `  startupProbe:
+    exec: {command: [mantlet, probe, ready]}`,
 		Args:      isProbe,
 		ValidArgs: []string{"ready", "live"},
 		RunE: func(cmd *cobra.Command, args []string) error {

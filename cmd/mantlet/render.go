@@ -84,6 +84,11 @@ func renderCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "render",
 		Short: "Print the desired state: nftables rules, ---, Envoy's bootstrap",
+		Example: `  # The rules, checked by nft.
+  EDG_INGRESS_PROXY_CONFIG='web#8080#false' mantlet render -o nft | nft -c -f -
+
+  # Where each value comes from.
+  MANTLET_CONFIG=/etc/mantlet/mesh.yaml mantlet render --explain`,
 		Long: "Print the desired state that the environment and the override file describe. It needs no privileges, no kernel\n" +
 			"and no Envoy. A rejected configuration prints nothing on stdout.\n\n" +
 			"  text   the rules as nft prints them, a line ---, the bootstrap as JSON\n" +

@@ -38,6 +38,11 @@ func runCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Run the sidecar",
+		Example: `  # What the image does by itself.
+  mantlet run
+
+  # With more of Envoy's log.
+  mantlet run -l debug`,
 		Long: "Run the sidecar. The pod is closed first, whatever the arguments and the environment say: then nothing comes in until the\n" +
 			"desired state is in force.",
 		DisableFlagParsing: true, // the pod is closed whether flags are right or not

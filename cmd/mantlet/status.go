@@ -29,7 +29,9 @@ func statusCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "Say how the running mantlet is; exit 0 ready and no problems, 1 not so, 2 it does not answer",
-		Args:  cobra.NoArgs,
+		Example: `  kubectl exec POD -c mantlet -- mantlet status
+  mantlet status -o json | jq .problems`,
+		Args: cobra.NoArgs,
 	}
 	output := outputFlag(cmd, "how to say it:", "text", "json")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {

@@ -39,6 +39,8 @@ func validateCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "validate",
 		Short: "Report all problems of the configuration; exit 0 if there are none, 1 if there are",
+		Example: `  mantlet validate --file mesh.yaml
+  helm template . | mantlet validate --manifest - -o json`,
 		Long: "Report all problems of the configuration, each with its place, and warn of what is valid but may not be meant.\n" +
 			"Without flags it is the current environment's. A manifest's pods are checked, too: what keeps mantlet from doing its\n" +
 			"work in them, and what lets other containers defeat it. Exit 0: valid; 1: not valid; 2: it could not be read.",
