@@ -228,7 +228,14 @@ func (c *check) workload(other container) {
 		bad(".runAsUser", fmt.Sprint(uid), "is Envoy's user, who can join its listeners and read its memory; choose another user, or another MANTLET_ENVOY_UID")
 	}
 	canEscalate := security.AllowPrivilegeEscalation == nil || *security.AllowPrivilegeEscalation
-	if security.Privileged || security.adds("NET_RAW") || !security.has("NET_RAW") || !security.mayBeRoot() && !canEscalate {
+	switch {
+	case security.Privileged || security.adds("NET_RAW") || !security.mayBeRoot() && !canEscalate:
+		return
+	case !security.has("NET_RAW"):
+		if security.mayBeRoot() && security.has("SETUID") {
+			c.add(Warning, other.place, at+".capabilities.drop", "",
+				"its processes, as root, can have SETUID, which container runtimes give by default, and so join Envoy's listeners as its user; drop ALL, or at least SETUID")
+		}
 		return
 	}
 	who := "its processes, as root,"

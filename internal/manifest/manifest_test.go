@@ -111,10 +111,13 @@ func TestCheck(t *testing.T) {
 			"error " + shop + ".securityContext.capabilities.add: a container with NET_ADMIN", "error " + shop + ".securityContext.capabilities.add: a container with SYS_ADMIN",
 			"error " + shop + ".securityContext.capabilities.add: a container with NET_RAW",
 		}},
-		"root with defaults":               {shopSecurity, "", []string{"warning " + shop + ".securityContext.capabilities.drop: its processes, as root," + raw}},
-		"another user with setuid":         {shopSecurity, "securityContext: {runAsNonRoot: true}", []string{"warning " + shop + ".securityContext.capabilities.drop: a setuid program in it" + raw}},
-		"another user without setuid":      {shopSecurity, "securityContext: {runAsUser: 1000, allowPrivilegeEscalation: false}", nil},
-		"root without NET_RAW":             {shopSecurity, "securityContext: {capabilities: {drop: [CAP_NET_RAW]}}", nil},
+		"root with defaults":          {shopSecurity, "", []string{"warning " + shop + ".securityContext.capabilities.drop: its processes, as root," + raw}},
+		"another user with setuid":    {shopSecurity, "securityContext: {runAsNonRoot: true}", []string{"warning " + shop + ".securityContext.capabilities.drop: a setuid program in it" + raw}},
+		"another user without setuid": {shopSecurity, "securityContext: {runAsUser: 1000, allowPrivilegeEscalation: false}", nil},
+		"root without NET_RAW": {shopSecurity, "securityContext: {capabilities: {drop: [CAP_NET_RAW]}}", []string{
+			"warning " + shop + ".securityContext.capabilities.drop: its processes, as root, can have SETUID,",
+		}},
+		"root without NET_RAW and SETUID":  {shopSecurity, "securityContext: {capabilities: {drop: [CAP_NET_RAW, setuid]}}", nil},
 		"Envoy's user":                     {"runAsUser: 1000", "runAsUser: 1337", []string{"error " + shop + ".securityContext.runAsUser: is Envoy's user"}},
 		"Envoy's user, of the pod":         {"{seccompProfile", "{runAsUser: 1337, seccompProfile", nil}, // each container has another one
 		"Envoy's user, of all in the pod":  {"    - name: shop\n", "    - {name: other, securityContext: {runAsUser: 1337, capabilities: {drop: [ALL]}}}\n    - name: shop\n", []string{"error spec.containers[other].securityContext.runAsUser: is Envoy's user"}},
