@@ -391,6 +391,8 @@ func (s *Secrets) Certificates(ctx context.Context) []reconcile.Certificate {
 	if p == nil {
 		return had.all
 	}
+	ctx, cancel := context.WithTimeout(ctx, askLimit)
+	defer cancel()
 	text, err := p.admin.secretTexts(ctx)
 	if err != nil || text == had.text {
 		return had.all
