@@ -548,6 +548,30 @@ func TestRevocation(t *testing.T) {
 	})
 }
 
+// TestGenerationsRunOut: mesh CAs that are taken away again and again use up the generations. What the next one could let in again, which
+// Envoy has still open, ends with Envoy.
+func TestGenerationsRunOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.run(t)
+		expect(t, w, "start Envoy", "rules")
+		for revocation := range render.MaxGeneration {
+			if did := w.done(); len(did) > 0 {
+				t.Fatalf("before revocation %d, the daemon did %q", revocation+1, did)
+			}
+			w.set(func() { w.revoked = true })
+			time.Sleep(pollMissing)
+			synctest.Wait()
+			if did := w.done(); len(did) == 0 || did[0] != "rules" || slices.Contains(did, "stop Envoy") != (revocation+1 == render.MaxGeneration) {
+				t.Fatalf("upon revocation %d, the daemon did %q", revocation+1, did)
+			}
+		}
+		close(w.latest.exited)
+		expect(t, w, "start Envoy")
+		ready(t, w, "")
+	})
+}
+
 // TestRepair: rules that somebody changed are put back, and nothing is done where they are as they should be.
 func TestRepair(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
