@@ -39,7 +39,7 @@ func checkCommand() *cobra.Command {
   kubectl exec POD -c mantlet -- mantlet check`,
 		Long: "Try everything that mantlet needs of this place, a line each, with what to do where it is not there. It leaves\n" +
 			"nothing behind, and disturbs no mantlet that runs here. Exit 0: all is there, warnings aside; 1: something is not.",
-		Args: cobra.NoArgs,
+		Args: noArgs(""),
 	}
 	output := outputFlag(cmd, "how to say it:", "text", "json")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {

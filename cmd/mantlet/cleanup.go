@@ -21,7 +21,7 @@ func cleanupCommand() *cobra.Command {
 		Long: "Remove the table inet mantlet from this network namespace: the rules that a mantlet left when it ended. From then on everything\n" +
 			"comes in as if there had been no mantlet. A mantlet that runs is not disturbed: cleanup ends with exit code 2. It needs\n" +
 			"the capability NET_ADMIN.",
-		Args: cobra.NoArgs,
+		Args: noArgs(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			removed, err := cleanup()
 			if err != nil {

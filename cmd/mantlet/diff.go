@@ -30,7 +30,7 @@ func diffCommand() *cobra.Command {
 		Long: "Say what the rules in the kernel, Envoy and its certificates have otherwise than the configuration that is there now, in\n" +
 			"its words, and what each step takes. It asks the kernel and Envoy by itself, in the pod's network namespace, and no mantlet that runs.\n" +
 			"With --against it says what another override file would change, and needs neither kernel nor Envoy.",
-		Args: cobra.NoArgs,
+		Args: noArgs("--against names another override file to compare with"),
 	}
 	output := outputFlag(cmd, "how to say it:", "text", "json")
 	level := envoyLogLevelFlag(cmd)

@@ -28,7 +28,12 @@ Exit codes: the command's; 1 not ready within --timeout; 2 wrong usage; 126 the 
 not found.`,
 		Example: `  # In the workload's container. An init container has copied mantlet there: mantlet install /gate
   command: [/gate/mantlet, gate, --, /usr/bin/server, --port=8080]`,
-		Args: cobra.MinimumNArgs(1),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return errors.New("the command is missing: mantlet gate -- COMMAND")
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if timeout < 0 {
 				return fmt.Errorf("--timeout %s: must not be negative", timeout)

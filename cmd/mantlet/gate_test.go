@@ -124,7 +124,7 @@ func TestGateCodes(t *testing.T) {
 		{socket, []string{"--", "/no/such/command"}, 127, "no such file"},
 		{socket, []string{"--", plain}, 126, "permission denied"},
 		{socket, []string{"sh", "-c", "kill -TERM $$"}, -1, ""},
-		{socket, nil, exitError, "requires at least 1 arg"},
+		{socket, nil, exitError, "the command is missing: mantlet gate -- COMMAND"},
 		{socket, []string{"--timeout=-1s", "true"}, exitError, "must not be negative"},
 		{"", []string{"true"}, exitError, schema.GateVariable + " is not set"},
 		{"gate.sock", []string{"true"}, exitError, "must be an absolute path"},

@@ -19,7 +19,12 @@ func installCommand() *cobra.Command {
   - name: mantlet-install
     image: mantlet
     command: [mantlet, install, /gate]`,
-		Args: cobra.ExactArgs(1),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return fmt.Errorf("one directory is needed, but got %d arguments: mantlet install DIRECTORY", len(args))
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			path := filepath.Join(args[0], "mantlet")
 			if err := install(path); err != nil {

@@ -31,7 +31,7 @@ func statusCommand() *cobra.Command {
 		Short: "Say how the running mantlet is; exit 0 ready and no problems, 1 not so, 2 it does not answer",
 		Example: `  kubectl exec POD -c mantlet -- mantlet status
   mantlet status -o json | jq .problems`,
-		Args: cobra.NoArgs,
+		Args: noArgs(""),
 	}
 	output := outputFlag(cmd, "how to say it:", "text", "json")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
