@@ -139,7 +139,7 @@ type Daemon struct {
 	Names       Names          // nil: names are not looked up, and have no addresses
 	HasIPv6     func() bool    // tells whether Envoy can listen on ::1; nil: as Place says
 	Limits      render.Limits  // of mantlet and its Envoys
-	Processes   bind.Processes // that held addresses of the environment's when mantlet still could see whose they are
+	Processes   bind.Processes // that listened when mantlet still could see who does
 	// Follow returns refusals as they come, until ctx ends; an error where too many follow already.
 	Follow func(ctx context.Context) (<-chan Followed, error)
 	Log    *slog.Logger

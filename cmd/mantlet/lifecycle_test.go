@@ -603,8 +603,8 @@ func (p *pod) failedStarts() (n uint64) {
 func TestPortIsTaken(t *testing.T) {
 	t.Parallel()
 	const entry = "egress: [{name: billing, listen: '127.137.0.1:8081', upstream: '192.0.2.1:8080'}]"
-	p := newPod(t, web, fmt.Sprintf("MANTLET_STATUS_ADDRESS=:%d", statusPort), "MANTLET_CONFIG_INLINE="+entry)
-	m := p.override("{}")
+	p := newPod(t, web, fmt.Sprintf("MANTLET_STATUS_ADDRESS=:%d", statusPort))
+	m := p.override(entry)
 	billing, mtls, status := p.holder("127.137.0.1:8081"), p.holder("127.0.0.1:15006"), p.holder(fmt.Sprintf(":%d", statusPort))
 	held := func(address string, by *exec.Cmd) string {
 		return fmt.Sprintf("%s is held by pid %d (holder)", address, by.Process.Pid)

@@ -220,7 +220,7 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 	directory := env.Process.EnvoyDirectory()
 	runner := &envoy.Runner{
 		Path: env.Process.EnvoyPath, UID: env.Process.EnvoyUID, RuntimeDirectory: directory, Log: log, Limits: limits, Memory: memory,
-		Needs: capabilities(env, env.Base()), Processes: bind.Holding(addresses(env, env.Base())...),
+		Needs: capabilities(env, env.Base()), Processes: bind.Listening(),
 	}
 	if err := confine(runner, env.Process, log); err != nil {
 		return errors.Join(err, runner.Close())

@@ -2,6 +2,7 @@
 package bind
 
 import (
+	"cmp"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
@@ -79,29 +80,21 @@ func try(address netip.AddrPort) error {
 // Processes are the names of processes by the inodes of sockets that they listen with.
 type Processes map[string]string
 
-// Holding returns the processes that hold some of the addresses, as far as the caller may see them. Whose descriptors a process may
-// look at, proc(5) says: without privileges those of its own user alone.
-func Holding(addresses ...netip.AddrPort) Processes {
-	if Try(nil, addresses...) == nil {
-		return nil
-	}
-	all := Processes{}
-	for _, address := range addresses {
-		for _, s := range listeners(address) {
-			all[s.inode] = process(s.inode)
-		}
-	}
-	return all
+// Listening returns the processes that listen in this network namespace, as far as the caller may see them. Whose descriptors a
+// process may look at, proc(5) says: without privileges those of its own user alone.
+func Listening() Processes {
+	return processes(listeners(func(netip.AddrPort) bool { return true }))
 }
 
 // At says who listens at an address: the process's id and its name, as "pid 12 (python3)", or else whose it is.
 func (p Processes) At(address netip.AddrPort) string {
+	sockets := listeners(func(at netip.AddrPort) bool {
+		return at.Port() == address.Port() && (at.Addr() == address.Addr() || at.Addr().IsUnspecified() || address.Addr().IsUnspecified())
+	})
+	now := processes(sockets)
 	var all []string
-	for _, s := range listeners(address) {
-		name := p[s.inode]
-		if name == "" {
-			name = process(s.inode)
-		}
+	for _, s := range sockets {
+		name := cmp.Or(p[s.inode], now[s.inode])
 		if name == "" {
 			name = fmt.Sprintf("a process of user %s that is out of sight", s.user)
 		}
@@ -117,9 +110,9 @@ func (p Processes) At(address netip.AddrPort) string {
 // listener is a socket as the kernel lists it.
 type listener struct{ inode, user string }
 
-// listeners returns the sockets of this network namespace that listen at an address, or at all addresses with its port. They come
-// from /proc/net/tcp (proc_net_tcp(5)).
-func listeners(address netip.AddrPort) (all []listener) {
+// listeners returns the sockets of this network namespace that listen, at the addresses that are wanted. They come from
+// /proc/net/tcp (proc_net_tcp(5)).
+func listeners(wanted func(netip.AddrPort) bool) (all []listener) {
 	const listen = "0A" // TCP_LISTEN of include/net/tcp_states.h
 	for _, table := range []string{"tcp", "tcp6"} {
 		text, err := os.ReadFile("/proc/thread-self/net/" + table)
@@ -131,9 +124,7 @@ func listeners(address netip.AddrPort) (all []listener) {
 			if len(fields) < 10 || fields[3] != listen {
 				continue
 			}
-			at, err := parse(fields[1])
-			if err == nil && at.Port() == address.Port() &&
-				(at.Addr() == address.Addr() || at.Addr().IsUnspecified() || address.Addr().IsUnspecified()) {
+			if at, err := parse(fields[1]); err == nil && wanted(at) {
 				all = append(all, listener{inode: fields[9], user: fields[7]})
 			}
 		}
@@ -162,28 +153,38 @@ func parse(text string) (netip.AddrPort, error) {
 	return netip.AddrPortFrom(addr.Unmap(), uint16(number)), nil
 }
 
-// process names the process that has a socket; "" where none is seen to.
-func process(inode string) string {
+// processes names the processes that have the sockets. What none is seen to have is left out.
+func processes(sockets []listener) Processes {
+	if len(sockets) == 0 {
+		return nil
+	}
 	links, err := filepath.Glob("/proc/[0-9]*/fd/*")
 	if err != nil {
-		return ""
+		return nil
 	}
+	all := Processes{}
 	for _, link := range links {
-		if to, err := os.Readlink(link); err != nil || to != "socket:["+inode+"]" {
+		to, err := os.Readlink(link)
+		if err != nil {
+			continue // it is closed, or out of sight
+		}
+		inode, isSocket := strings.CutPrefix(strings.TrimSuffix(to, "]"), "socket:[")
+		if !isSocket || all[inode] != "" || !slices.ContainsFunc(sockets, func(s listener) bool { return s.inode == inode }) {
 			continue
 		}
 		pid := strings.Split(link, "/")[2]
-		name, err := os.ReadFile("/proc/" + pid + "/comm")
-		if err != nil {
-			continue // it has ended
+		if name, err := os.ReadFile("/proc/" + pid + "/comm"); err == nil { // else it has ended
+			all[inode] = fmt.Sprintf("pid %s (%s)", pid, printable(strings.TrimSuffix(string(name), "\n")))
 		}
-		printable := strings.Map(func(r rune) rune {
-			if !unicode.IsPrint(r) {
-				return '?'
-			}
-			return r
-		}, strings.TrimSuffix(string(name), "\n"))
-		return fmt.Sprintf("pid %s (%s)", pid, printable)
 	}
-	return ""
+	return all
+}
+
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, text)
 }

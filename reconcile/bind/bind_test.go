@@ -51,9 +51,8 @@ func TestTry(t *testing.T) {
 			if want := fmt.Sprintf("%s is held by %s; egress entry billing", address, own(t)); conflicts.Error() != want {
 				t.Errorf("it says %q, want %q", conflicts.Error(), want)
 			}
-			holding := bind.Holding(address)
-			if len(holding) != 1 || holding.At(address) != own(t) {
-				t.Errorf("holding are %v, want %s", holding, own(t))
+			if listening := bind.Listening(); len(listening) != 1 || listening.At(address) != own(t) {
+				t.Errorf("listening are %v, want %s", listening, own(t))
 			}
 			if other := netip.AddrPortFrom(netip.MustParseAddr("127.9.9.9"), port); at == "127.0.0.1:0" && bind.Try(nil, other) != nil {
 				t.Errorf("%s is taken", other)

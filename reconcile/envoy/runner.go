@@ -38,7 +38,7 @@ type Runner struct {
 	Path             string               // the binary; found on PATH where it has no slash
 	UID              int                  // of Envoys
 	Needs            []sandbox.Capability // of mantlet's container
-	Processes        bind.Processes       // that held addresses when mantlet still could see whose they are
+	Processes        bind.Processes       // that listened when mantlet still could see who does
 	RuntimeDirectory string               // theirs and mantlet's: holds sockets, SDS files and bootstraps
 	Log              *slog.Logger
 	Limits           render.Limits  // of mantlet and all Envoys
