@@ -394,11 +394,18 @@ func tryWriting(directory string) error {
 }
 
 func tryCertificates(files envoy.Files) finding {
-	_, err := envoy.LoadCertificates(files, time.Now())
+	certificates, err := envoy.LoadCertificates(files, time.Now())
 	remedy := "mend it there, and mantlet takes it"
 	if errors.Is(err, os.ErrNotExist) {
 		remedy = "mount certChain.pem, key.pem and mesh-ca.pem there (or tls.crt, tls.key and ca.crt; or svid.pem, svid_key.pem and bundle.pem), or let an " +
 			"init container write them; mantlet waits for them. MANTLET_TLS_DIRECTORY names another place, MANTLET_TLS_CERTIFICATE, _KEY and _CA other files"
+	}
+	if err == nil {
+		doubt, certain := certificates.Doubt(time.Now())
+		if doubt != nil && !certain {
+			return wanted("certificates", "", doubt, "Envoy decides whether it accepts them")
+		}
+		err = doubt
 	}
 	return tried("certificates", files.Directory, err, remedy)
 }

@@ -83,6 +83,10 @@ func TestCheck(t *testing.T) {
 	tls := p.sidecar.TLSDirectory
 	empty, other, others, file := t.TempDir(), t.TempDir(), t.TempDir(), script("file", "")
 	p.must(os.Chown(others, 1337, 1337))
+	foreign := t.TempDir()
+	stranger, err := lab.NewAuthority("mesh")
+	p.must(err)
+	p.must(os.WriteFile(filepath.Join(foreign, "mesh-ca.pem"), stranger.CAPEM(), 0o644))
 	bad := script("bad.yaml", "ingress:\n  - {port: 0, mode: tls}\n  - {port: 80, mode: none}\n")
 	good := script("good.yaml", "ingress:\n  - {port: 80, mode: tls}\n")
 	for name, c := range map[string]struct {
@@ -136,6 +140,11 @@ func TestCheck(t *testing.T) {
 			"mount -t tmpfs none " + other + "; cp " + tls + "/* " + other + "; echo >" + other + "/key.pem",
 			[]string{"MANTLET_TLS_DIRECTORY=" + other},
 			"certificates", failing, "key.pem",
+		},
+		"certificates of another CA": {
+			"mount -t tmpfs none " + other + "; cp " + tls + "/* " + other + "; cp " + foreign + "/mesh-ca.pem " + other,
+			[]string{"MANTLET_TLS_DIRECTORY=" + other},
+			"certificates", failing, "was issued by",
 		},
 		"no override file":  {"", []string{"MANTLET_CONFIG=" + empty + "/mesh.yaml"}, "override file", failing, "no such file"},
 		"bad override file": {"", []string{"MANTLET_CONFIG=" + bad}, "override file", failing, "bad.yaml"},

@@ -73,6 +73,16 @@ func (c *Certificates) explain(cause error, now time.Time) error {
 	return fmt.Errorf("%s: append the intermediate %s to %s, or put a CA that issued one of them into %s", text, last.Issuer, chainName, caName)
 }
 
+// Doubt returns why no way was found from the leaf to a mesh CA; nil if one was. It is certain where the files lack an issuer.
+// Else Envoy decides, which judges path lengths and name constraints in its own way.
+func (c *Certificates) Doubt(now time.Time) (reason error, certain bool) {
+	if c.doubt == nil {
+		return nil, false
+	}
+	_, complete := c.climb(now)
+	return c.doubt, !complete
+}
+
 // because says why Envoy does not accept the generation: in mantlet's words, where it has some, and in Envoy's.
 func (c *Certificates) because(why error) error {
 	if c.doubt != nil {

@@ -303,6 +303,9 @@ func TestTrial(t *testing.T) {
 		}
 		parsed, err := has.parse()
 		want := must[*Certificates](t)(LoadCertificates(Files{Directory: directory}, time.Now()))
+		if doubt, certain := want.Doubt(time.Now()); certain {
+			t.Errorf("%s: Envoy accepts it, and it is certain not to: %v", c.name, doubt)
+		}
 		if err != nil || !slices.EqualFunc(parsed.chain, want.chain, (*x509.Certificate).Equal) || len(without(parsed.anchors, want.anchors))+len(without(want.anchors, parsed.anchors)) > 0 {
 			t.Errorf("%s: Envoy has %d and %d certificates, %v; want %d and %d", c.name, len(parsed.chain), len(parsed.anchors), err, len(want.chain), len(want.anchors))
 		}
