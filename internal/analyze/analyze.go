@@ -128,6 +128,10 @@ func (w *workload) inbound() {
 		say("every port: anyone, in plaintext: it has no mantlet")
 		return
 	}
+	if variable := w.config.Process.IngressOff; variable != "" {
+		say("every port: anyone, in plaintext: %s is DISABLED", variable)
+		return
+	}
 	mesh := w.config.Mesh
 	for _, in := range mesh.Ingress {
 		say("%s%s: %s%s", in.Ports, label(in.Name), who(schema.PolicyOf(mesh.Ingress, in.Ports.First)), w.through(in.Ports))

@@ -178,6 +178,7 @@ func TestMistakes(t *testing.T) {
 		"no protocol in common":      {"serverNames: [billing]}]", `serverNames: [billing], alpn: [h2]}]`, nil},
 		"different protocols":        {"allow: [shop, other]", "allow: [shop], alpn: [http/1.1]", nil},
 		"nobody listens":             {"http://127.137.0.1:8081/", "http://127.137.0.1:8082/", []string{"warning Deployment shop : the workload is told of 127.137.0.1:8082, and no egress entry listens there"}},
+		"disabled":                   {"metrics#9090#true", "DISABLED", []string{from + egress + "speaks mutual TLS to port 8080 of StatefulSet billing-db, which is passthrough", "problem StatefulSet billing-db ingress[8080]: has no effect"}},
 		"not valid":                  {"metrics#9090#true", "metrics#9090#maybe", []string{"problem StatefulSet billing-db disableTLS of"}},
 		"not safe":                   {"app: shop}}\n    spec:", "app: shop}}\n    spec:\n      hostNetwork: true", []string{"problem Deployment shop spec.template.spec.hostNetwork: mantlet's rules would close the node"}},
 	} {

@@ -217,7 +217,7 @@ func (c call) arrive(s manifest.Service, to *workload, port uint16) {
 		return
 	}
 	mesh := to.config.Mesh
-	policy := schema.PolicyOf(mesh.Ingress, port)
+	policy := to.config.Policy(port)
 	switch {
 	case port == mesh.StatusPort:
 		c.problem("leads to port %d of %s, where mantlet serves its status in plaintext", port, name)
@@ -277,7 +277,7 @@ func (all *world) fromOutside(b manifest.Backend) {
 			}
 			for _, w := range all.workloads {
 				target, ok := targetOf(s, port, w.Pod)
-				if ok && w.hasMesh && selects(s, w.Pod) && schema.PolicyOf(w.config.Mesh.Ingress, target).Mode == schema.ModeMTLS && target != w.config.Mesh.StatusPort {
+				if ok && w.hasMesh && selects(s, w.Pod) && w.config.Policy(target).Mode == schema.ModeMTLS && target != w.config.Mesh.StatusPort {
 					w.warning(fmt.Sprintf("ingress[%d]", target), "%s leads to port %d, which is mtls: its controller needs a certificate of the mesh, or the port must be tls", b.Object, target)
 				}
 			}

@@ -28,6 +28,10 @@ func (p *plan) takeOver(say *report) {
 	if p.statusPort == 0 {
 		p.statusPort = p.freePort()
 	}
+	if p.isAdmin && p.mode(p.statusPort) != schema.ModePassthrough { // a kubelet has no mesh certificate
+		say.warn(asked[0].handler, asked[0].path, "the kubelet asks mantlet at the admin port, so the entry admin#%d#true is added: anyone can read the status there", p.statusPort)
+		p.ingress = new(strings.TrimPrefix(fmt.Sprintf("%s##admin#%d#true", deref(p.ingress), p.statusPort), "##"))
+	}
 	for _, k := range asked {
 		k.probe.Name = p.probeName(k)
 		p.changes = append(p.changes, p.redirect(k)...)
@@ -35,6 +39,13 @@ func (p *plan) takeOver(say *report) {
 			say.warn(k.handler, k.path, "%s", k.note)
 		}
 	}
+}
+
+func deref(text *string) string {
+	if text == nil {
+		return ""
+	}
+	return *text
 }
 
 // kubeletProbe is a probe of a container that mantlet takes over.
@@ -69,7 +80,12 @@ func (p *plan) probesOf(list string, container *yaml.Node, say *report) []kubele
 	return all
 }
 
-func (p *plan) mode(port uint16) schema.Mode { return schema.PolicyOf(p.mesh.Ingress, port).Mode }
+func (p *plan) mode(port uint16) schema.Mode {
+	if p.isOff {
+		return schema.ModePassthrough
+	}
+	return schema.PolicyOf(p.mesh.Ingress, port).Mode
+}
 
 // asks fills in what a probe asks, and reports whether only mantlet could.
 func (p *plan) asks(container *yaml.Node, k *kubeletProbe) bool {
@@ -89,6 +105,7 @@ func (p *plan) asks(container *yaml.Node, k *kubeletProbe) bool {
 	isHTTPS := strings.EqualFold(text(k.handler, "scheme"), "HTTPS")
 	mode := p.mode(port)
 	switch k.probe.Kind {
+	case schema.ProbeTCP:
 	case schema.ProbeHTTP:
 		k.probe.Target = "/" + strings.TrimPrefix(text(k.handler, "path"), "/")
 		if isHTTPS && mode != schema.ModeTLS {
@@ -100,7 +117,7 @@ func (p *plan) asks(container *yaml.Node, k *kubeletProbe) bool {
 	case schema.ProbeGRPC:
 		k.probe.Target = text(k.handler, "service")
 	}
-	return mode != schema.ModePassthrough && !(mode == schema.ModeTLS && isHTTPS)
+	return mode == schema.ModeMTLS || mode == schema.ModeTLS && !isHTTPS
 }
 
 // portOf returns the number of a container's port.

@@ -225,6 +225,7 @@ type plan struct {
 	subject  subject
 	tls      certificates
 	mesh     schema.Mesh // as far as it is known
+	isOff    bool        // mantlet leaves alone whatever comes in
 	probes   []schema.Probe
 	changes  []edit // of containers
 }
@@ -287,7 +288,7 @@ func (p *plan) load(in Injector, say *report) []schema.Problem {
 	if err != nil {
 		return schema.Problems(err)
 	}
-	p.mesh = env.Base().Mesh
+	p.mesh, p.isOff = env.Base().Mesh, env.Process.IngressOff != ""
 	if p.configMap == "" {
 		return nil
 	}

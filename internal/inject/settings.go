@@ -30,6 +30,7 @@ type settings struct {
 	tlsSecret           string
 	image               string
 	statusPort          uint16
+	isAdmin             bool // the status port is as protected as its ingress entry says
 	gate, noServerNames bool
 	sources             map[string]string // by variable: the annotation or the flag that it is from
 }
@@ -64,7 +65,7 @@ func (s subject) resolve(o Options) (found settings, isOut bool, notes, wrong []
 		}
 		return got, source
 	}
-	flagOf := func(flag string, value bool, name string) bool {
+	isTrue := func(value bool, name string) bool {
 		v, ok := s.annotation(name)
 		if !ok {
 			return value
@@ -73,11 +74,10 @@ func (s subject) resolve(o Options) (found settings, isOut bool, notes, wrong []
 		if err != nil {
 			wrong = append(wrong, fmt.Sprintf("the annotation %s is %q and must be true or false", name, v))
 		}
-		_ = flag
 		return is
 	}
-	isOut = !flagOf("", true, prefix+"inject")
-	found = settings{gate: flagOf("gate", o.Gate, prefix+"gate"), noServerNames: o.NoServerNames, sources: map[string]string{}}
+	isOut = !isTrue(true, prefix+"inject")
+	found = settings{gate: isTrue(o.Gate, prefix+"gate"), noServerNames: o.NoServerNames, sources: map[string]string{}}
 	var ingress, egress, source string
 	found.ingress, ingress = read("ingress", o.Ingress, prefix+"ingress", contrastPrefix+"ingress")
 	found.egress, egress = read("egress", o.Egress, prefix+"egress", contrastPrefix+"egress")
@@ -104,7 +104,7 @@ func (s subject) resolve(o Options) (found settings, isOut bool, notes, wrong []
 		if err != nil || n == 0 {
 			wrong = append(wrong, fmt.Sprintf("%s is %q and must be a port, 1 to 65535", source, port))
 		}
-		found.statusPort = uint16(n)
+		found.statusPort, found.isAdmin = uint16(n), strings.HasPrefix(source, contrastPrefix)
 	}
 	return found, isOut, notes, wrong
 }

@@ -84,7 +84,11 @@ func (p *plan) variables() []variable {
 	if p.egress != nil {
 		add(egressVariable, *p.egress)
 	}
-	if p.statusPort != 0 {
+	switch {
+	case p.statusPort == 0:
+	case p.isAdmin:
+		add("EDG_ADMIN_PORT", fmt.Sprint(p.statusPort))
+	default:
 		add("MANTLET_STATUS_ADDRESS", fmt.Sprintf(":%d", p.statusPort))
 	}
 	if text := p.inline(); text != "" {

@@ -179,6 +179,14 @@ type Configuration struct {
 	Findings  []Finding
 }
 
+// Policy returns what happens to connections to a port.
+func (c Configuration) Policy(port uint16) schema.Policy {
+	if c.Mesh.IngressOff {
+		return schema.Policy{Mode: schema.ModePassthrough}
+	}
+	return schema.PolicyOf(c.Mesh.Ingress, port)
+}
+
 // Configuration returns the sidecar's, as far as the manifest tells.
 func (s Sidecar) Configuration() Configuration {
 	environ, unknown, findings := s.Environ()
