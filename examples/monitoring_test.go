@@ -102,6 +102,7 @@ func exported(t *testing.T) map[string]bool {
 		Inbound:      []reconcile.Inbound{{Ports: "8080", Mode: schema.ModeTLS}},
 		Upstreams:    []reconcile.Upstream{{Listen: "127.0.0.1:1"}},
 		Traffic:      reconcile.Traffic{Ingress: []reconcile.Handshakes{{Mode: schema.ModeTLS}}, Egress: []reconcile.Dialled{{Listen: "127.0.0.1:1"}}},
+		Ended:        []reconcile.Ended{{Direction: "ingress"}},
 		Refused:      []reconcile.Refused{{By: "envoy", Direction: "ingress", Reason: "plaintext"}},
 	}); err != nil {
 		t.Fatal(err)

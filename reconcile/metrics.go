@@ -101,6 +101,9 @@ func (m metrics) Collect(to chan<- prometheus.Metric) {
 	c.gauge("applied_generation", "The number of the configuration that is in force; 0 for none.", float64(s.Applied.generation()))
 	c.applies(s.Applies)
 	c.counter("rules_repairs_total", "How often rules that somebody had changed were put back.", float64(s.Repaired))
+	for _, e := range s.Ended {
+		c.counter("connections_ended_total", "Open connections that changes of the configuration, or of the mesh CAs, ended.", float64(e.Count), "direction", e.Direction)
+	}
 	c.counter("log_lines_dropped_total", "Lines of the log that were dropped, since nobody read standard error.", float64(s.LogDropped))
 	c.envoys(s)
 	c.certificates(s.Certificates)

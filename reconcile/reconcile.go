@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"net/netip"
 	"reflect"
 	"slices"
 	"sync"
@@ -33,6 +34,10 @@ type Kernel interface {
 	Refused() (map[string]uint64, error)
 	// Inbound returns the connections from outside that are open, and how full conntrack's table is.
 	Inbound() (open []Inbound, entries, most int, err error)
+	// End ends open connections at once, and tells both of their ends by resets: those from outside that admits, which gets their
+	// port and mark, does not let go on, and those of the workload to the addresses of egress listeners. It returns how many it
+	// ended of each.
+	End(admits func(port uint16, mark render.Mark) bool, listeners []netip.AddrPort) (inbound, egress int, err error)
 	// Undermining returns what there is in other tables that would undermine the rules, a line each. Nothing of it is touched.
 	Undermining() ([]string, error)
 	// Watch sends a note when another process changed rules in the kernel, until ctx ends: its name where it changed the
@@ -205,17 +210,18 @@ type Daemon struct {
 	badConfig, badCertificates, expiring, down error
 
 	// What Status tells beside that.
-	since     time.Time // it runs
-	turned    time.Time // when the last turn of Run's loop began
-	looked    time.Time // and the last one of guard's
-	accepted  uint64    // how many configurations were
-	lastError *Failure
-	unserved  error // why the status address is not served
-	ungated   error // why the gate's socket is not served
-	applies   applies
-	envoys    Envoys
-	flight    singleflight.Group // of requests that ask the same
-	told      sync.Map           // what they were told last
+	since                     time.Time // it runs
+	turned                    time.Time // when the last turn of Run's loop began
+	looked                    time.Time // and the last one of guard's
+	accepted                  uint64    // how many configurations were
+	lastError                 *Failure
+	unserved                  error // why the status address is not served
+	ungated                   error // why the gate's socket is not served
+	applies                   applies
+	envoys                    Envoys
+	endedInbound, endedEgress uint64             // connections that changes ended
+	flight                    singleflight.Group // of requests that ask the same
+	told                      sync.Map           // what they were told last
 }
 
 // desired is a desired state and what it was rendered from.
@@ -392,6 +398,7 @@ func (d *Daemon) enforce(want *desired) (err error) {
 		}
 		d.Log.Info("rules are in force", "ingress_entries", len(want.mesh.Ingress), "egress_entries", len(want.mesh.Egress))
 	}
+	d.end(&next, revoked)
 	d.spent = d.spent || d.have != nil && d.raises.add(time.Now(), d.have.generations, next.generations)
 	d.locked(func() { d.have = &next })
 	d.follow()

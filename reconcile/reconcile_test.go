@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -216,6 +217,10 @@ func (w *world) Epochs(context.Context) []Epoch { return nil }
 func (w *world) Traffic(context.Context) Traffic { return Traffic{} }
 
 func (w *world) Statistics(context.Context) ([]byte, error) { return nil, nil }
+
+func (w *world) End(func(uint16, render.Mark) bool, []netip.AddrPort) (int, int, error) {
+	return 0, 0, nil
+}
 
 func (w *world) Inbound() ([]Inbound, int, int, error) { return nil, 0, 0, nil }
 

@@ -41,8 +41,10 @@ type Status struct {
 	Traffic      Traffic       `json:"traffic"`
 	Capacity     Capacity      `json:"capacity"`
 	// Refused counts the packets that the kernel's rules ended and the connections that Envoy did, since mantlet started.
-	Refused   []Refused `json:"refused"`
-	Refusals  []Refusal `json:"refusals"` // the last ones, the newest last
+	Refused  []Refused `json:"refused"`
+	Refusals []Refusal `json:"refusals"` // the last ones, the newest last
+	// Ended counts the connections that changes of the configuration, or of the mesh CAs, ended at once.
+	Ended     []Ended   `json:"ended"`
 	Repairs   []Repair  `json:"repairs"`  // of the rules: the last ones, the newest last
 	Repaired  int       `json:"repaired"` // how many there were
 	Conntrack Conntrack `json:"conntrack"`
@@ -467,6 +469,7 @@ func (d *Daemon) count(ctx context.Context, s *Status) {
 	for _, direction := range slices.Sorted(maps.Keys(s.Traffic.Shed)) {
 		s.Refused = append(s.Refused, Refused{"envoy", direction, connectionLimit, s.Traffic.Shed[direction]})
 	}
+	d.locked(func() { s.Ended = []Ended{{"ingress", d.endedInbound}, {"egress", d.endedEgress}} })
 	s.Capacity = d.capacity()
 	open, entries, most, err := d.Kernel.Inbound()
 	if err != nil {

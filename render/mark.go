@@ -68,6 +68,16 @@ func (g Generations) At(port uint16) Generation {
 	return g.Default
 }
 
+// Admits tells which open connections from outside the rules of a mesh let go on in these generations, by their port and mark. Marks of
+// other connections are none of its business.
+func Admits(mesh schema.Mesh, generations Generations, port uint16, mark Mark) bool {
+	if mesh.IngressOff || port == mesh.StatusPort {
+		return true
+	}
+	p := policy{schema.PolicyOf(mesh.Ingress, port).Mode, generations.At(port)}
+	return p.mode == schema.ModePassthrough || slices.ContainsFunc(p.admits(), func(one policy) bool { return one.mark() == mark&MarkMask })
+}
+
 // ModeOf returns the mode under which a connection was let in; false where it was not from outside.
 func ModeOf(mark Mark) (schema.Mode, bool) {
 	const kinds = 7 << 20

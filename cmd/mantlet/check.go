@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mantlet/internal/sandbox"
+	"mantlet/internal/sockdiag"
 	"mantlet/reconcile"
 	"mantlet/reconcile/bind"
 	"mantlet/reconcile/dns"
@@ -225,6 +226,7 @@ func tryKernel() []finding {
 	if err == nil && !owns {
 		err = errors.New("the kernel keeps no owner for a table: other privileged processes can change the rules, and mantlet puts them back")
 	}
+	all = append(all, wanted("ending connections", "", sockdiag.Supported(), "without it a connection that a change forbids ends at its next packet, and is told then"))
 	return append(all, wanted("owned table", "", err, "take Linux 6.9 or later"))
 }
 

@@ -4,12 +4,15 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
+	"slices"
 	"syscall"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
+	"mantlet/internal/sockdiag"
 	"mantlet/reconcile"
 	"mantlet/render"
 )
@@ -21,7 +24,8 @@ const (
 
 	statsEntries, statsMax     = 1, 2
 	tupleOriginal              = 1
-	tupleProto, protoDstPort   = 2, 3
+	tupleIP, tupleProto        = 1, 2
+	protoSrcPort, protoDstPort = 2, 3
 	protoinfo, protoinfoTCP    = 4, 1
 	tcpState, stateEstablished = 1, 3
 	connectionMark             = 8
@@ -53,9 +57,9 @@ func (t *Table) Inbound() (open []reconcile.Inbound, entries, most int, err erro
 	}
 	counts := map[reconcile.Inbound]int{}
 	err = ask(conntrackGet, netlink.Request|netlink.Dump, func(d *netlink.AttributeDecoder) error {
-		in, established, err := inbound(d)
-		if established && in.Mode != "" {
-			counts[in]++
+		e, err := readEntry(d)
+		if mode, ok := render.ModeOf(e.mark); e.established && ok {
+			counts[reconcile.Inbound{Port: e.to.Port(), Mode: mode}]++
 		}
 		return err
 	})
@@ -66,24 +70,91 @@ func (t *Table) Inbound() (open []reconcile.Inbound, entries, most int, err erro
 	return open, entries, most, err
 }
 
-// inbound reads an entry of conntrack. The mode is empty where the connection is none from outside.
-func inbound(d *netlink.AttributeDecoder) (in reconcile.Inbound, established bool, err error) {
-	port := func(d *netlink.AttributeDecoder) error { in.Port = d.Uint16(); return nil }
-	state := func(d *netlink.AttributeDecoder) error { established = d.Uint8() == stateEstablished; return nil }
-	into := func(outer, inner uint16, read func(*netlink.AttributeDecoder) error) func(*netlink.AttributeDecoder) error {
-		return within(outer, func(d *netlink.AttributeDecoder) error { d.Nested(within(inner, read)); return nil })
+// entry is a TCP connection in conntrack's table.
+type entry struct {
+	from, to    netip.AddrPort // of its first packet
+	mark        render.Mark
+	established bool
+}
+
+// End ends open connections at once: those from outside that admits does not let go on, and those of the workload to egress
+// listeners. It must be called on a thread in the table's network namespace.
+func (t *Table) End(admits func(port uint16, mark render.Mark) bool, listeners []netip.AddrPort) (inbound, egress int, err error) {
+	forbidden := map[sockdiag.Socket]bool{}
+	err = ask(conntrackGet, netlink.Request|netlink.Dump, func(d *netlink.AttributeDecoder) error {
+		e, err := readEntry(d)
+		if _, isInbound := render.ModeOf(e.mark); err == nil && isInbound && !admits(e.to.Port(), e.mark) {
+			forbidden[sockdiag.Socket{Local: e.to, Remote: e.from}] = true
+		}
+		return err
+	})
+	if err != nil {
+		return 0, 0, fmt.Errorf("asking conntrack: %w", err)
 	}
+	if len(forbidden) == 0 && len(listeners) == 0 {
+		return 0, 0, nil
+	}
+	_, err = sockdiag.Destroy(func(s sockdiag.Socket) bool {
+		switch {
+		case forbidden[s]:
+			inbound++
+		case slices.Contains(listeners, s.Local):
+			egress++
+		default:
+			return false
+		}
+		return true
+	})
+	return inbound, egress, err
+}
+
+// readEntry reads an entry of conntrack.
+func readEntry(d *netlink.AttributeDecoder) (e entry, err error) {
+	var addrs [2]netip.Addr
+	var ports [2]uint16
+	addresses := func(d *netlink.AttributeDecoder) error {
+		for d.Next() { // CTA_IP_V4_SRC, CTA_IP_V4_DST, CTA_IP_V6_SRC, CTA_IP_V6_DST
+			if kind := int(d.Type()); kind >= 1 && kind <= 4 {
+				addrs[(kind-1)%2], _ = netip.AddrFromSlice(d.Bytes())
+			}
+		}
+		return d.Err()
+	}
+	transport := func(d *netlink.AttributeDecoder) error {
+		for d.Next() {
+			switch d.Type() {
+			case protoSrcPort:
+				ports[0] = d.Uint16()
+			case protoDstPort:
+				ports[1] = d.Uint16()
+			}
+		}
+		return d.Err()
+	}
+	original := func(d *netlink.AttributeDecoder) error {
+		for d.Next() {
+			switch d.Type() {
+			case tupleIP:
+				d.Nested(addresses)
+			case tupleProto:
+				d.Nested(transport)
+			}
+		}
+		return d.Err()
+	}
+	state := func(d *netlink.AttributeDecoder) error { e.established = d.Uint8() == stateEstablished; return nil }
 	for d.Next() {
 		switch d.Type() {
 		case tupleOriginal:
-			d.Nested(into(tupleProto, protoDstPort, port))
+			d.Nested(original)
 		case protoinfo:
-			d.Nested(into(protoinfoTCP, tcpState, state))
+			d.Nested(within(protoinfoTCP, func(d *netlink.AttributeDecoder) error { d.Nested(within(tcpState, state)); return nil }))
 		case connectionMark:
-			in.Mode, _ = render.ModeOf(render.Mark(d.Uint32()))
+			e.mark = render.Mark(d.Uint32())
 		}
 	}
-	return in, established, d.Err()
+	e.from, e.to = netip.AddrPortFrom(addrs[0], ports[0]), netip.AddrPortFrom(addrs[1], ports[1])
+	return e, d.Err()
 }
 
 // within reads the attribute of one kind among those that are nested in another.

@@ -386,7 +386,7 @@ func FuzzAnswers(f *testing.F) {
 			for _, answer := range answers[kind] {
 				m.take([]netlink.Message{{Header: netlink.Header{Type: netlink.HeaderType(kind)}, Data: answer}})
 				m.take([]netlink.Message{{Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWGEN}, Data: answer}})
-				_ = decode(answer, func(d *netlink.AttributeDecoder) error { _, _, err := inbound(d); return err })
+				_ = decode(answer, func(d *netlink.AttributeDecoder) error { _, err := readEntry(d); return err })
 			}
 		}
 	})
