@@ -51,7 +51,7 @@ func tryLimits(all render.Limits, cost render.Cost) finding {
 		return tried(need, "", err, "have fewer entries or names, or raise the limit")
 	}
 	c := all.Capacity(cost)
-	detail := fmt.Sprintf("at most %d from outside at a time, %s; %d of the workload to each egress entry", c.Ingress, limitedBy(c.By, all.Memory, all.Descriptors), c.Egress)
+	detail := fmt.Sprintf("at most %d from outside at a time, %s; at most %d of the workload at each egress entry", c.Ingress, limitedBy(c.By, all.Memory, all.Descriptors), c.Egress)
 	var err error
 	if c.Ingress < fewConnections {
 		err = errors.New(detail)

@@ -189,7 +189,7 @@ func TestTooManyEntries(t *testing.T) {
 // hose is a workload that writes without end to whoever says something. What it can't write it holds little of.
 func (p *pod) hose(port uint16) {
 	p.t.Helper()
-	listener, err := p.Host.Listen("tcp", fmt.Sprintf(":%d", port))
+	listener, err := p.Listen("tcp", fmt.Sprintf(":%d", port))
 	p.must(err)
 	p.t.Cleanup(func() { _ = listener.Close() })
 	go func() {

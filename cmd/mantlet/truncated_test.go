@@ -22,7 +22,7 @@ func TestHowConnectionsEnd(t *testing.T) {
 	endpoint, err := upstream.Listen("tcp", ":8080")
 	p.must(err)
 	t.Cleanup(func() { _ = endpoint.Close() })
-	workload, err := p.Host.Listen("tcp", fmt.Sprintf(":%d", port))
+	workload, err := p.Listen("tcp", fmt.Sprintf(":%d", port))
 	p.must(err)
 	t.Cleanup(func() { _ = workload.Close() })
 	p.override(fmt.Sprintf("egress: [{listen: '%s', upstream: '%s'}]", out, netip.AddrPortFrom(upstream.IPv4, 8080)))
