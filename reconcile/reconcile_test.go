@@ -34,20 +34,21 @@ type world struct {
 	end    context.CancelFunc
 	reload chan struct{}
 
-	mu        sync.Mutex
-	log       bytes.Buffer
-	did       []string
-	startErr  error
-	startTake time.Duration
-	rulesErr  error
-	hang      map[string]chan struct{} // what "rules", "mend", "start" and "update" wait for, whatever context they have
-	found     error                    // what is not as it should be with the rules in the kernel
-	secretErr error
-	expiry    time.Time
-	untried   bool // certificates that no Envoy has tried yet
-	revoked   bool // a mesh CA was taken away; told once
-	latest    *process
-	open      func(context.Context) (int, error) // how many connections are
+	mu          sync.Mutex
+	log         bytes.Buffer
+	did         []string
+	startErr    error
+	startTake   time.Duration
+	rulesErr    error
+	hang        map[string]chan struct{} // what "rules", "mend", "start" and "update" wait for, whatever context they have
+	found       error                    // what is not as it should be with the rules in the kernel
+	secretErr   error
+	undermining []string
+	expiry      time.Time
+	untried     bool // certificates that no Envoy has tried yet
+	revoked     bool // a mesh CA was taken away; told once
+	latest      *process
+	open        func(context.Context) (int, error) // how many connections are
 
 	changes chan string // of rules in the kernel
 }
@@ -139,7 +140,7 @@ func (w *world) Undermining() ([]string, error) {
 	w.wait("survey")
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.foreign, nil
+	return w.undermining, nil
 }
 
 func (w *world) Watch(ctx context.Context) <-chan string {
@@ -615,7 +616,7 @@ func TestRepair(t *testing.T) {
 func TestForeignRules(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
-		w.foreign = []string{"a redirect"}
+		w.undermining = []string{"a redirect"}
 		w.run(t)
 		noted := func() (texts []string) {
 			for _, note := range w.Notes() {
@@ -624,7 +625,7 @@ func TestForeignRules(t *testing.T) {
 			return texts
 		}
 		for _, foreign := range [][]string{{"a redirect"}, {"a notrack", "a redirect"}, nil, {"a redirect"}} {
-			w.set(func() { w.foreign = foreign })
+			w.set(func() { w.undermining = foreign })
 			time.Sleep(2 * resync)
 			synctest.Wait()
 			if got := noted(); !slices.Equal(got, foreign) {
@@ -654,7 +655,7 @@ func TestChangesDoNotFlood(t *testing.T) {
 			for j := range 100 {
 				foreign = append(foreign, fmt.Sprintf("rule %d of table %d", j, i))
 			}
-			w.set(func() { w.foreign = foreign })
+			w.set(func() { w.undermining = foreign })
 			time.Sleep(resync)
 		}
 		synctest.Wait()

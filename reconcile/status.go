@@ -467,7 +467,9 @@ func (d *Daemon) count(ctx context.Context, s *Status) {
 		s.Refused = append(s.Refused, Refused{"envoy", c.Direction, c.Code, uint64(c.Count)})
 	}
 	for _, direction := range slices.Sorted(maps.Keys(s.Traffic.Shed)) {
-		s.Refused = append(s.Refused, Refused{"envoy", direction, connectionLimit, s.Traffic.Shed[direction]})
+		if n := s.Traffic.Shed[direction]; n > 0 {
+			s.Refused = append(s.Refused, Refused{"envoy", direction, connectionLimit, n})
+		}
 	}
 	d.locked(func() { s.Ended = []Ended{{"ingress", d.endedInbound}, {"egress", d.endedEgress}} })
 	s.Capacity = d.capacity()
