@@ -51,7 +51,7 @@ func readTCPTimeouts() tcpTimeouts {
 }
 
 // adding guards a map of the library that AddObject changes, whichever connection it is called on.
-var adding sync.Mutex
+var adding sync.Mutex //nolint:gochecknoglobals // as that map is
 
 // addTimeouts adds an object to the transaction. One of that name that is there stays as it is.
 func (b *batch) addTimeouts(t render.Timeouts) {

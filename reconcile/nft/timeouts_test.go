@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"errors"
 	"io"
 	"net"
 	"net/netip"
@@ -78,7 +79,7 @@ func TestHalfClosedConnections(t *testing.T) {
 				if err := client.(*net.TCPConn).CloseWrite(); err != nil {
 					x.t.Fatal(err)
 				}
-				if _, err := server.Read(make([]byte, 1)); err != io.EOF {
+				if _, err := server.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 					x.t.Fatalf("the server reads %v", err)
 				}
 				if x.remembers(client, ctCloseWait) < time.Minute {
