@@ -55,7 +55,8 @@ Exit codes: 0 done; 1 an object was refused, or with --diff there is a differenc
 			return err
 		}
 		var outcome error
-		for i, s := range sources {
+		var before []byte
+		for _, s := range sources {
 			do := in.Inject
 			if remove {
 				do = in.Remove
@@ -73,8 +74,9 @@ Exit codes: 0 done; 1 an object was refused, or with --diff there is a differenc
 				if len(text) > 0 {
 					outcome = errNot
 				}
-			} else if i > 0 {
-				text = inject.Follow(text)
+			} else {
+				text = inject.Follow(before, text)
+				before = append(before, text...)
 			}
 			if _, err := cmd.OutOrStdout().Write(text); err != nil {
 				return err

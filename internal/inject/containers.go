@@ -2,6 +2,7 @@ package inject
 
 import (
 	"fmt"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -151,6 +152,8 @@ func (p *plan) freePort() uint16 {
 	return port
 }
 
+var label = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]*[a-z0-9])?$`)
+
 // probeName returns the name of mantlet's probe that asks what a kubelet's did: one that there is, or a new one.
 func (p *plan) probeName(k kubeletProbe) string {
 	is := func(other schema.Probe) bool {
@@ -165,13 +168,17 @@ func (p *plan) probeName(k kubeletProbe) string {
 	isTaken := func(name string) bool {
 		return len(name) > longest || slices.ContainsFunc(known, func(other schema.Probe) bool { return other.Name == name })
 	}
-	name := k.container
+	base := "workload"
+	if label.MatchString(k.container) {
+		base = k.container
+	}
+	name := base
 	if isTaken(name) {
-		name = k.container + "-" + strings.ToLower(strings.TrimSuffix(k.field, "Probe"))
+		name = base + "-" + strings.ToLower(strings.TrimSuffix(k.field, "Probe"))
 	}
 	for i := 2; isTaken(name); i++ {
 		suffix := fmt.Sprintf("-%d", i)
-		name = k.container[:min(len(k.container), longest-len(suffix))] + suffix
+		name = base[:min(len(base), longest-len(suffix))] + suffix
 	}
 	k.probe.Name = name
 	p.probes = append(p.probes, k.probe)

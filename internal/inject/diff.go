@@ -11,10 +11,17 @@ func Diff(source Source, result Result) []byte {
 	return diff.Diff(source.Name, source.Text, source.Name+" (injected)", result.Text)
 }
 
-// Follow returns a text as it follows that of another source: as a document of its own.
-func Follow(text []byte) []byte {
-	if len(text) == 0 || bytes.HasPrefix(text, []byte("---")) || bytes.HasPrefix(text, []byte("%")) {
+// Follow returns a text as it follows another: as documents of its own.
+func Follow(before, text []byte) []byte {
+	if len(before) == 0 || len(text) == 0 {
 		return text
 	}
-	return append([]byte("---\n"), text...)
+	var between string
+	if !bytes.HasSuffix(before, []byte("\n")) {
+		between = "\n"
+	}
+	if !bytes.HasPrefix(text, []byte("---")) {
+		between += "---\n"
+	}
+	return append([]byte(between), text...)
 }

@@ -218,7 +218,7 @@ func (p *plan) initContainers() string {
     limits: {memory: 512Mi}
   volumeMounts:
 `)
-	line("  - {name: %s, mountPath: %s, readOnly: true}", p.tls.volume, quotedName(p.tls.mountPath))
+	line("  - {name: %s, mountPath: %s, readOnly: true}", quotedName(p.tls.volume), quotedName(p.tls.mountPath))
 	line("  - {name: %s, mountPath: /run/mantlet}", runtimeVolume)
 	line("  - {name: %s, mountPath: /dev/shm}", memoryVolume)
 	if p.configMap != "" {
