@@ -129,7 +129,10 @@ func TestLinks(t *testing.T) {
 				t.Errorf("%s: %v", file, err)
 				continue
 			}
-			found := anchor == ""
+			if anchor == "" {
+				continue
+			}
+			found := false
 			for _, h := range heading.FindAllStringSubmatch(read(t, to), -1) {
 				slug := regexp.MustCompile(`[^a-z0-9 _-]`).ReplaceAllString(strings.ToLower(h[1]), "")
 				found = found || strings.ReplaceAll(slug, " ", "-") == anchor

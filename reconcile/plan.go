@@ -193,6 +193,9 @@ func Compare(from, to schema.Mesh) []Step {
 	if from.OtherProtocols != to.OtherProtocols {
 		add(NoRestart, "otherProtocols: %v -> %v", from.OtherProtocols, to.OtherProtocols)
 	}
+	if from.MaxConnectionAge != to.MaxConnectionAge {
+		restarts("maxConnectionAge: %s -> %s", ageOf(from), ageOf(to))
+	}
 	if from.AccessLog != to.AccessLog {
 		restarts("accessLog: %v -> %v", from.AccessLog, to.AccessLog)
 	}
@@ -204,6 +207,13 @@ func onOff(on bool) string {
 		return "on"
 	}
 	return "off"
+}
+
+func ageOf(m schema.Mesh) string {
+	if m.MaxConnectionAge == 0 {
+		return "none"
+	}
+	return m.MaxConnectionAge.String()
 }
 
 func compareSettings(from, to schema.Envoy, add func(format string, args ...any)) {

@@ -12,6 +12,7 @@ import (
 	streamv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/stream/v3"
 	originaldstv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_dst/v3"
 	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
+	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -111,10 +112,18 @@ func (r *renderer) egress(e schema.Egress) *listenerv3.Listener {
 	}
 }
 
+// ageJitter is how much later than its age a connection may end, in percent.
+const ageJitter = 10
+
 // proxy completes a TCP proxy: Envoy's default would cut connections that idle for an hour, as pools to databases do.
 func (r *renderer) proxy(log []*accesslogv3.AccessLog, p *tcpproxyv3.TcpProxy) *listenerv3.Filter {
 	p.IdleTimeout = durationpb.New(0)
 	p.AccessLog = log
+	if age := r.mesh.MaxConnectionAge; age > 0 {
+		p.MaxDownstreamConnectionDuration = durationpb.New(age)
+		// So that what was opened together does not end together.
+		p.MaxDownstreamConnectionDurationJitterPercentage = &typev3.Percent{Value: ageJitter}
+	}
 	return &listenerv3.Filter{
 		Name:       "envoy.filters.network.tcp_proxy",
 		ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: r.pack(p)},

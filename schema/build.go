@@ -29,8 +29,9 @@ func build(r *report, process Process, layers ...layer) (Config, error) {
 			ParentShutdownTime: duration(text("envoy.parentShutdownTime")),
 			LogLevel:           EnvoyLogLevel(text("envoy.logLevel")),
 		},
-		OtherProtocols: OtherProtocols(text("otherProtocols")),
-		AccessLog:      AccessLog(text("accessLog")),
+		OtherProtocols:   OtherProtocols(text("otherProtocols")),
+		AccessLog:        AccessLog(text("accessLog")),
+		MaxConnectionAge: age(text("maxConnectionAge")),
 	}
 	c.Mesh.StatusPort = process.statusPort(c.Mesh.Ingress)
 	if process.IngressOff != "" {
@@ -72,6 +73,14 @@ func timings(merged layer, r *report) {
 func number(text string) int {
 	n, err := strconv.Atoi(text)
 	return must(n, err)
+}
+
+// age is of text that ageText has parsed.
+func age(text string) time.Duration {
+	if text == noAge || text == "" {
+		return 0
+	}
+	return duration(text)
 }
 
 func duration(text string) time.Duration {

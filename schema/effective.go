@@ -18,8 +18,12 @@ func (m Mesh) MarshalJSON() ([]byte, error) {
 			ParentShutdownTime: durationText(m.Envoy.ParentShutdownTime.String()),
 			LogLevel:           m.Envoy.LogLevel,
 		},
-		OtherProtocols: m.OtherProtocols,
-		AccessLog:      m.AccessLog,
+		OtherProtocols:   m.OtherProtocols,
+		AccessLog:        m.AccessLog,
+		MaxConnectionAge: ageText(noAge),
+	}
+	if m.MaxConnectionAge > 0 {
+		f.MaxConnectionAge = ageText(m.MaxConnectionAge.String())
 	}
 	for _, in := range m.Ingress {
 		f.Ingress = append(f.Ingress, ingressForm{

@@ -4,13 +4,14 @@ package schema
 // them, and the YAML reader walks them. Everything is optional except the key of an entry.
 
 type fileForm struct {
-	Ingress        []ingressForm  `json:"ingress,omitempty" jsonschema_description:"What happens to connections from outside the pod, by port. A port without an entry requires mutual TLS."`
-	Egress         []egressForm   `json:"egress,omitempty" jsonschema_description:"Loopback addresses that the workload connects to, each with the upstream that its connections go to."`
-	Probes         []probeForm    `json:"probes,omitempty" jsonschema_description:"Probes of the workload that mantlet makes on behalf of the kubelet, whose own would fail on mutual TLS. The result is served at the status address, at /probe/NAME."`
-	TLS            *tlsForm       `json:"tls,omitempty" jsonschema_description:"TLS settings of both sides of the mesh."`
-	Envoy          *envoyForm     `json:"envoy,omitempty" jsonschema_description:"Settings of the data plane."`
-	OtherProtocols OtherProtocols `json:"otherProtocols,omitempty" jsonschema:"default=drop" jsonschema_description:"What happens to inbound UDP, SCTP and so on at ports that are not passthrough."`
-	AccessLog      AccessLog      `json:"accessLog,omitempty" jsonschema:"default=refused" jsonschema_description:"Which connections are logged."`
+	Ingress          []ingressForm  `json:"ingress,omitempty" jsonschema_description:"What happens to connections from outside the pod, by port. A port without an entry requires mutual TLS."`
+	Egress           []egressForm   `json:"egress,omitempty" jsonschema_description:"Loopback addresses that the workload connects to, each with the upstream that its connections go to."`
+	Probes           []probeForm    `json:"probes,omitempty" jsonschema_description:"Probes of the workload that mantlet makes on behalf of the kubelet, whose own would fail on mutual TLS. The result is served at the status address, at /probe/NAME."`
+	TLS              *tlsForm       `json:"tls,omitempty" jsonschema_description:"TLS settings of both sides of the mesh."`
+	Envoy            *envoyForm     `json:"envoy,omitempty" jsonschema_description:"Settings of the data plane."`
+	OtherProtocols   OtherProtocols `json:"otherProtocols,omitempty" jsonschema:"default=drop" jsonschema_description:"What happens to inbound UDP, SCTP and so on at ports that are not passthrough."`
+	AccessLog        AccessLog      `json:"accessLog,omitempty" jsonschema:"default=refused" jsonschema_description:"Which connections are logged."`
+	MaxConnectionAge ageText        `json:"maxConnectionAge,omitempty" jsonschema:"default=none" jsonschema_description:"How long a connection through mantlet may last. The two sides are closed then, or up to a tenth later, and what dials again shows and verifies the certificates of today."`
 }
 
 type ingressForm struct {
@@ -62,6 +63,7 @@ var scalarVariables = map[string]struct {
 	LogLevelVariable:                     {"envoy.logLevel", EnvoyLogLevel("")},
 	"MANTLET_OTHER_PROTOCOLS":            {"otherProtocols", OtherProtocols("")},
 	"MANTLET_ACCESS_LOG":                 {"accessLog", AccessLog("")},
+	"MANTLET_MAX_CONNECTION_AGE":         {"maxConnectionAge", ageText("")},
 }
 
 // defaults are what the scalar fields are where no source sets them.
@@ -73,4 +75,5 @@ var defaults = map[string]string{
 	"envoy.logLevel":           "warning",
 	"otherProtocols":           string(OtherProtocolsDrop),
 	"accessLog":                string(AccessLogRefused),
+	"maxConnectionAge":         noAge,
 }

@@ -145,3 +145,7 @@ func (o OtherProtocols) JSONSchema() *jsonschema.Schema { return enum(o.choices(
 
 // JSONSchema lists the choices.
 func (a AccessLog) JSONSchema() *jsonschema.Schema { return enum(a.choices()) }
+
+func (ageText) JSONSchema() *jsonschema.Schema {
+	return &jsonschema.Schema{Type: "string", Pattern: "^(none|([0-9]+[hms])+)$"}
+}

@@ -22,6 +22,9 @@ type Mesh struct {
 	Envoy          Envoy
 	OtherProtocols OtherProtocols
 	AccessLog      AccessLog
+
+	// MaxConnectionAge is how long a connection through Envoy may last, in whole seconds; 0 for no limit.
+	MaxConnectionAge time.Duration
 	// StatusPort is where peers may reach mantlet's own status; 0 for nowhere. An entry that contains it is one of ModePassthrough,
 	// and lets nobody to a workload there. It is the process's and not a matter of the override file.
 	StatusPort uint16

@@ -440,14 +440,37 @@ func (durationText) parse(text string) (string, string) {
 	if err != nil || d < time.Second || d > 24*time.Hour || !wholeSeconds.MatchString(text) {
 		return "", "must be a duration from 1s to 24h in hours, minutes and seconds, for example 10s or 1h30m"
 	}
-	text = d.String() // with all of its units
+	return shortDuration(d), ""
+}
+
+// shortDuration is a duration in whole seconds, without units that are zero at its end.
+func shortDuration(d time.Duration) string {
+	text := d.String() // with all of its units
 	if strings.HasSuffix(text, "m0s") {
 		text = strings.TrimSuffix(text, "0s")
 	}
 	if strings.HasSuffix(text, "h0m") {
 		text = strings.TrimSuffix(text, "0m")
 	}
-	return text, ""
+	return text
+}
+
+// ageText is a duration without an end, or noAge.
+type ageText string
+
+const noAge = "none"
+
+func (ageText) scalar() yamlType { return yamlString }
+
+func (ageText) parse(text string) (string, string) {
+	if text == noAge {
+		return text, ""
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil || d < time.Minute || !wholeSeconds.MatchString(text) {
+		return "", "must be none, or a duration of 1m at least in hours, minutes and seconds, for example 24h or 1h30m"
+	}
+	return shortDuration(d), ""
 }
 
 // removeText is the word that takes an entry of an earlier source away.
