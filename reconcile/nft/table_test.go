@@ -198,27 +198,33 @@ func modes(t *testing.T, test func(t *testing.T, p *place)) {
 	}
 }
 
-// keepsOwner reports whether the kernel is one in which a table can outlive its owner: Linux 6.9 and later.
-func keepsOwner(t testing.TB) (keeps bool, release string) {
+// isLinux reports whether the kernel is of a version or a later one.
+func isLinux(t testing.TB, major, minor int) (is bool, release string) {
 	t.Helper()
 	var name unix.Utsname
 	if err := unix.Uname(&name); err != nil {
 		t.Fatal(err)
 	}
 	release = unix.ByteSliceToString(name.Release[:])
-	var major, minor int
-	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil {
+	var haveMajor, haveMinor int
+	if _, err := fmt.Sscanf(release, "%d.%d", &haveMajor, &haveMinor); err != nil {
 		t.Fatalf("kernel %q: %v", release, err)
 	}
-	return major > 6 || major == 6 && minor >= 9, release
+	return haveMajor > major || haveMajor == major && haveMinor >= minor, release
+}
+
+// takesLinux skips a test that needs something which kernels before a version lack.
+func takesLinux(t testing.TB, major, minor int, what string) {
+	t.Helper()
+	if is, release := isLinux(t, major, minor); !is {
+		t.Skipf("%s: from Linux %d.%d on, and this is %s", what, major, minor, release)
+	}
 }
 
 // own makes the place's table owned, and skips the test on kernels that keep no owner.
 func (p *place) own() {
 	p.t.Helper()
-	if keeps, release := keepsOwner(p.t); !keeps {
-		p.t.Skipf("a table keeps its owner from Linux 6.9 on; this is %s", release)
-	}
+	takesLinux(p.t, 6, 9, "a table that outlives its owner")
 	if owned, err := p.claim(p.table); err != nil || !owned {
 		p.t.Fatalf("Own returned %v, %v", owned, err)
 	}
@@ -768,7 +774,7 @@ func TestMissingOptions(t *testing.T) {
 		}
 		second := open(t, p.pod)
 		for _, table := range []*Table{p.table, second} {
-			keeps, release := keepsOwner(t)
+			keeps, release := isLinux(t, 6, 9)
 			if owned, err := table.CanOwn(); owned != keeps || err != nil {
 				t.Errorf("CanOwn returned %v, %v on Linux %s", owned, err, release)
 			}
