@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -127,4 +128,15 @@ func fields(t *testing.T, text []byte) map[string]bool {
 	}
 	walk("", value)
 	return all
+}
+
+// TestProblemCodes: whatever a reason says, its code is one that is known.
+func TestProblemCodes(t *testing.T) {
+	for _, check := range Checks() {
+		for _, text := range append(Reasons(), "something new") {
+			if p := (Reason{check, text + ": why"}).problem(); !slices.Contains(ProblemCodes(), p.Code) {
+				t.Errorf("%s: %s has the code %q", check, text, p.Code)
+			}
+		}
+	}
 }

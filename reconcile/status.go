@@ -362,6 +362,18 @@ func problem(text, other string) Problem {
 	return Problem{other, text}
 }
 
+// problem is a reason with its code.
+func (r Reason) problem() Problem {
+	other := stateNotInForce
+	switch r.Check {
+	case checkConfig:
+		other = configurationRejected
+	case checkCertificates:
+		other = certificatesRejected
+	}
+	return problem(r.Text, other)
+}
+
 // Notes returns what is not as it should be although it does not make the sidecar unready: an input that was rejected while
 // the last good one is in force, or a state that could not be put in force while the one before it serves.
 func (d *Daemon) Notes() (all []Problem) {
@@ -421,7 +433,7 @@ func (d *Daemon) Status(ctx context.Context) Status {
 	s.Ready = len(s.Unready) == 0
 	for _, r := range s.Unready {
 		s.Problems = append(s.Problems, r.Check+": "+r.Text)
-		s.Causes = append(s.Causes, problem(r.Text, r.Check))
+		s.Causes = append(s.Causes, r.problem())
 	}
 	for _, note := range d.Notes() {
 		if !slices.ContainsFunc(s.Unready, func(r Reason) bool { return r.Text == note.Text }) {
