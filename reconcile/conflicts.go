@@ -5,7 +5,7 @@ import (
 	"net/netip"
 	"slices"
 
-	"mantlet/reconcile/bind"
+	"mantlet/internal/bind"
 	"mantlet/schema"
 )
 

@@ -16,7 +16,7 @@ import (
 
 	"golang.org/x/sync/singleflight"
 
-	"mantlet/reconcile/bind"
+	"mantlet/internal/bind"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -211,8 +211,6 @@ type Daemon struct {
 
 	// What Status tells beside that.
 	since                     time.Time // it runs
-	turned                    time.Time // when the last turn of Run's loop began
-	looked                    time.Time // and the last one of guard's
 	accepted                  uint64    // how many configurations were
 	lastError                 *Failure
 	unserved                  error // why the status address is not served

@@ -23,9 +23,9 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"mantlet/internal/bind"
 	"mantlet/internal/sandbox"
 	"mantlet/reconcile"
-	"mantlet/reconcile/bind"
 	"mantlet/reconcile/dns"
 	"mantlet/reconcile/envoy"
 	"mantlet/reconcile/iptables"

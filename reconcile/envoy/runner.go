@@ -24,10 +24,10 @@ import (
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	"google.golang.org/protobuf/proto"
 
+	"mantlet/internal/bind"
 	"mantlet/internal/cgroup"
 	"mantlet/internal/sandbox"
 	"mantlet/reconcile"
-	"mantlet/reconcile/bind"
 	"mantlet/render"
 	"mantlet/schema"
 )

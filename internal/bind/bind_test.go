@@ -12,8 +12,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"mantlet/internal/bind"
 	"mantlet/internal/lab"
-	"mantlet/reconcile/bind"
 )
 
 func TestMain(m *testing.M) {
