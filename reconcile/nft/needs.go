@@ -106,14 +106,15 @@ func (t *Table) try(n need) error {
 }
 
 // LacksTimeouts reports whether the kernel has no ct timeout objects, so that Replace leaves them out. Before the first Replace it
-// tries that, and leaves nothing behind.
+// tries that, unless the table that was read has some, and leaves nothing behind.
 func (t *Table) LacksTimeouts() bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if len(t.want.Chains) > 0 {
 		return t.lacksTimeouts
 	}
-	return t.try(timeoutsNeed(render.DenyAll(true).Timeouts)) != nil
+	t.hasTimeouts = t.hasTimeouts || t.try(timeoutsNeed(render.DenyAll(true).Timeouts)) == nil
+	return !t.hasTimeouts
 }
 
 // CanOwn reports whether the kernel can keep an owner for a table, see Own. Like Try it leaves nothing behind.

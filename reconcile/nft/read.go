@@ -26,6 +26,7 @@ func (t *Table) Read() (render.Ruleset, error) {
 	if err != nil {
 		return render.Ruleset{}, fmt.Errorf("reading the table inet %s: %w", render.Table, t.explain(err))
 	}
+	t.hasTimeouts = t.hasTimeouts || len(r.Timeouts) > 0
 	return r, nil
 }
 

@@ -32,6 +32,7 @@ type Table struct {
 
 	timeouts      tcpTimeouts // the sysctls of the network namespace
 	lacksTimeouts bool        // the kernel has no ct timeout objects
+	hasTimeouts   bool        // it has been seen to have them
 
 	subscribe func() (subscription, error) // to the kernel's notes; tests have others
 
