@@ -65,9 +65,11 @@ func discovery() *corev3.ApiConfigSource {
 
 // http2 is HttpProtocolOptions as a structure, which Envoy takes in the place of any extension's message (translateOpaqueConfig in
 // source/common/config/utility.cc). The message's package would make the binary 280 KB larger.
-var http2 = &typev3.TypedStruct{
-	TypeUrl: "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
-	Value:   object("explicit_http_config", object("http2_protocol_options", &structpb.Struct{})),
+func http2() *typev3.TypedStruct {
+	return &typev3.TypedStruct{
+		TypeUrl: "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+		Value:   object("explicit_http_config", object("http2_protocol_options", &structpb.Struct{})),
+	}
 }
 
 func object(key string, value *structpb.Struct) *structpb.Struct {
@@ -82,7 +84,7 @@ func (r *renderer) discoveryServer() *clusterv3.Cluster {
 		ConnectTimeout:       durationpb.New(connectTimeout),
 		LoadAssignment:       assignment(discoveryCluster, atPipe(pipe(DiscoverySocket(r.place.RuntimeDirectory), 0))),
 		TypedExtensionProtocolOptions: map[string]*anypb.Any{
-			"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": r.pack(http2),
+			"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": r.pack(http2()),
 		},
 	}
 }
