@@ -184,15 +184,18 @@ func (c collector) envoys(s Status) {
 	}
 }
 
+// certificates tells when the next certificate of each role expires. One that has expired does not hide the next: a bundle may
+// hold a mesh CA of before.
 func (c collector) certificates(all []Certificate) {
-	first := map[string]time.Time{} // of two mesh CAs, say
+	all = slices.SortedFunc(slices.Values(all), func(a, b Certificate) int { return a.NotAfter.Compare(b.NotAfter) })
+	next := map[string]Certificate{}
 	for _, cert := range all {
-		if at, ok := first[cert.Role]; !ok || cert.NotAfter.Before(at) {
-			first[cert.Role] = cert.NotAfter
+		if one, ok := next[cert.Role]; !ok || one.LeftSeconds < 0 {
+			next[cert.Role] = cert
 		}
 	}
-	for role, at := range first {
-		c.gauge("certificate_expiry_timestamp_seconds", "When the first certificate of a role expires.", stamp(at), "role", role)
+	for role, cert := range next {
+		c.gauge("certificate_expiry_timestamp_seconds", "When the next certificate of a role expires.", stamp(cert.NotAfter), "role", role)
 	}
 }
 

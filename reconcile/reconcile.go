@@ -622,22 +622,35 @@ func unwritable(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EROFS)
 }
 
-// foresee warns while there is time left to mend it: what expires should have been replaced by the last fifth of its life.
+// foresee warns while there is time left to mend it: what expires should have been replaced by the last fifth of its life. What is
+// on the path of this workload comes before what only peers may need.
 func (d *Daemon) foresee(now time.Time) {
+	var needed, other error
 	for _, c := range d.given {
-		if c.Role == RoleMeshCA || now.Before(c.NotAfter.Add(-c.NotAfter.Sub(c.NotBefore)/5)) { // a bundle may hold a CA of before
-			continue
-		}
-		err := fmt.Errorf("%s (%s) expires at %s, and there is no new one", c.Role, c.Subject, c.NotAfter.Format(time.RFC3339))
+		verb := "expires"
 		if now.After(c.NotAfter) {
-			err = fmt.Errorf("%s (%s) expired at %s; if no peer needs it, take it out", c.Role, c.Subject, c.NotAfter.Format(time.RFC3339))
+			verb = "expired"
 		}
-		if d.complain(&d.expiring, "certificates expire soon", "the certificates should be replaced", err) {
-			d.failed(checkCertificates, d.expiring)
+		text := fmt.Sprintf("%s (%s) %s at %s", c.Role, c.Subject, verb, c.NotAfter.Format(time.RFC3339))
+		switch {
+		case now.Before(c.NotAfter.Add(-c.NotAfter.Sub(c.NotBefore) / 5)):
+		case c.Needed && needed == nil:
+			needed = fmt.Errorf("%s, and there is no new one", text)
+		case !c.Needed && c.Role != RoleMeshCA && other == nil: // a bundle may hold a CA of before
+			other = fmt.Errorf("%s; the certificate is valid without it: if no peer needs it, take it out", text)
 		}
+	}
+	err := needed
+	if err == nil {
+		err = other
+	}
+	if err == nil {
+		d.locked(func() { d.expiring = nil })
 		return
 	}
-	d.locked(func() { d.expiring = nil })
+	if d.complain(&d.expiring, "certificates expire soon", "the certificates should be replaced", err) {
+		d.failed(checkCertificates, d.expiring)
+	}
 }
 
 // complain notes a reason why the daemon is not where it should be, and reports whether it is new. A new one is logged as the

@@ -208,7 +208,7 @@ func (w *world) Good() []Certificate {
 		return nil
 	}
 	return []Certificate{
-		{Role: RoleLeaf, Subject: "CN=pod", NotBefore: expiry.Add(-5 * time.Hour), NotAfter: expiry},
+		{Role: RoleLeaf, Subject: "CN=pod", NotBefore: expiry.Add(-5 * time.Hour), NotAfter: expiry, Needed: true},
 		{Role: RoleMeshCA, NotAfter: time.Now()},
 	}
 }
@@ -525,6 +525,35 @@ func TestForesight(t *testing.T) {
 			t.Errorf("replaced, and there is %v", notes)
 		}
 	})
+}
+
+// TestForesightOfPaths: what this workload's own path ends with comes before what others may need, and hides behind nothing.
+func TestForesightOfPaths(t *testing.T) {
+	now := time.Now()
+	certificate := func(role, subject string, left time.Duration, needed bool) Certificate {
+		return Certificate{Role: role, Subject: subject, NotBefore: now.Add(-100 * time.Hour), NotAfter: now.Add(left), Needed: needed}
+	}
+	const good = 100 * time.Hour
+	leaf := certificate(RoleLeaf, "CN=pod", good, true)
+	cross := certificate(RoleIntermediate, "CN=cross", -time.Hour, false)
+	for name, c := range map[string]struct {
+		given []Certificate
+		says  string
+	}{
+		"nothing expires":                   {[]Certificate{leaf, certificate(RoleMeshCA, "CN=mesh", good, true)}, ""},
+		"a mesh CA of before":               {[]Certificate{leaf, certificate(RoleMeshCA, "CN=old", -time.Hour, false), certificate(RoleMeshCA, "CN=mesh", good, true)}, ""},
+		"the mesh CA of the path":           {[]Certificate{leaf, certificate(RoleMeshCA, "CN=mesh", time.Hour, true)}, "mesh CA (CN=mesh) expires at "},
+		"an intermediate of no path":        {[]Certificate{leaf, cross}, "intermediate (CN=cross) expired at "},
+		"it hides no other's end":           {[]Certificate{leaf, cross, certificate(RoleIntermediate, "CN=inter", time.Hour, true)}, "intermediate (CN=inter) expires at "},
+		"an intermediate of no path, later": {[]Certificate{leaf, certificate(RoleIntermediate, "CN=cross", time.Hour, false)}, "CN=cross) expires at "},
+	} {
+		w := newWorld(t)
+		w.given = c.given
+		w.foresee(now)
+		if said := fmt.Sprint(w.expiring); c.says == "" && w.expiring != nil || !strings.Contains(said, c.says) {
+			t.Errorf("%s: %s; want %q", name, said, c.says)
+		}
+	}
 }
 
 // TestRevocation: what was let in by a mesh CA that is gone ends although no Envoy can be started.

@@ -148,6 +148,7 @@ type Certificate struct {
 	NotBefore   time.Time `json:"notBefore"`
 	NotAfter    time.Time `json:"notAfter"`
 	LeftSeconds float64   `json:"leftSeconds"` // until it expires; negative once it has
+	Needed      bool      `json:"-"`           // the leaf's longest path to a mesh CA leads over it; only Secrets.Good tells
 }
 
 // The roles of certificates.

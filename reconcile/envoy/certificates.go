@@ -238,19 +238,26 @@ func (c *Certificates) turns(from, to time.Time) bool {
 	})
 }
 
+// longest returns the way that peers can go for the longest time. Where Go finds none although Envoy does, each certificate of the
+// chain counts.
+func (c *Certificates) longest() []*x509.Certificate {
+	if len(c.ways) == 0 {
+		return c.chain
+	}
+	return slices.MaxFunc(c.ways, func(a, b []*x509.Certificate) int { return end(a).Compare(end(b)) })
+}
+
+// end returns when the first certificate of a way expires.
+func end(way []*x509.Certificate) time.Time {
+	return slices.MinFunc(way, func(a, b *x509.Certificate) int { return a.NotAfter.Compare(b.NotAfter) }).NotAfter
+}
+
 // expires returns when the last way ends, as far as is known.
 func (c *Certificates) expires() time.Time {
-	var last time.Time
-	for _, way := range c.ways {
-		first := slices.MinFunc(way, func(a, b *x509.Certificate) int { return a.NotAfter.Compare(b.NotAfter) })
-		if first.NotAfter.After(last) {
-			last = first.NotAfter
-		}
-	}
-	if last.IsZero() {
+	if len(c.ways) == 0 {
 		return c.chain[0].NotAfter
 	}
-	return last
+	return end(c.longest())
 }
 
 // inTime returns an error if a certificate of the generation is not valid at a time.

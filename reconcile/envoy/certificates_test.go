@@ -325,6 +325,51 @@ func TestSecrets(t *testing.T) {
 	}
 }
 
+// TestPaths: while one path from the leaf to a mesh CA is valid, certificates are. What no path needs may expire.
+func TestPaths(t *testing.T) {
+	now := time.Now()
+	until := func(d time.Duration) shape { return func(c *x509.Certificate) { c.NotAfter = now.Add(d) } }
+	const soon = time.Minute
+	ca, other := root(t, "mesh"), root(t, "another")
+	inter := ca.below(t, "inter")
+	ending := ca.below(t, "ending", until(soon))
+	for name, c := range map[string]struct {
+		set    set
+		needed []string // subjects
+		says   string   // of what is wrong once the time has come; empty where nothing is
+	}{
+		"the leaf alone":                         {ca.leaf(t).set(t, []issuer{ca}), []string{"CN=web", "CN=mesh"}, ""},
+		"an intermediate":                        {ending.leaf(t).set(t, []issuer{ca}, ending), []string{"CN=web", "CN=ending", "CN=mesh"}, "certificate 2 (CN=ending) expired at"},
+		"an intermediate that is renewed":        {ending.leaf(t).set(t, []issuer{ca}, ending, ending.again(t, ca)), []string{"CN=web", "CN=ending", "CN=mesh"}, ""},
+		"an expired cross certificate":           {ca.leaf(t).set(t, []issuer{ca}, ca.again(t, other, until(soon))), []string{"CN=web", "CN=mesh"}, ""},
+		"an expired certificate of others":       {inter.leaf(t).set(t, []issuer{ca}, inter, other.below(t, "unrelated", until(soon))), []string{"CN=web", "CN=inter", "CN=mesh"}, ""},
+		"a mesh CA of before":                    {ca.leaf(t).set(t, []issuer{root(t, "old", until(soon)), ca}), []string{"CN=web", "CN=mesh"}, ""},
+		"the mesh CA, by two, one of which ends": {ca.leaf(t).set(t, []issuer{ca.again(t, ca, until(soon)), ca}), []string{"CN=web", "CN=mesh"}, ""},
+	} {
+		files := Files{Directory: t.TempDir()}
+		c.set.write(t, files.Directory)
+		loaded := must[*Certificates](t)(LoadCertificates(files, now))
+		if err := loaded.valid(now); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if err := loaded.valid(now.Add(2 * soon)); c.says == "" && err != nil || c.says != "" && (err == nil || !strings.Contains(err.Error(), c.says)) {
+			t.Errorf("%s, when one has expired: %v; want %q", name, err, c.says)
+		}
+		var needed []string
+		for _, one := range (held{loaded.chain, loaded.anchors}).describe(loaded.longest()) {
+			if one.Needed {
+				needed = append(needed, one.Subject)
+				if c.says == "" && one.NotAfter.Before(now.Add(2*soon)) {
+					t.Errorf("%s: %s is not of the longest path", name, one.Subject)
+				}
+			}
+		}
+		if !slices.Equal(needed, c.needed) {
+			t.Errorf("%s: %q are needed, want %q", name, needed, c.needed)
+		}
+	}
+}
+
 // TestKept: a mantlet that was killed leaves its last good generation to the one after it, which goes on with that where the
 // TLS directory holds none that is good, and sees what mesh CA is gone where it does. One that ended leaves it where it is
 // needed.

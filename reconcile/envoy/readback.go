@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"fmt"
 	"net/url"
+	"slices"
 	"strings"
 
 	"mantlet/reconcile"
@@ -139,12 +140,13 @@ func (t secretTexts) parse() (h held, err error) {
 	return h, nil
 }
 
-// describe returns the certificates as a status has them: the chain, then the mesh CAs.
-func (h held) describe() []reconcile.Certificate {
+// describe returns the certificates as a status has them: the chain, then the mesh CAs. Those of the path are needed.
+func (h held) describe(path []*x509.Certificate) []reconcile.Certificate {
 	var all []reconcile.Certificate
 	describe := func(role string, c *x509.Certificate) {
 		all = append(all, reconcile.Certificate{
 			Role: role, Subject: c.Subject.String(), SANs: sans(c), NotBefore: c.NotBefore, NotAfter: c.NotAfter,
+			Needed: slices.ContainsFunc(path, c.Equal),
 		})
 	}
 	for i, c := range h.chain {

@@ -401,7 +401,7 @@ func (s *Secrets) Certificates(ctx context.Context) []reconcile.Certificate {
 	if err != nil {
 		return had.all
 	}
-	now := described{text, has.describe()}
+	now := described{text, has.describe(nil)}
 	s.locked(func() { s.had = now })
 	return now.all
 }
@@ -409,7 +409,7 @@ func (s *Secrets) Certificates(ctx context.Context) []reconcile.Certificate {
 // Good implements reconcile.Secrets.
 func (s *Secrets) Good() []reconcile.Certificate {
 	if good := s.isGood(); good != nil {
-		return held{good.chain, good.anchors}.describe()
+		return held{good.chain, good.anchors}.describe(good.longest())
 	}
 	return nil
 }
