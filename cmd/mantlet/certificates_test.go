@@ -284,30 +284,38 @@ func (p *pod) bundle(identity *lab.Identity, cas ...[]byte) {
 	}
 }
 
-// TestUntriedCertificates: at a first start the first Envoy tries the certificates. Nothing comes in while it does not accept
-// them, and the ports open once there are others.
+// upstreams makes an Envoy end at its start over a chain that it cannot load.
+const upstreams = "EDG_EGRESS_PROXY_CONFIG=billing#127.137.0.1:8081#192.0.2.1:8080##cart#127.137.0.2:8081#192.0.2.2:8080"
+
+// TestUntriedCertificates: at a first start the first Envoy tries the certificates, or the next one where that ends over them.
+// Nothing comes in while it does not accept them, and the ports open once there are others.
 func TestUntriedCertificates(t *testing.T) {
 	t.Parallel()
-	p := newPod(t, web)
-	refused, err := p.mesh.Issue(lab.Leaf{DNSNames: []string{"pod"}, KeyUsage: x509.KeyUsageKeyAgreement})
-	p.must(err)
-	p.must(refused.Write(p.sidecar.TLSDirectory))
-	p.besiege()
-	p.run()
-	p.protect(tlsPort)
-	p.protect(mtlsPort)
-	p.unready("Envoy does not accept the certificates: the leaf's key usage lacks digitalSignature")
-	p.besieged()
-	for _, addr := range p.Addrs() {
-		if conn, err := p.dialBriefly(netip.AddrPortFrom(addr, tlsPort)); err == nil {
-			_ = conn.Close()
-			t.Errorf("%s lets connections in", addr)
-		}
+	for name, environ := range map[string][]string{"Envoy starts with them": {web}, "Envoy ends over them": {web, upstreams}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newPod(t, environ...)
+			refused, err := p.mesh.Issue(lab.Leaf{DNSNames: []string{"pod"}, KeyUsage: x509.KeyUsageKeyAgreement})
+			p.must(err)
+			p.must(refused.Write(p.sidecar.TLSDirectory))
+			p.besiege()
+			p.run()
+			p.protect(tlsPort)
+			p.protect(mtlsPort)
+			p.unready("Envoy does not accept the certificates: the leaf's key usage lacks digitalSignature")
+			p.besieged()
+			for _, addr := range p.Addrs() {
+				if conn, err := p.dialBriefly(netip.AddrPortFrom(addr, tlsPort)); err == nil {
+					_ = conn.Close()
+					t.Errorf("%s lets connections in", addr)
+				}
+			}
+			p.must(p.identity.Write(p.sidecar.TLSDirectory))
+			p.ready()
+			p.shows(p.identity)
+			p.besieged()
+		})
 	}
-	p.must(p.identity.Write(p.sidecar.TLSDirectory))
-	p.ready()
-	p.shows(p.identity)
-	p.besieged()
 }
 
 // TestNoHalfGeneration: whatever Envoy and Go read or verify differently, the last good generation stays whole: its
@@ -315,7 +323,7 @@ func TestUntriedCertificates(t *testing.T) {
 // killed. The next good generation takes its place.
 func TestNoHalfGeneration(t *testing.T) {
 	t.Parallel()
-	p := newPod(t, web)
+	p := newPod(t, web, upstreams)
 	authority := func() (*lab.Authority, *lab.Identity) {
 		a, err := lab.NewAuthority("mesh")
 		p.must(err)

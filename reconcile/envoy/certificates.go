@@ -6,11 +6,14 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"math/big"
 	"os"
 	"reflect"
 	"slices"
@@ -33,6 +36,35 @@ type Certificates struct {
 	anchors []*x509.Certificate   // the mesh CAs
 	ways    [][]*x509.Certificate // from the leaf to a mesh CA, as Go verifies; each begins with the leaf
 	doubt   error                 // why there is none
+}
+
+// placeholder returns certificates that every Envoy starts with, and that nobody accepts or is accepted by: the CA's key is gone.
+func placeholder(now time.Time) (*Certificates, error) {
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "placeholder"}, NotBefore: now, NotAfter: now}
+	selfSigned := func() (*x509.Certificate, *ecdsa.PrivateKey, error) {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			return nil, nil, err
+		}
+		der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+		if err != nil {
+			return nil, nil, err
+		}
+		cert, err := x509.ParseCertificate(der)
+		return cert, key, err
+	}
+	leaf, key, err := selfSigned()
+	if err != nil {
+		return nil, err
+	}
+	anchor, _, err := selfSigned()
+	if err != nil {
+		return nil, err
+	}
+	text, err := x509.MarshalPKCS8PrivateKey(key)
+	return &Certificates{
+		chain: []*x509.Certificate{leaf}, key: &pem.Block{Type: "PRIVATE KEY", Bytes: text}, anchors: []*x509.Certificate{anchor},
+	}, err
 }
 
 // Equal reports whether both were read from the same bytes.

@@ -88,8 +88,9 @@ func (c *Certificates) because(why error) error {
 	if c.doubt != nil {
 		return fmt.Errorf("%w; Envoy says: %w", c.doubt, why)
 	}
-	if usage := c.chain[0].KeyUsage; usage != 0 && usage&x509.KeyUsageDigitalSignature == 0 {
-		why = fmt.Errorf("the leaf's key usage lacks digitalSignature: %w", why)
+	const unsigned = "the leaf's key usage lacks digitalSignature"
+	if usage := c.chain[0].KeyUsage; usage != 0 && usage&x509.KeyUsageDigitalSignature == 0 && why.Error() != unsigned {
+		why = fmt.Errorf(unsigned+": %w", why)
 	}
 	return fmt.Errorf("%s: Envoy does not accept the certificates: %w", c.paths[0], why)
 }

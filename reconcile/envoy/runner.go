@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -55,6 +56,7 @@ type Runner struct {
 	refused refusals
 
 	liveLimit time.Duration // defaultLiveLimit where it is 0
+	failed    atomic.Uint64 // Envoys that were executed and did not get live
 
 	mu      sync.Mutex
 	ended   map[string]uint64 // statistics of those that are not among running any more
@@ -137,6 +139,7 @@ func (r *Runner) succeed(ctx context.Context, state render.State, settings schem
 	ctx, cancel := context.WithTimeout(ctx, r.limit(state))
 	defer cancel()
 	if err := p.waitLive(ctx, parent); err != nil {
+		r.failed.Add(1)
 		r.progress("ending an Envoy that does not start", settleLimit)
 		p.Kill() // SIGTERM would make it end its parent, which serves
 		<-p.exited

@@ -30,10 +30,12 @@ type Secrets struct {
 	verdict verdict       // on good, as it was last
 	version string        // of the publication that Envoy is to have; empty while that changes
 	untried *Certificates // that was published for the next Envoy to try
+	doubted *Certificates // that an Envoy did not start with, so that a placeholder is published for the next one
 	had     described     // what Envoy said last that it has
 
 	// The rest is Update's and Renew's alone.
 	judged  time.Time     // when the verdict was
+	failed  uint64        // how many starts of Envoy had failed when untried was published
 	refused *refusedSet   // the last one that Envoy did not accept
 	fatal   *Certificates // that Envoy ended over, once
 	cut     *Certificates // that can't be tried, and whose lack of a mesh CA is in force already
@@ -110,11 +112,29 @@ func (s *Secrets) take(ctx context.Context, c *Certificates, now time.Time) erro
 	if serving != nil {
 		return s.accept(ctx, c, serving, now)
 	}
-	if good == nil && c != s.untried {
+	switch {
+	case good != nil:
+		s.restrict(c, now)
+	case c == s.untried && s.Runner.failed.Load() > s.failed:
+		return s.holdBack(c)
+	case c != s.untried && !c.Equal(s.doubted):
 		return s.offer(c, now)
 	}
-	s.restrict(c, now)
 	return nil // the next Envoy starts with what is published, and tries this one then
+}
+
+// holdBack publishes a placeholder for the Envoy that starts next, which is to try a generation that one did not start with: whatever
+// ended that one, this one is not to end over it. Nobody is let in before Envoy has accepted certificates.
+func (s *Secrets) holdBack(c *Certificates) error {
+	none, err := placeholder(time.Now())
+	if err != nil {
+		return err
+	}
+	if err := s.present(none, time.Now()); err != nil {
+		return err
+	}
+	s.locked(func() { s.untried, s.doubted = nil, c })
+	return nil
 }
 
 // restrict takes the mesh CAs away that a generation lacks which can't be tried now: a revocation waits for no Envoy. What is
@@ -141,13 +161,23 @@ func (s *Secrets) restrict(c *Certificates, now time.Time) {
 
 // offer publishes a generation for the Envoy that starts next to try.
 func (s *Secrets) offer(c *Certificates, now time.Time) error {
+	s.failed = s.Runner.failed.Load()
+	if err := s.present(c, now); err != nil {
+		return err
+	}
+	s.locked(func() { s.untried, s.doubted = c, nil })
+	return nil
+}
+
+// present writes all that an Envoy reads at its start.
+func (s *Secrets) present(c *Certificates, now time.Time) error {
 	pub := c.publish(now, true)
 	pub.add(c.onTrial(now, bothLeaves).secrets...)
 	s.holder = nil
 	if err := pub.write(s.RuntimeDirectory); err != nil {
 		return err
 	}
-	s.locked(func() { s.untried, s.version = c, pub.version })
+	s.locked(func() { s.version = pub.version })
 	return nil
 }
 
@@ -171,7 +201,7 @@ func (s *Secrets) accept(ctx context.Context, c *Certificates, p *Process, now t
 	}
 	s.refused, s.cut, s.judged = nil, nil, now
 	s.revoked = s.revoked || s.last != nil && !c.trustsAllOf(s.last)
-	s.locked(func() { s.good, s.verdict, s.untried = c, v, nil })
+	s.locked(func() { s.good, s.verdict, s.untried, s.doubted = c, v, nil, nil })
 	s.Runner.refused.own.Store(c)
 	s.announce(c)
 	return nil
@@ -197,13 +227,18 @@ func (s *Secrets) try(ctx context.Context, c *Certificates, p *Process) (verdict
 	return v, err
 }
 
-// refuse takes note of why a generation can't be published, and puts the last good one in the trial's place: an Envoy that
-// starts is not to meet what ended the one before it.
+// refuse takes note of why a generation can't be published, and puts the last good one in the trial's place, or a placeholder: an
+// Envoy that starts is not to meet what ended the one before it.
 func (s *Secrets) refuse(c *Certificates, p *Process, why error, now time.Time) error {
-	if good := s.isGood(); good != nil {
-		if err := s.reset(good, p, now); err != nil {
-			return errors.Join(why, err)
-		}
+	instead, err := s.isGood(), error(nil)
+	if instead == nil && c.Equal(s.doubted) {
+		instead, err = placeholder(now)
+	}
+	if err == nil && instead != nil {
+		err = s.reset(instead, p, now)
+	}
+	if err != nil {
+		return errors.Join(why, err)
 	}
 	_, isRejected := errors.AsType[rejected](why)
 	if !isRejected && !p.alive() {
@@ -327,7 +362,7 @@ func (s *Secrets) Renew(ctx context.Context) error {
 func (s *Secrets) Offered() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.good != nil || s.untried != nil
+	return s.good != nil || s.untried != nil || s.doubted != nil
 }
 
 // Expires implements reconcile.Secrets.

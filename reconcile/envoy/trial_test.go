@@ -388,3 +388,54 @@ func TestTrialEndsEnvoy(t *testing.T) {
 		t.Errorf("%v, and they were not to be tried again", err)
 	}
 }
+
+// TestEndsAtStart: an Envoy that is given certificates at its start may end over them. The next one starts
+// without them all the same, so that it can say what is wrong with them, and can go on with the last good ones.
+func TestEndsAtStart(t *testing.T) {
+	const egress = "EDG_EGRESS_PROXY_CONFIG=billing#127.137.0.1:8081#192.0.2.1:443##shop#127.137.0.2:8081#192.0.2.2:443"
+	for name, isKept := range map[string]bool{"none": false, "kept": true} {
+		t.Run(name, func(t *testing.T) {
+			r, _ := runner(t)
+			ca := root(t, "mesh")
+			s := &Secrets{Files: Files{Directory: t.TempDir()}, RuntimeDirectory: r.RuntimeDirectory, KeptFile: filepath.Join(t.TempDir(), "kept"), Runner: r, Log: r.Log}
+			good := ca.leaf(t)
+			if isKept {
+				good.set(t, []issuer{ca}).write(t, s.Files.Directory)
+				s.keep(must[*Certificates](t)(s.Files.read()))
+				s.kept = nil
+			}
+			ca.leaf(t, keyUsage(x509.KeyUsageKeyAgreement)).set(t, []issuer{ca}).write(t, s.Files.Directory)
+			if _, err := s.Update(t.Context()); err != nil || !s.Offered() {
+				t.Fatalf("offered: %t, %v", s.Offered(), err)
+			}
+			wanted, settings := state(t, r, egress)
+			if _, err := r.Start(t.Context(), wanted, settings); err == nil {
+				t.Fatal("Envoy starts with these: this tries nothing")
+			}
+			for range 2 {
+				if _, _ = s.Update(t.Context()); !s.Offered() {
+					t.Fatal("no other Envoy would be started")
+				}
+				p := must[*Process](t)(r.Start(t.Context(), wanted, settings))
+				t.Cleanup(p.Stop)
+				if _, err := s.Update(t.Context()); err == nil || !strings.Contains(err.Error(), "the leaf's key usage lacks digitalSignature") {
+					t.Errorf("%v", err)
+				}
+				has := must[held](t)(must[secretTexts](t)(p.admin.secretTexts(t.Context())).parse())
+				if isKept != has.chain[0].Equal(good.Certificate) || isKept == s.Expires().IsZero() {
+					t.Errorf("Envoy has %s, and what is good expires %s", nameOf(has.chain[0]), s.Expires())
+				}
+				p.Stop()
+			}
+			good.set(t, []issuer{ca}).write(t, s.Files.Directory)
+			if _, err := s.Update(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			p := must[*Process](t)(r.Start(t.Context(), wanted, settings))
+			t.Cleanup(p.Stop)
+			if _, err := s.Update(t.Context()); err != nil || !s.Expires().Equal(good.NotAfter) {
+				t.Errorf("good ones: %v, they expire %s", err, s.Expires())
+			}
+		})
+	}
+}
