@@ -659,7 +659,7 @@ func (d *Daemon) complain(reason *error, event, what string, err error) bool {
 	err = fmt.Errorf("%s: %w", what, err)
 	isNew := !same(err, *reason)
 	if isNew {
-		d.Log.Warn(event, "reason", err)
+		d.Log.Warn(event, "reason", err) //nolint:sloglint // the caller's constant
 	}
 	d.locked(func() { *reason = err })
 	return isNew
@@ -668,7 +668,7 @@ func (d *Daemon) complain(reason *error, event, what string, err error) bool {
 // settle drops a complaint. It logs the event where there was one: else the log's last word would be the complaint.
 func (d *Daemon) settle(reason *error, event string) {
 	if *reason != nil {
-		d.Log.Info(event)
+		d.Log.Info(event) //nolint:sloglint // the caller's constant
 	}
 	d.locked(func() { *reason = nil })
 }

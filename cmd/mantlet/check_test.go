@@ -123,11 +123,14 @@ func TestCheck(t *testing.T) {
 			"runtime directory", failing, "no space left on device",
 		},
 		"runtime directory, closed": {
-			"mount -t tmpfs -o mode=700 none " + empty, []string{"MANTLET_RUNTIME_DIRECTORY=" + empty + "/run"},
+			"mount -t tmpfs -o mode=700 none " + empty,
+			[]string{"MANTLET_RUNTIME_DIRECTORY=" + empty + "/run"},
 			"runtime directory", failing, unreachable + empty + " (mode 0700)",
 		},
 		"shared memory, closed": {
-			"mount -t tmpfs -o mode=755 none /dev/shm", []string{"MANTLET_RUNTIME_DIRECTORY=" + empty}, "shared memory", failing,
+			"mount -t tmpfs -o mode=755 none /dev/shm",
+			[]string{"MANTLET_RUNTIME_DIRECTORY=" + empty},
+			"shared memory", failing,
 			fmt.Sprintf("user %d may not write to /dev/shm (mode 0755)", lab.EnvoyUser()),
 		},
 		"runtime directory on disk":   {"", []string{"MANTLET_RUNTIME_DIRECTORY=" + filepath.Join(empty, "run")}, "runtime directory", warning, "not in memory"},
