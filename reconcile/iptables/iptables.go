@@ -222,10 +222,9 @@ func (e entry) defaultDeny() string {
 	if !inverted || states != established|related {
 		return ""
 	}
-	switch xt.ConntrackFlags(base.MatchFlags) {
-	case xt.ConntrackState:
+	if flags := xt.ConntrackFlags(base.MatchFlags); flags == xt.ConntrackState {
 		return "-A INPUT -m conntrack ! --ctstate RELATED,ESTABLISHED -j DROP"
-	case xt.ConntrackState | xt.ConntrackStateAlias:
+	} else if flags == xt.ConntrackState|xt.ConntrackStateAlias {
 		return "-A INPUT -m state ! --state RELATED,ESTABLISHED -j DROP"
 	}
 	return ""
@@ -276,7 +275,7 @@ func (t table) judge(all *reconcile.LegacyRules) error {
 }
 
 // hooks are the chains by their numbers.
-var hooks = [5]string{"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"} //nolint:gochecknoglobals // a constant
+var hooks = [5]string{"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}
 
 // policyOf returns the number of the hook whose policy an entry is; -1 for another entry.
 func (t table) policyOf(at uint32) int {
@@ -310,7 +309,7 @@ func (t Tables) Lift(ctx context.Context, rule string) error {
 	defer cancel()
 	args := append([]string{"-w", "2"}, strings.Fields(strings.Replace(rule, "-A ", "-D ", 1))...)
 	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.Env = append(os.Environ(), "XTABLES_LOCKFILE="+t.LockFile)
+	cmd.Env = append(cmd.Environ(), "XTABLES_LOCKFILE="+t.LockFile)
 	said, err := cmd.CombinedOutput()
 	if text := strings.Join(strings.Fields(string(said)), " "); err != nil && text != "" {
 		err = fmt.Errorf("%w: %.200s", err, text)
