@@ -30,7 +30,8 @@ func TestDecimals(t *testing.T) {
 	check := func(t interface {
 		Fatal(...any)
 		Errorf(string, ...any)
-	}, first, last uint16) {
+	}, first, last uint16,
+	) {
 		expression := decimals([]schema.Ports{{First: first, Last: last}})
 		got := matched(t, expression)
 		if len(got) != int(last-first)+1 || got[0] != int(first) || got[len(got)-1] != int(last) {

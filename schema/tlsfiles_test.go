@@ -17,13 +17,17 @@ func TestTLSFiles(t *testing.T) {
 		"of SPIFFE, the first of them": {nil, []string{"/tls/bundle.pem"}, [3]string{"/tls/svid.pem", "/tls/svid_key.pem", "/tls/bundle.pem"}, ""},
 		"of two sets":                  {nil, []string{"/tls/tls.crt", "/tls/key.pem"}, [3]string{}, "certChain.pem,tls.crt"},
 		"named": {
-			[]string{"MANTLET_TLS_CERTIFICATE=cert.pem", "MANTLET_TLS_KEY=private.pem", "MANTLET_TLS_CA=/etc/mesh/ca.pem"}, []string{"/tls/tls.crt", "/tls/svid.pem"},
-			[3]string{"/tls/cert.pem", "/tls/private.pem", "/etc/mesh/ca.pem"}, "",
+			[]string{"MANTLET_TLS_CERTIFICATE=cert.pem", "MANTLET_TLS_KEY=private.pem", "MANTLET_TLS_CA=/etc/mesh/ca.pem"},
+			[]string{"/tls/tls.crt", "/tls/svid.pem"},
+			[3]string{"/tls/cert.pem", "/tls/private.pem", "/etc/mesh/ca.pem"},
+			"",
 		},
 		"one is named": {[]string{"MANTLET_TLS_CA=/etc/mesh/ca.pem"}, []string{"/tls/tls.crt"}, [3]string{"/tls/tls.crt", "/tls/tls.key", "/etc/mesh/ca.pem"}, ""},
 		"a usual name is named": {
-			[]string{"MANTLET_TLS_CERTIFICATE=tls.crt", "MANTLET_TLS_KEY=tls.key", "MANTLET_TLS_CA=bundle.pem"}, []string{"/tls/tls.crt", "/tls/tls.key", "/tls/bundle.pem"},
-			[3]string{"/tls/tls.crt", "/tls/tls.key", "/tls/bundle.pem"}, "",
+			[]string{"MANTLET_TLS_CERTIFICATE=tls.crt", "MANTLET_TLS_KEY=tls.key", "MANTLET_TLS_CA=bundle.pem"},
+			[]string{"/tls/tls.crt", "/tls/tls.key", "/tls/bundle.pem"},
+			[3]string{"/tls/tls.crt", "/tls/tls.key", "/tls/bundle.pem"},
+			"",
 		},
 	} {
 		env, err := ParseEnvironment(append([]string{"MANTLET_TLS_DIRECTORY=/tls"}, c.environ...))

@@ -30,7 +30,7 @@ func TestAddressGoesAway(t *testing.T) {
 	heard := p.wiretap(heir, fmt.Sprintf(":%d", mtlsPort))
 	for _, prefix := range []netip.Prefix{netip.MustParsePrefix("198.51.100.77/24"), netip.MustParsePrefix("2001:db8::77/64")} {
 		p.address(netlink.AddrAdd, p.Host, prefix)
-		before := p.refused("kernel", "left_the_pod")
+		before := p.refused("left_the_pod")
 		held := p.hold(netip.AddrPortFrom(prefix.Addr(), mtlsPort))
 		envoy := p.envoy()
 		p.must(syscall.Kill(envoy, syscall.SIGSTOP))
@@ -39,7 +39,7 @@ func TestAddressGoesAway(t *testing.T) {
 		p.address(netlink.AddrAdd, heir, prefix)
 		p.must(syscall.Kill(envoy, syscall.SIGCONT))
 		p.await("the kernel ends Envoy's connection to "+prefix.String(), func() bool {
-			return p.refused("kernel", "left_the_pod") > before || len(heard.String()) > 0
+			return p.refused("left_the_pod") > before || len(heard.String()) > 0
 		})
 	}
 	if got := heard.String(); got != "" {
@@ -98,11 +98,11 @@ func (p *pod) address(do func(netlink.Link, *netlink.Addr) error, host *lab.Host
 	}))
 }
 
-// refused returns how often something was refused for a reason.
-func (p *pod) refused(by, reason string) (count uint64) {
+// refused returns how many packets the kernel ended for a reason.
+func (p *pod) refused(reason string) (count uint64) {
 	p.t.Helper()
 	for _, r := range p.status().Refused {
-		if r.By == by && r.Reason == reason {
+		if r.By == "kernel" && r.Reason == reason {
 			count += r.Count
 		}
 	}

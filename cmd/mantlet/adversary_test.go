@@ -58,7 +58,7 @@ func TestConnectToOwnListener(t *testing.T) {
 			t.Errorf("dialling %s: %v", address, err)
 		}
 	}
-	if got := p.refused("kernel", "own_listener"); got != 4 {
+	if got := p.refused("own_listener"); got != 4 {
 		t.Errorf("%d connections are counted", got)
 	}
 	p.besiege()

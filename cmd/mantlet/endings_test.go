@@ -1,8 +1,8 @@
 package main
 
 import (
+	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"testing"
@@ -76,6 +76,6 @@ func TestForbiddenConnectionsEndAtOnce(t *testing.T) {
 }
 
 func isTimeout(err error) bool {
-	timeout, ok := err.(net.Error)
-	return ok && timeout.Timeout() && err != io.EOF
+	var timeout net.Error
+	return errors.As(err, &timeout) && timeout.Timeout()
 }

@@ -18,14 +18,12 @@ import (
 const clusterDNS = "search shop.svc.cluster.local svc.cluster.local cluster.local corp.example\nnameserver 127.0.0.1\noptions ndots:5\n"
 
 // namedPod is a pod with egress entries that have names, in a cluster. Endpoints are to be made on other hosts.
-func namedPod(t *testing.T, egress string, names map[string]lab.Answer, env ...string) (*pod, *lab.Nameserver) {
+func namedPod(t *testing.T, egress string, env ...string) (*pod, *lab.Nameserver) {
 	t.Helper()
 	p := newPod(t, append([]string{"EDG_EGRESS_PROXY_CONFIG=" + egress}, env...)...)
 	p.must(p.ResolvConf(clusterDNS))
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
-	zone := p.zone(nil)
-	zone.Set(names)
-	return p, zone
+	return p, p.zone(nil)
 }
 
 // refusedAt connects to an egress entry and returns the last line of the log about it; it must have come to nothing.
@@ -39,17 +37,15 @@ func (p *pod) refusedAt(address string) logLine {
 }
 
 // gone waits until an egress entry leads nowhere since its name has no address.
-func (p *pod) gone(address string) (line logLine) {
+func (p *pod) gone(address string) {
 	p.t.Helper()
 	p.await(address+" leads nowhere", func() bool {
 		conn := p.dial(p.Host, listen(address))
 		if echo(conn) == nil {
 			return false
 		}
-		line = p.logged(conn)
-		return line.Code == "no_endpoint"
+		return p.logged(conn).Code == "no_endpoint"
 	})
-	return line
 }
 
 // TestNameIsGone: once a name does not exist, or has no address, no new connection goes to the address that it had: another
@@ -57,7 +53,7 @@ func (p *pod) gone(address string) (line logLine) {
 func TestNameIsGone(t *testing.T) {
 	t.Parallel()
 	const billing, cart = "127.137.0.1:80", "127.137.0.2:80"
-	p, zone := namedPod(t, "billing#"+billing+"#billing:8080##cart#"+cart+"#cart.shop.svc.cluster.local:8080", nil)
+	p, zone := namedPod(t, "billing#"+billing+"#billing:8080##cart#"+cart+"#cart.shop.svc.cluster.local:8080")
 	endpoint, other := p.host("endpoint"), p.host("other")
 	served := p.endpoint(endpoint, p.issue("*"))
 	p.endpoint(other, p.issue("*"))
@@ -118,7 +114,7 @@ func TestResolverDies(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			const address = "127.137.0.1:80"
-			p, zone := namedPod(t, "billing#"+address+"#billing:8080", nil)
+			p, zone := namedPod(t, "billing#"+address+"#billing:8080")
 			m := p.override("{}")
 			endpoint := p.host("endpoint")
 			p.endpoint(endpoint, p.issue("*"))
@@ -168,7 +164,7 @@ func TestSearchDomainRefuses(t *testing.T) {
 		t.Run(what, func(t *testing.T) {
 			t.Parallel()
 			const address = "127.137.0.1:80"
-			p, zone := namedPod(t, fmt.Sprintf("billing#%s#%s:8080", address, name), nil)
+			p, zone := namedPod(t, fmt.Sprintf("billing#%s#%s:8080", address, name))
 			endpoint := p.host("endpoint")
 			p.endpoint(endpoint, p.issue("*"))
 			zone.Set(map[string]lab.Answer{name: {Addrs: []netip.Addr{endpoint.IPv4}}, name + ".corp.example": answer})
@@ -187,7 +183,7 @@ func TestSearchDomainRefuses(t *testing.T) {
 func TestResolvConfChanges(t *testing.T) {
 	t.Parallel()
 	const address = "127.137.0.1:80"
-	p, zone := namedPod(t, "billing#"+address+"#billing:8080", nil)
+	p, zone := namedPod(t, "billing#"+address+"#billing:8080")
 	endpoint := p.host("endpoint")
 	p.endpoint(endpoint, p.issue("*"))
 	zone.Set(map[string]lab.Answer{"billing.other.example": {Addrs: endpoint.Addrs()}})

@@ -16,7 +16,7 @@ func (l *lane) boot(ctx context.Context, k kernel, image, base, modules string) 
 	if err := join(initramfs, base, modules); err != nil {
 		return nil, err
 	}
-	defer os.Remove(initramfs)
+	defer func() { _ = os.Remove(initramfs) }()
 	var what []string
 	for _, s := range suites {
 		run := s.run

@@ -37,7 +37,7 @@ func (l *lane) fetch(ctx context.Context, k kernel) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer os.RemoveAll(unpacked)
+	defer func() { _ = os.RemoveAll(unpacked) }()
 	fmt.Printf("%s: fetching %s\n", k.name, strings.Join(packages, " "))
 	download := exec.CommandContext(ctx, "apt-get", append(apt, append([]string{"download", "--quiet"}, packages...)...)...)
 	download.Dir, download.Stderr = unpacked, os.Stderr

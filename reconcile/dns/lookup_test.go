@@ -128,62 +128,81 @@ func TestSearch(t *testing.T) {
 		addrs  []string
 	}{
 		"the first domain": {
-			"billing", map[string]lab.Answer{"billing" + inShop: named("10.0.0.1"), "billing.svc.cluster.local": named("10.0.0.2")},
-			"billing" + inShop, "", []string{"10.0.0.1"},
+			"billing",
+			map[string]lab.Answer{"billing" + inShop: named("10.0.0.1"), "billing.svc.cluster.local": named("10.0.0.2")},
+			"billing" + inShop, "",
+			[]string{"10.0.0.1"},
 		},
 		"a further domain": {
-			"billing.other", map[string]lab.Answer{"billing.other.svc.cluster.local": named("10.0.0.1", "fd00::1")},
-			"billing.other.svc.cluster.local", "", []string{"10.0.0.1", "fd00::1"},
+			"billing.other",
+			map[string]lab.Answer{"billing.other.svc.cluster.local": named("10.0.0.1", "fd00::1")},
+			"billing.other.svc.cluster.local", "",
+			[]string{"10.0.0.1", "fd00::1"},
 		},
 		"as it is": {
 			"billing.example", map[string]lab.Answer{"billing.example": named("fd00::1")}, "billing.example", "", []string{"fd00::1"},
 		},
 		"a final dot": {
-			"billing.", map[string]lab.Answer{"billing": named("10.0.0.1"), "billing" + inShop: named("10.0.0.2")},
-			"billing", "", []string{"10.0.0.1"},
+			"billing.",
+			map[string]lab.Answer{"billing": named("10.0.0.1"), "billing" + inShop: named("10.0.0.2")},
+			"billing", "",
+			[]string{"10.0.0.1"},
 		},
 		"one domain is refused": {
-			"billing" + inShop, map[string]lab.Answer{
+			"billing" + inShop,
+			map[string]lab.Answer{
 				"billing" + inShop:                   named("10.0.0.1"),
 				"billing" + inShop + ".corp.example": {RCode: dnsmessage.RCodeRefused},
 			},
-			"billing" + inShop, "", []string{"10.0.0.1"},
+			"billing" + inShop, "",
+			[]string{"10.0.0.1"},
 		},
 		"one domain fails": {
-			"billing" + inShop, map[string]lab.Answer{
+			"billing" + inShop,
+			map[string]lab.Answer{
 				"billing" + inShop:                   named("10.0.0.1"),
 				"billing" + inShop + ".corp.example": {RCode: dnsmessage.RCodeServerFailure},
 			},
-			"billing" + inShop, "", []string{"10.0.0.1"},
+			"billing" + inShop, "",
+			[]string{"10.0.0.1"},
 		},
 		"one domain is not answered": {
-			"billing" + inShop, map[string]lab.Answer{
+			"billing" + inShop,
+			map[string]lab.Answer{
 				"billing" + inShop:                   named("10.0.0.1"),
 				"billing" + inShop + ".corp.example": {Silent: true},
 			},
-			"billing" + inShop, "", []string{"10.0.0.1"},
+			"billing" + inShop, "",
+			[]string{"10.0.0.1"},
 		},
 		"nowhere": {"billing", nil, "", "NXDOMAIN by server 1", nil},
 		"no address": {
 			"billing.", map[string]lab.Answer{"billing": {}}, "", "NODATA (no A or AAAA record) by server 1", nil,
 		},
 		"nowhere, as far as can be told": {
-			"billing", map[string]lab.Answer{"billing.corp.example": {RCode: dnsmessage.RCodeRefused}},
+			"billing",
+			map[string]lab.Answer{"billing.corp.example": {RCode: dnsmessage.RCodeRefused}},
 			"", "REFUSED by server 1 for billing.corp.example; NXDOMAIN by server 1 for billing" + inShop, nil,
 		},
 		"an alias": {
-			"billing", map[string]lab.Answer{
+			"billing",
+			map[string]lab.Answer{
 				"billing" + inShop: {CNAME: "a.example", TTL: 5}, "a.example": {CNAME: "b.example"}, "b.example": named("10.0.0.1"),
 			},
-			"billing" + inShop, "", []string{"10.0.0.1"},
+			"billing" + inShop, "",
+			[]string{"10.0.0.1"},
 		},
 		"truncated": {
-			"billing", map[string]lab.Answer{"billing" + inShop: {Addrs: addrs("10.0.0.1", "fd00::1"), Cut: true}},
-			"billing" + inShop, "", []string{"10.0.0.1", "fd00::1"},
+			"billing",
+			map[string]lab.Answer{"billing" + inShop: {Addrs: addrs("10.0.0.1", "fd00::1"), Cut: true}},
+			"billing" + inShop, "",
+			[]string{"10.0.0.1", "fd00::1"},
 		},
 		"nobody's address": {
-			"billing", map[string]lab.Answer{"billing" + inShop: named("0.0.0.0", "10.0.0.1", "224.0.0.1", "::", "255.255.255.255")},
-			"billing" + inShop, "", []string{"10.0.0.1"},
+			"billing",
+			map[string]lab.Answer{"billing" + inShop: named("0.0.0.0", "10.0.0.1", "224.0.0.1", "::", "255.255.255.255")},
+			"billing" + inShop, "",
+			[]string{"10.0.0.1"},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -279,6 +279,7 @@ func parseRequest(text []byte) (r request, err error) {
 				}
 				return nil
 			})
+		default: // other fields are of no use here
 		}
 		return nil
 	})

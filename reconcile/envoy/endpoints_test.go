@@ -95,15 +95,13 @@ func TestEndpoints(t *testing.T) {
 	upstream := schema.Upstream{Host: "billing-svc", Port: first.Port()}
 	const one, two = "127.0.0.1:15094", "127.0.0.1:15095"
 	state, settings := state(t, r, fmt.Sprintf("EDG_EGRESS_PROXY_CONFIG=a#%s#%s##b#%s#%s", one, upstream, two, upstream))
-	start := func() *Process {
+	start := func() {
 		t.Helper()
 		ctx, cancel := context.WithTimeout(t.Context(), limit)
 		defer cancel()
-		p, err := r.Start(ctx, state, settings)
-		if err != nil {
+		if _, err := r.Start(ctx, state, settings); err != nil {
 			t.Fatal(err)
 		}
-		return p
 	}
 	set := func(addrs ...netip.Addr) {
 		t.Helper()

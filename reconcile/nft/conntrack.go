@@ -142,13 +142,20 @@ func readEntry(d *netlink.AttributeDecoder) (e entry, err error) {
 		}
 		return d.Err()
 	}
-	state := func(d *netlink.AttributeDecoder) error { e.established = d.Uint8() == stateEstablished; return nil }
+	tcp := func(d *netlink.AttributeDecoder) error {
+		for d.Next() {
+			if d.Type() == tcpState {
+				e.established = d.Uint8() == stateEstablished
+			}
+		}
+		return d.Err()
+	}
 	for d.Next() {
 		switch d.Type() {
 		case tupleOriginal:
 			d.Nested(original)
 		case protoinfo:
-			d.Nested(within(protoinfoTCP, func(d *netlink.AttributeDecoder) error { d.Nested(within(tcpState, state)); return nil }))
+			d.Nested(within(protoinfoTCP, func(d *netlink.AttributeDecoder) error { d.Nested(tcp); return nil }))
 		case connectionMark:
 			e.mark = render.Mark(d.Uint32())
 		}

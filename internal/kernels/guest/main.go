@@ -41,8 +41,14 @@ func main() {
 // prepare makes the root file system one that programs know.
 func prepare() (err error) {
 	for _, m := range []struct{ kind, at string }{
-		{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}, {"tmpfs", "/dev/shm"}, {"tmpfs", "/tmp"}, {"tmpfs", "/run"},
-		{"cgroup2", "/sys/fs/cgroup"}, {"securityfs", "/sys/kernel/security"},
+		{"proc", "/proc"},
+		{"sysfs", "/sys"},
+		{"devtmpfs", "/dev"},
+		{"tmpfs", "/dev/shm"},
+		{"tmpfs", "/tmp"},
+		{"tmpfs", "/run"},
+		{"cgroup2", "/sys/fs/cgroup"},
+		{"securityfs", "/sys/kernel/security"},
 	} {
 		err = errors.Join(err, os.MkdirAll(m.at, 0o755))
 		if failed := unix.Mount(m.kind, m.at, m.kind, 0, ""); failed != nil {
