@@ -122,11 +122,28 @@ func TestWriteReplacesAndWriteInPlaceRewrites(t *testing.T) {
 	}
 }
 
+// pair returns the ends of a connection that has buffers: without them, as net.Pipe, both ends could wait in a write for each other.
+func pair(t *testing.T) (here, there net.Conn) {
+	t.Helper()
+	listener, err := net.Listen("unix", filepath.Join(t.TempDir(), "socket"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = listener.Close() }()
+	if here, err = net.Dial("unix", listener.Addr().String()); err != nil {
+		t.Fatal(err)
+	}
+	if there, err = listener.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	return here, there
+}
+
 // handshake returns what client and server of a TLS connection say.
 func handshake(t *testing.T, client, server *tls.Config) (clientErr, serverErr error) {
 	t.Helper()
-	here, there := net.Pipe()
-	done := make(chan error)
+	here, there := pair(t)
+	done := make(chan error, 1)
 	go func() {
 		conn := tls.Server(there, server)
 		err := conn.Handshake()
