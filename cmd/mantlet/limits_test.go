@@ -278,8 +278,8 @@ func TestOutOfMemory(t *testing.T) {
 	group := p.memory(160 << 20)
 	p.start()
 	envoy := p.envoy()
-	p.must(os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", envoy), []byte("1000"), 0o600)) // it is killed first
-	hog := p.Command("sh", "-c", group.Script()+"exec dd if=/dev/zero of=/dev/null bs=512M count=1")
+	p.must(os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", envoy), []byte("1000"), 0o600))                     // it is killed first
+	hog := p.Command("sh", "-c", group.Script()+"while :; do dd if=/dev/zero of=/dev/null bs=512M count=1; done") // again where the kernel killed dd first
 	hog.Stdout, hog.Stderr = nil, nil
 	p.must(p.Start(hog))
 	p.await("mantlet tells why Envoy ended", func() bool { return p.log.count("exited: signal: killed, out of memory: memory.") > 0 })
