@@ -33,14 +33,20 @@ const (
 // ListenAddresses returns where the listeners of a bootstrap listen.
 func ListenAddresses(b *bootstrapv3.Bootstrap) (all []netip.AddrPort) {
 	for _, l := range b.GetStaticResources().GetListeners() {
-		addresses := []*corev3.Address{l.GetAddress()}
-		for _, additional := range l.GetAdditionalAddresses() {
-			addresses = append(addresses, additional.GetAddress())
-		}
-		for _, a := range addresses {
-			if ip, err := netip.ParseAddr(a.GetSocketAddress().GetAddress()); err == nil {
-				all = append(all, netip.AddrPortFrom(ip, uint16(a.GetSocketAddress().GetPortValue())))
-			}
+		all = append(all, AddressesOf(l)...)
+	}
+	return all
+}
+
+// AddressesOf returns where a listener listens; nothing for a unix socket.
+func AddressesOf(l *listenerv3.Listener) (all []netip.AddrPort) {
+	addresses := []*corev3.Address{l.GetAddress()}
+	for _, additional := range l.GetAdditionalAddresses() {
+		addresses = append(addresses, additional.GetAddress())
+	}
+	for _, a := range addresses {
+		if ip, err := netip.ParseAddr(a.GetSocketAddress().GetAddress()); err == nil {
+			all = append(all, netip.AddrPortFrom(ip, uint16(a.GetSocketAddress().GetPortValue())))
 		}
 	}
 	return all

@@ -3,15 +3,12 @@ package bind
 
 import (
 	"cmp"
-	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"unicode"
 
@@ -83,20 +80,23 @@ type Processes map[string]string
 // Listening returns the processes that listen in this network namespace, as far as the caller may see them. Whose descriptors a
 // process may look at, proc(5) says: without privileges those of its own user alone.
 func Listening() Processes {
-	return processes(listeners(func(netip.AddrPort) bool { return true }))
+	sockets, _ := Listeners() // what can't be read is out of sight
+	return processes(sockets)
 }
 
 // At says who listens at an address: the process's id and its name, as "pid 12 (python3)", or else whose it is.
 func (p Processes) At(address netip.AddrPort) string {
-	sockets := listeners(func(at netip.AddrPort) bool {
-		return at.Port() == address.Port() && (at.Addr() == address.Addr() || at.Addr().IsUnspecified() || address.Addr().IsUnspecified())
+	sockets, _ := Listeners() // what can't be read is out of sight
+	sockets = slices.DeleteFunc(sockets, func(s Listener) bool {
+		at := s.Address
+		return at.Port() != address.Port() || at.Addr() != address.Addr() && !at.Addr().IsUnspecified() && !address.Addr().IsUnspecified()
 	})
 	now := processes(sockets)
 	var all []string
 	for _, s := range sockets {
-		name := cmp.Or(p[s.inode], now[s.inode])
+		name := cmp.Or(p[s.Inode], now[s.Inode])
 		if name == "" {
-			name = fmt.Sprintf("a process of user %s that is out of sight", s.user)
+			name = fmt.Sprintf("a process of user %s that is out of sight", s.User)
 		}
 		all = append(all, name)
 	}
@@ -107,54 +107,8 @@ func (p Processes) At(address netip.AddrPort) string {
 	return strings.Join(all, " and ")
 }
 
-// listener is a socket as the kernel lists it.
-type listener struct{ inode, user string }
-
-// listeners returns the sockets of this network namespace that listen, at the addresses that are wanted. They come from
-// /proc/net/tcp (proc_net_tcp(5)).
-func listeners(wanted func(netip.AddrPort) bool) (all []listener) {
-	const listen = "0A" // TCP_LISTEN of include/net/tcp_states.h
-	for _, table := range []string{"tcp", "tcp6"} {
-		text, err := os.ReadFile("/proc/thread-self/net/" + table)
-		if err != nil {
-			continue // a kernel without IPv6 has one of them
-		}
-		for line := range strings.Lines(string(text)) {
-			fields := strings.Fields(line)
-			if len(fields) < 10 || fields[3] != listen {
-				continue
-			}
-			if at, err := parse(fields[1]); err == nil && wanted(at) {
-				all = append(all, listener{inode: fields[9], user: fields[7]})
-			}
-		}
-	}
-	return all
-}
-
-// parse reads an address as /proc/net/tcp has it: words of four bytes in the host's order, and the port, all in hex.
-func parse(text string) (netip.AddrPort, error) {
-	host, port, _ := strings.Cut(text, ":")
-	bytes, err := hex.DecodeString(host)
-	if err != nil {
-		return netip.AddrPort{}, err
-	}
-	number, err := strconv.ParseUint(port, 16, 16)
-	if err != nil {
-		return netip.AddrPort{}, err
-	}
-	for i := 0; i+4 <= len(bytes); i += 4 {
-		binary.BigEndian.PutUint32(bytes[i:], binary.NativeEndian.Uint32(bytes[i:]))
-	}
-	addr, ok := netip.AddrFromSlice(bytes)
-	if !ok {
-		return netip.AddrPort{}, fmt.Errorf("%q is no address", text)
-	}
-	return netip.AddrPortFrom(addr.Unmap(), uint16(number)), nil
-}
-
 // processes names the processes that have the sockets. What none is seen to have is left out.
-func processes(sockets []listener) Processes {
+func processes(sockets []Listener) Processes {
 	if len(sockets) == 0 {
 		return nil
 	}
@@ -169,7 +123,7 @@ func processes(sockets []listener) Processes {
 			continue // it is closed, or out of sight
 		}
 		inode, isSocket := strings.CutPrefix(strings.TrimSuffix(to, "]"), "socket:[")
-		if !isSocket || all[inode] != "" || !slices.ContainsFunc(sockets, func(s listener) bool { return s.inode == inode }) {
+		if !isSocket || all[inode] != "" || !slices.ContainsFunc(sockets, func(s Listener) bool { return s.Inode == inode }) {
 			continue
 		}
 		pid := strings.Split(link, "/")[2]

@@ -24,6 +24,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"mantlet/internal/bind"
 	"mantlet/internal/sandbox"
 	"mantlet/render"
 	"mantlet/schema"
@@ -606,13 +607,13 @@ func TestParentHangs(t *testing.T) {
 
 // listeningSockets returns how many of a process's sockets listen.
 func listeningSockets(pid int) (n int, err error) {
-	states := map[string]string{}
-	if err := eachSocket(fmt.Sprintf("/proc/%d", pid), func(_, state, _, inode string) { states["socket:["+inode+"]"] = state }); err != nil {
+	all, err := bind.Listeners()
+	if err != nil {
 		return 0, err
 	}
 	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
 	for _, file := range files {
-		if target, err := os.Readlink(file); err == nil && states[target] == listening {
+		if target, err := os.Readlink(file); err == nil && slices.ContainsFunc(all, func(l bind.Listener) bool { return target == "socket:["+l.Inode+"]" }) {
 			n++
 		}
 	}

@@ -13,29 +13,11 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"mantlet/internal/bind"
 	"mantlet/schema"
 )
 
 // What the kernel tells of Envoys.
-
-// listening is TCP_LISTEN of include/net/tcp_states.h, as /proc/net/tcp has it.
-const listening = "0A"
-
-// eachSocket calls do for each TCP socket in the network namespace of a process, or a thread, with the fields as the kernel prints them.
-func eachSocket(process string, do func(local, state, uid, inode string)) error {
-	for _, family := range []string{"tcp", "tcp6"} {
-		text, err := os.ReadFile(filepath.Join(process, "net", family))
-		if err != nil && (family == "tcp" || !errors.Is(err, os.ErrNotExist)) { // a kernel without IPv6 has one of them
-			return fmt.Errorf("reading the sockets of the network namespace: %w", err)
-		}
-		for line := range strings.Lines(string(text)) {
-			if fields := strings.Fields(line); len(fields) > 9 {
-				do(fields[1], fields[3], fields[7], fields[9])
-			}
-		}
-	}
-	return nil
-}
 
 // Evict ends Envoys of this network namespace that this program did not start. A mantlet that was killed leaves one behind
 // where that was stopped: the signal that is to end it waits until it goes on. It would share the listeners' connections,
@@ -124,12 +106,11 @@ func awaitEnd(fd int, deadline time.Time) error {
 
 // listens reports whether Envoy's user has a listener at one of the ingress listeners' addresses.
 func (r *Runner) listens() (bool, error) {
-	ends := []string{fmt.Sprintf(":%04X", schema.IngressMTLSPort), fmt.Sprintf(":%04X", schema.IngressTLSPort)}
-	found := false
-	err := eachSocket("/proc/thread-self", func(local, state, uid, _ string) {
-		found = found || state == listening && uid == strconv.Itoa(r.UID) && slices.ContainsFunc(ends, func(end string) bool { return strings.HasSuffix(local, end) })
-	})
-	return found, err
+	all, err := bind.Listeners()
+	return slices.ContainsFunc(all, func(l bind.Listener) bool {
+		port := l.Address.Port()
+		return l.User == strconv.Itoa(r.UID) && (port == schema.IngressMTLSPort || port == schema.IngressTLSPort)
+	}), err
 }
 
 // runs reports whether a process was started as an Envoy of the network namespace that the base is made from, and is a user's.
