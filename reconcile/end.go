@@ -20,16 +20,15 @@ type Ended struct {
 func (d *Daemon) end(next *desired, revoked bool) {
 	var listeners []netip.AddrPort
 	if d.have != nil {
-		if reflect.DeepEqual(d.have.generations, next.generations) && reflect.DeepEqual(d.have.closedPorts(), next.closedPorts()) &&
-			reflect.DeepEqual(d.have.mesh.Egress, next.mesh.Egress) {
+		listeners = forbidden(d.have.mesh, next.mesh, revoked)
+		sameIngress := reflect.DeepEqual(d.have.generations, next.generations) && reflect.DeepEqual(d.have.closedPorts(), next.closedPorts())
+		if sameIngress && len(listeners) == 0 {
 			return
 		}
-		listeners = forbidden(d.have.mesh, next.mesh, revoked)
 	}
 	mesh := next.enforced()
 	admits := func(port uint16, mark render.Mark) bool {
-		isClosed := slices.ContainsFunc(next.closedPorts(), func(p schema.Ports) bool { return p.Contains(port) })
-		return !isClosed && render.Admits(mesh, next.generations, port, mark)
+		return !next.isClosed(schema.Ports{First: port, Last: port}) && render.Admits(mesh, next.generations, port, mark)
 	}
 	d.watchdog.begin(loop, "ending connections", kernelLimit)
 	inbound, egress, err := d.Kernel.End(admits, listeners)
@@ -51,18 +50,10 @@ func (d *Daemon) end(next *desired, revoked bool) {
 // tells that a mesh CA was taken away, which may have signed any endpoint's certificate.
 func forbidden(from, to schema.Mesh, revoked bool) (listeners []netip.AddrPort) {
 	for _, was := range from.Egress {
-		i := slices.IndexFunc(to.Egress, func(is schema.Egress) bool { return is.Listen == was.Listen })
-		if i < 0 || revoked || to.TLS.MinVersion > from.TLS.MinVersion || to.Egress[i].Upstream != was.Upstream || narrower(was.ServerNames, to.Egress[i].ServerNames) {
+		i, found := slices.BinarySearchFunc(to.Egress, was.Listen, func(is schema.Egress, at netip.AddrPort) int { return is.Listen.Compare(at) })
+		if !found || revoked || to.TLS.MinVersion > from.TLS.MinVersion || to.Egress[i].Upstream != was.Upstream || !was.Within(to.Egress[i]) {
 			listeners = append(listeners, was.Listen)
 		}
 	}
 	return listeners
-}
-
-// narrower reports whether a list of names accepts somebody no more whom another one did. No list accepts everybody.
-func narrower(was, is []string) bool {
-	if is == nil {
-		return false
-	}
-	return was == nil || slices.ContainsFunc(was, func(name string) bool { return !slices.Contains(is, name) })
 }

@@ -80,6 +80,11 @@ func (s *desired) closedPorts() []schema.Ports {
 	return nil
 }
 
+// isClosed reports whether all of some ports are closed.
+func (s *desired) isClosed(ports schema.Ports) bool {
+	return slices.ContainsFunc(s.closedPorts(), func(p schema.Ports) bool { return p.Contains(ports.First) && p.Contains(ports.Last) })
+}
+
 // sameRules reports whether two states have the same rules, but for generations.
 func (s *desired) sameRules(other *desired) bool {
 	return s.closed == nil && other.closed == nil && len(tightened(s.mesh, other.mesh)) == 0 && len(tightened(other.mesh, s.mesh)) == 0
@@ -91,9 +96,7 @@ func (d *Daemon) close(want *desired) error {
 		return nil
 	}
 	have := d.have.enforced()
-	ports := slices.DeleteFunc(tightened(have, want.mesh), func(part schema.Ports) bool {
-		return slices.ContainsFunc(d.have.closedPorts(), func(p schema.Ports) bool { return p.Contains(part.First) && p.Contains(part.Last) })
-	})
+	ports := slices.DeleteFunc(tightened(have, want.mesh), d.have.isClosed)
 	if len(ports) == 0 {
 		return nil
 	}

@@ -210,16 +210,17 @@ type Daemon struct {
 	badConfig, badCertificates, expiring, down error
 
 	// What Status tells beside that.
-	since                     time.Time // it runs
-	accepted                  uint64    // how many configurations were
-	lastError                 *Failure
-	unserved                  error // why the status address is not served
-	ungated                   error // why the gate's socket is not served
-	applies                   applies
-	envoys                    Envoys
-	endedInbound, endedEgress uint64             // connections that changes ended
-	flight                    singleflight.Group // of requests that ask the same
-	told                      sync.Map           // what they were told last
+	since        time.Time // it runs
+	accepted     uint64    // how many configurations were
+	lastError    *Failure
+	unserved     error // why the status address is not served
+	ungated      error // why the gate's socket is not served
+	applies      applies
+	envoys       Envoys
+	endedInbound uint64 // connections that changes ended
+	endedEgress  uint64
+	flight       singleflight.Group // of requests that ask the same
+	told         sync.Map           // what they were told last
 }
 
 // desired is a desired state and what it was rendered from.

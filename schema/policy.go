@@ -28,6 +28,9 @@ func (p Policy) Within(other Policy) bool {
 	return isPart(p.Allow, other.Allow)
 }
 
+// Within reports whether an entry accepts no endpoint, by its names, that other does not.
+func (e Egress) Within(other Egress) bool { return isPart(e.ServerNames, other.ServerNames) }
+
 // isPart reports whether list names nobody whom whole does not; nil names everybody.
 func isPart(list, whole []string) bool {
 	if whole == nil {
@@ -36,12 +39,7 @@ func isPart(list, whole []string) bool {
 	if list == nil {
 		return false
 	}
-	for _, name := range list {
-		if !slices.Contains(whole, name) {
-			return false
-		}
-	}
-	return true
+	return !slices.ContainsFunc(list, func(name string) bool { return !slices.Contains(whole, name) })
 }
 
 // PolicyOf returns what the entries of a valid mesh say of a port.

@@ -87,7 +87,7 @@ func (e *Environment) tightenEgress(config Config, r *report) {
 			refuse(key, "remove an entry")
 		case entry.Upstream != was.Upstream && !bad["upstream"]:
 			refuse(key, fmt.Sprintf("change the upstream: it is %s, and would be %s", was.Upstream, entry.Upstream))
-		case !isPart(entry.ServerNames, was.ServerNames) && !bad["serverNames"]:
+		case !entry.Within(was) && !bad["serverNames"]:
 			refuse(key, fmt.Sprintf("add server names: they are %s, and would be %s", listed(was.ServerNames), listed(entry.ServerNames)))
 		}
 		if ok && !slices.Equal(entry.ALPN, was.ALPN) && !bad["alpn"] {
