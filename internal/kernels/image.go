@@ -113,23 +113,14 @@ var wanted = regexp.MustCompile(`/kernel/net/(netfilter|ipv4/netfilter|ipv6/netf
 
 // modules writes the part of the initramfs that is a kernel's own and returns the kernel and the part.
 func (l *lane) modules(ctx context.Context, k kernel, directory string) (image, part string, err error) {
-	images, err := filepath.Glob(directory + "/boot/vmlinuz-*")
+	images, err := globs(directory, "boot/vmlinuz-*", "usr/lib/modules/*/vmlinuz")
 	if err != nil {
 		return "", "", err
 	}
-	inside, err := filepath.Glob(directory + "/usr/lib/modules/*/vmlinuz")
+	found, err := globs(directory, "lib/modules/*", "usr/lib/modules/*")
 	if err != nil {
 		return "", "", err
 	}
-	found, err := filepath.Glob(directory + "/lib/modules/*")
-	if err != nil {
-		return "", "", err
-	}
-	usr, err := filepath.Glob(directory + "/usr/lib/modules/*")
-	if err != nil {
-		return "", "", err
-	}
-	images, found = append(images, inside...), append(found, usr...)
 	if len(images) != 1 || len(found) != 1 {
 		return "", "", fmt.Errorf("%s has the kernels %q and the modules %q, want one of each", directory, images, found)
 	}
@@ -147,6 +138,18 @@ func (l *lane) modules(ctx context.Context, k kernel, directory string) (image, 
 		below, inside := strings.CutPrefix(name, "lib/modules/"+filepath.Base(found[0])+"/")
 		return inside && (strings.HasPrefix(below, "modules.") || keep[below])
 	})
+}
+
+// globs returns what matches any of the patterns below a directory.
+func globs(directory string, patterns ...string) (all []string, err error) {
+	for _, pattern := range patterns {
+		found, err := filepath.Glob(filepath.Join(directory, pattern))
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, found...)
+	}
+	return all, nil
 }
 
 // dependencies returns the files of all wanted modules and of those that they need, as modules.dep names them.
