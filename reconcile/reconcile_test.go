@@ -944,16 +944,23 @@ func TestFrozen(t *testing.T) {
 	})
 }
 
+// hangAtStart runs the daemon until an Envoy starts for one that ended. It gets live once the channel is closed.
+func (w *world) hangAtStart(t *testing.T) (until chan struct{}) {
+	t.Helper()
+	w.run(t)
+	expect(t, w, "start Envoy", "rules")
+	until = make(chan struct{})
+	w.set(func() { w.hang = map[string]chan struct{}{"start": until} })
+	close(w.latest.exited)
+	expect(t, w, "start Envoy")
+	return until
+}
+
 // TestStartHangs: an Envoy that does not get live holds up neither certificates nor what a mesh CA's end means for connections.
 func TestStartHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
-		w.run(t)
-		expect(t, w, "start Envoy", "rules")
-		until := make(chan struct{})
-		w.set(func() { w.hang = map[string]chan struct{}{"start": until} })
-		close(w.latest.exited)
-		expect(t, w, "start Envoy")
+		until := w.hangAtStart(t)
 		w.set(func() { w.revoked = true })
 		time.Sleep(pollMissing)
 		expect(t, w, "rules")
@@ -975,12 +982,7 @@ func TestStartHangs(t *testing.T) {
 func TestOfferedMeanwhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
-		w.run(t)
-		expect(t, w, "start Envoy", "rules")
-		until := make(chan struct{})
-		w.set(func() { w.hang = map[string]chan struct{}{"start": until} })
-		close(w.latest.exited)
-		expect(t, w, "start Envoy")
+		until := w.hangAtStart(t)
 		env, err := schema.ParseEnvironment([]string{"EDG_INGRESS_PROXY_CONFIG=web#8080#false"})
 		if err != nil {
 			t.Fatal(err)

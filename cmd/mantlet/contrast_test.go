@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -124,24 +123,6 @@ func TestAdminPort(t *testing.T) {
 			p.besieged()
 		})
 	}
-}
-
-// getMutual asks the status address from outside by mutual TLS.
-func (p *pod) getMutual(addr netip.Addr, method, path string) (code int, said string, err error) {
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: p.client.ClientConfig("pod"), DialContext: p.outside.Dial}}
-	ctx, cancel := p.context()
-	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, method, "https://"+netip.AddrPortFrom(addr, statusPort).String()+path, nil)
-	if err != nil {
-		return 0, "", err
-	}
-	response, err := client.Do(request)
-	if err != nil {
-		return 0, "", err
-	}
-	defer response.Body.Close()
-	text, err := io.ReadAll(response.Body)
-	return response.StatusCode, string(text), err
 }
 
 // bootDeny is what the guests of confidential clusters boot with.

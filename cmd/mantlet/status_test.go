@@ -32,8 +32,18 @@ const statusPort = 9901
 
 // get asks the status address from outside, and anyone's address does.
 func (p *pod) get(addr netip.Addr, method, path string) (code int, said string, err error) {
+	return p.getBy("http", addr, method, path)
+}
+
+// getMutual asks the status address from outside by mutual TLS.
+func (p *pod) getMutual(addr netip.Addr, method, path string) (code int, said string, err error) {
+	return p.getBy("https", addr, method, path)
+}
+
+func (p *pod) getBy(scheme string, addr netip.Addr, method, path string) (code int, said string, err error) {
 	client := &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
+		TLSClientConfig:   p.client.ClientConfig("pod"),
 		// Some thousand connections later the kernel takes ports again that mantlet's side still has in TIME_WAIT, which the
 		// rules let nobody in by. The next attempt has another one.
 		DialContext: func(ctx context.Context, network, to string) (conn net.Conn, err error) {
@@ -47,7 +57,7 @@ func (p *pod) get(addr netip.Addr, method, path string) (code int, said string, 
 	}}
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, method, "http://"+netip.AddrPortFrom(addr, statusPort).String()+path, nil)
+	request, err := http.NewRequestWithContext(ctx, method, scheme+"://"+netip.AddrPortFrom(addr, statusPort).String()+path, nil)
 	if err != nil {
 		return 0, "", err
 	}
