@@ -149,7 +149,7 @@ func sidecar(t *testing.T, pod *corev1.PodSpec) schema.Mesh {
 	}
 	process, mesh := load(t, environ)
 	for path, readOnly := range map[string]bool{
-		process.TLSDirectory: true, process.RuntimeDirectory: false, "/dev/shm": false,
+		process.TLS.Directory: true, process.RuntimeDirectory: false, "/dev/shm": false,
 	} {
 		mount := find(mantlet.VolumeMounts, func(m corev1.VolumeMount) bool { return m.MountPath == path })
 		volume := find(pod.Volumes, func(v corev1.Volume) bool { return v.Name == mount.Name })

@@ -537,7 +537,7 @@ func (d *Daemon) certify(ctx context.Context, reread <-chan struct{}) {
 	changed := make(chan struct{}, 1)
 	var watching sync.WaitGroup
 	defer watching.Wait()
-	for _, directory := range d.Environment.Process.TLSDirectories() {
+	for _, directory := range d.Environment.Process.TLS.Directories() {
 		watching.Go(func() { watch(ctx, directory, changed, d.Log) })
 	}
 	tickets := time.NewTicker(ticketLife)

@@ -62,12 +62,9 @@ const defaultEnvoyUID = 1337
 
 // Process holds what only the environment may say: a mounted file never chooses which binary runs or which CA is trusted.
 type Process struct {
-	EnvoyPath    string // found on PATH where it has no slash
-	EnvoyUID     int    // and number of its group; mantlet's own means the same user and group
-	TLSDirectory string // holds certificates, see TLSFiles and DefaultTLSDirectory
-	// Names of files in the TLS directory, or absolute paths; empty for the usual names.
-	TLSCertificate, TLSKey, TLSCA string
-
+	EnvoyPath        string // found on PATH where it has no slash
+	EnvoyUID         int    // and number of its group; mantlet's own means the same user and group
+	TLS              TLSFiles
 	RuntimeDirectory string // private to mantlet; comes to hold the key
 	StatusAddress    string // where the status is served over TCP, an IP address or nothing before the port; empty for nowhere
 	GateSocket       string // where any user of the pod may ask whether the sidecar is ready; empty for nowhere
@@ -117,10 +114,10 @@ func (p *Process) variables() map[string]processVariable {
 			p.EnvoyUID = int(uid)
 			return text, ""
 		}},
-		"MANTLET_TLS_DIRECTORY":     {&p.TLSDirectory, absolute},
-		"MANTLET_TLS_CERTIFICATE":   {&p.TLSCertificate, tlsFile},
-		"MANTLET_TLS_KEY":           {&p.TLSKey, tlsFile},
-		"MANTLET_TLS_CA":            {&p.TLSCA, tlsFile},
+		"MANTLET_TLS_DIRECTORY":     {&p.TLS.Directory, absolute},
+		"MANTLET_TLS_CERTIFICATE":   {&p.TLS.Certificate, tlsFile},
+		"MANTLET_TLS_KEY":           {&p.TLS.Key, tlsFile},
+		"MANTLET_TLS_CA":            {&p.TLS.CA, tlsFile},
 		"MANTLET_RUNTIME_DIRECTORY": {&p.RuntimeDirectory, absolute},
 		"MANTLET_LOG_LEVEL": {&p.LogLevel, func(text string) (string, string) {
 			return oneOf(text, []string{"debug", "info", "warn", "error"})
@@ -308,7 +305,7 @@ func ParseEnvironment(environ []string) (*Environment, error) {
 	env := &Environment{Process: Process{
 		EnvoyPath:        "envoy",
 		EnvoyUID:         defaultEnvoyUID,
-		TLSDirectory:     DefaultTLSDirectory(isDirectory),
+		TLS:              TLSFiles{Directory: DefaultTLSDirectory(isDirectory)},
 		RuntimeDirectory: "/run/mantlet",
 		LogLevel:         "info",
 		Overrides:        OverridesAll,

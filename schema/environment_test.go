@@ -523,29 +523,29 @@ func TestProcess(t *testing.T) {
 		want    schema.Process
 	}{
 		"defaults": {nil, schema.Process{
-			EnvoyPath: "envoy", EnvoyUID: 1337, TLSDirectory: "/tls-config", RuntimeDirectory: "/run/mantlet", LogLevel: "info", Overrides: schema.OverridesAll,
+			EnvoyPath: "envoy", EnvoyUID: 1337, TLS: schema.TLSFiles{Directory: "/tls-config"}, RuntimeDirectory: "/run/mantlet", LogLevel: "info", Overrides: schema.OverridesAll,
 		}},
 		"all set": {[]string{
 			"MANTLET_ENVOY_PATH=/opt/envoy=1", "MANTLET_ENVOY_UID=0", "MANTLET_TLS_DIRECTORY=/tls/", "MANTLET_RUNTIME_DIRECTORY=/run//x", "MANTLET_LOG_LEVEL=debug",
 			"MANTLET_CONFIG=/etc/mantlet/../mesh.yaml", "MANTLET_CONFIG_SHA256=" + pin, "MANTLET_OVERRIDES=tighten",
 			"MANTLET_POD_IP=10.0.0.7", "MANTLET_HOST_IP=2001:db8::1",
 		}, schema.Process{
-			EnvoyPath: "/opt/envoy=1", EnvoyUID: 0, TLSDirectory: "/tls", RuntimeDirectory: "/run/x", LogLevel: "debug", ConfigFile: "/etc/mesh.yaml",
+			EnvoyPath: "/opt/envoy=1", EnvoyUID: 0, TLS: schema.TLSFiles{Directory: "/tls"}, RuntimeDirectory: "/run/x", LogLevel: "debug", ConfigFile: "/etc/mesh.yaml",
 			ConfigDigest: strings.ToLower(pin), Overrides: schema.OverridesTighten, PodIP: "10.0.0.7", HostIP: "2001:db8::1",
 		}},
 		"an admin port, and ingress off": {[]string{"EDG_ADMIN_PORT=9901", "CONTRAST_ADMIN_PORT=9901", "EDG_INGRESS_PROXY_CONFIG=DISABLED"}, schema.Process{
-			EnvoyPath: "envoy", EnvoyUID: 1337, TLSDirectory: "/tls-config", RuntimeDirectory: "/run/mantlet", LogLevel: "info", Overrides: schema.OverridesAll,
+			EnvoyPath: "envoy", EnvoyUID: 1337, TLS: schema.TLSFiles{Directory: "/tls-config"}, RuntimeDirectory: "/run/mantlet", LogLevel: "info", Overrides: schema.OverridesAll,
 			StatusAddress: ":9901", AdminVariable: "CONTRAST_ADMIN_PORT", IngressOff: "EDG_INGRESS_PROXY_CONFIG",
 		}},
 		"what a guest needs": {[]string{"MANTLET_LIFT_DEFAULT_DENY=true", "MANTLET_READY_FILE=/ready"}, schema.Process{
-			EnvoyPath: "envoy", EnvoyUID: 1337, TLSDirectory: "/tls-config", RuntimeDirectory: "/run/mantlet", LogLevel: "info", Overrides: schema.OverridesAll,
+			EnvoyPath: "envoy", EnvoyUID: 1337, TLS: schema.TLSFiles{Directory: "/tls-config"}, RuntimeDirectory: "/run/mantlet", LogLevel: "info", Overrides: schema.OverridesAll,
 			LiftDefaultDeny: true, ReadyFile: "/ready",
 		}},
 		"no admin port": {[]string{"EDG_ADMIN_PORT=", "CONTRAST_ADMIN_PORT=0", "MANTLET_LIFT_DEFAULT_DENY=false"}, schema.Process{
-			EnvoyPath: "envoy", EnvoyUID: 1337, TLSDirectory: "/tls-config", RuntimeDirectory: "/run/mantlet", LogLevel: "info", Overrides: schema.OverridesAll,
+			EnvoyPath: "envoy", EnvoyUID: 1337, TLS: schema.TLSFiles{Directory: "/tls-config"}, RuntimeDirectory: "/run/mantlet", LogLevel: "info", Overrides: schema.OverridesAll,
 		}},
 		"as far as it is right": {[]string{"MANTLET_TLS_DIRECTORY=tls", "MANTLET_RUNTIME_DIRECTORY=/run/x", ingress + "x"}, schema.Process{
-			EnvoyPath: "envoy", EnvoyUID: 1337, TLSDirectory: "/tls-config", RuntimeDirectory: "/run/x", LogLevel: "info", Overrides: schema.OverridesAll,
+			EnvoyPath: "envoy", EnvoyUID: 1337, TLS: schema.TLSFiles{Directory: "/tls-config"}, RuntimeDirectory: "/run/x", LogLevel: "info", Overrides: schema.OverridesAll,
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {

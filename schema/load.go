@@ -47,7 +47,7 @@ func (e *Environment) ReadsFile() bool {
 // Read returns the content of the override file.
 func (e *Environment) Read() (Content, error) {
 	// An override file that became a link must not reveal what mantlet may read for other purposes.
-	return readFile(e.Process.ConfigFile, e.Process.TLSDirectory, e.Process.RuntimeDirectory, "/etc", "/proc", "/sys", "/dev")
+	return readFile(e.Process.ConfigFile, e.Process.TLS.Directory, e.Process.RuntimeDirectory, "/etc", "/proc", "/sys", "/dev")
 }
 
 // Digest tells environments apart that could make different meshes of one file.

@@ -14,37 +14,57 @@ var tlsFiles = [][3]string{
 	{"svid.pem", "svid_key.pem", "bundle.pem"}, // SPIFFE
 }
 
-// TLSFileNames returns all names that certificates may have in the TLS directory.
-func (p Process) TLSFileNames() []string {
-	all := []string{p.TLSCertificate, p.TLSKey, p.TLSCA}
+// TLSFiles says where certificates are read from.
+type TLSFiles struct {
+	Directory string // see DefaultTLSDirectory
+	// Names of files in the directory, or absolute paths; empty for the usual names.
+	Certificate, Key, CA string
+}
+
+// named returns the names that variables give: of the chain, its key and the CAs of the mesh.
+func (f TLSFiles) named() [3]string { return [3]string{f.Certificate, f.Key, f.CA} }
+
+// Elsewhere returns the paths of files that variables name by absolute paths.
+func (f TLSFiles) Elsewhere() (paths []string) {
+	for _, name := range f.named() {
+		if filepath.IsAbs(name) {
+			paths = append(paths, name)
+		}
+	}
+	return paths
+}
+
+// Names returns all names that certificates may have in the directory.
+func (f TLSFiles) Names() []string {
+	named := f.named()
+	all := named[:]
 	for _, set := range tlsFiles {
 		all = append(all, set[:]...)
 	}
 	return slices.DeleteFunc(all, func(name string) bool { return name == "" || filepath.IsAbs(name) })
 }
 
-// TLSDirectories returns the directories that certificates are read from: the TLS directory, then those of files that variables name
-// elsewhere.
-func (p Process) TLSDirectories() []string {
-	all := []string{p.TLSDirectory}
-	for _, name := range []string{p.TLSCertificate, p.TLSKey, p.TLSCA} {
-		if directory := filepath.Dir(name); filepath.IsAbs(name) && !slices.Contains(all, directory) {
+// Directories returns the directories that certificates are read from: that of the usual names, then those of files elsewhere.
+func (f TLSFiles) Directories() []string {
+	all := []string{f.Directory}
+	for _, path := range f.Elsewhere() {
+		if directory := filepath.Dir(path); !slices.Contains(all, directory) {
 			all = append(all, directory)
 		}
 	}
 	return all
 }
 
-// TLSFiles returns where the chain, its key and the CAs of the mesh are. The names are those that variables give, else those of one of the
-// usual sets that the TLS directory has a file of, by isThere. Where it has none yet, they are those of the first set. Files of two
+// Paths returns where the chain, its key and the CAs of the mesh are. The names are those that variables give, else those of one of the
+// usual sets that the directory has a file of, by isThere. Where it has none yet, they are those of the first set. Files of two
 // sets are an error: nobody can know which is meant.
-func (p Process) TLSFiles(isThere func(path string) bool) (files [3]string, err error) {
-	named := [3]string{p.TLSCertificate, p.TLSKey, p.TLSCA}
+func (f TLSFiles) Paths(isThere func(path string) bool) (files [3]string, err error) {
+	named := f.named()
 	path := func(name string) string {
 		if filepath.IsAbs(name) {
 			return name
 		}
-		return filepath.Join(p.TLSDirectory, name)
+		return filepath.Join(f.Directory, name)
 	}
 	var found [][3]string
 	for _, set := range tlsFiles {
@@ -61,7 +81,7 @@ func (p Process) TLSFiles(isThere func(path string) bool) (files [3]string, err 
 		set = found[0]
 	case len(found) > 1:
 		return files, fmt.Errorf("%s: has files of two sets of certificates, %s and %s: remove one, or name the files that are meant with "+
-			"MANTLET_TLS_CERTIFICATE, MANTLET_TLS_KEY and MANTLET_TLS_CA", p.TLSDirectory, strings.Join(found[0][:], ", "), strings.Join(found[1][:], ", "))
+			"MANTLET_TLS_CERTIFICATE, MANTLET_TLS_KEY and MANTLET_TLS_CA", f.Directory, strings.Join(found[0][:], ", "), strings.Join(found[1][:], ", "))
 	}
 	for i, name := range set {
 		if named[i] != "" {

@@ -34,7 +34,7 @@ func TestTLSFiles(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
-		got, err := env.Process.TLSFiles(func(path string) bool { return slices.Contains(c.there, path) })
+		got, err := env.Process.TLS.Paths(func(path string) bool { return slices.Contains(c.there, path) })
 		if c.err != "" {
 			for _, text := range strings.Split(c.err, ",") {
 				if err == nil || !strings.Contains(err.Error(), text) {

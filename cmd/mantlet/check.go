@@ -135,7 +135,7 @@ func findings(ctx context.Context, environ []string) []finding {
 		[]finding{
 			tryLegacy(iptables.Tables{}, process), tryLandlock(), tryIPv6(), tryAdvertisements("/proc/sys/net/ipv6/conf"), tryConntrack("/proc/sys/net/netfilter"),
 			tryEnvoy(ctx, process.EnvoyPath, process.EnvoyUID), trySharedMemory("/dev/shm", process.EnvoyUID),
-			tryRuntimeDirectory(process.RuntimeDirectory, process.EnvoyUID), tryCertificates(files(process)),
+			tryRuntimeDirectory(process.RuntimeDirectory, process.EnvoyUID), tryCertificates(process.TLS),
 		},
 	)
 	if err != nil {
@@ -395,7 +395,7 @@ func tryWriting(directory string) error {
 	return nil
 }
 
-func tryCertificates(files envoy.Files) finding {
+func tryCertificates(files schema.TLSFiles) finding {
 	certificates, err := envoy.LoadCertificates(files, time.Now())
 	remedy := "mend it there, and mantlet takes it"
 	if errors.Is(err, os.ErrNotExist) {

@@ -99,7 +99,7 @@ func diffLive(ctx context.Context, environ []string, notes io.Writer) (d reconci
 	if err != nil {
 		return d, fmt.Errorf("asking Envoy: %w", err)
 	}
-	certificates, err := envoy.Unpublished(files(process), live, time.Now())
+	certificates, err := envoy.Unpublished(process.TLS, live, time.Now())
 	if err != nil {
 		_, _ = fmt.Fprintln(notes, "the certificates are not good, so they are not published:", err)
 	}

@@ -234,7 +234,7 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 	}
 	names := dns.NewFollower(dns.System(), endpoints, log)
 	secrets := &envoy.Secrets{
-		Files: files(env.Process), RuntimeDirectory: directory, KeptFile: filepath.Join(env.Process.RuntimeDirectory, "last-good-certificates.json"),
+		Files: env.Process.TLS, RuntimeDirectory: directory, KeptFile: filepath.Join(env.Process.RuntimeDirectory, "last-good-certificates.json"),
 		Runner: runner, Log: log,
 	}
 	daemon := &reconcile.Daemon{
@@ -258,11 +258,6 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 	err = serve(ctx, hups, daemon)
 	names.Close()
 	return errors.Join(err, endpoints.Close(), secrets.Close(), runner.Close())
-}
-
-// files is where the certificates are.
-func files(process schema.Process) envoy.Files {
-	return envoy.Files{Directory: process.TLSDirectory, Certificate: process.TLSCertificate, Key: process.TLSKey, CA: process.TLSCA}
 }
 
 // collectLater lets the heap grow to 16 MiB before garbage is collected, for a second: starting takes some 6 MiB, and the
@@ -389,13 +384,11 @@ func confine(runner *envoy.Runner, process schema.Process, log *slog.Logger) err
 	}
 	return runner.Confine(rules, func() error {
 		own := sandbox.Rules{
-			Read:  sandbox.Inputs(process.TLSDirectory, process.TLSFileNames()...),
+			Read:  sandbox.Inputs(process.TLS.Directory, process.TLS.Names()...),
 			Write: []string{process.RuntimeDirectory},
 		}
-		for _, path := range []string{process.TLSCertificate, process.TLSKey, process.TLSCA} {
-			if filepath.IsAbs(path) {
-				own.Read = append(own.Read, sandbox.Inputs(filepath.Dir(path), filepath.Base(path))...)
-			}
+		for _, path := range process.TLS.Elsewhere() {
+			own.Read = append(own.Read, sandbox.Inputs(filepath.Dir(path), filepath.Base(path))...)
 		}
 		if process.ReadyFile != "" {
 			own.Link = append(own.Link, process.RuntimeDirectory)

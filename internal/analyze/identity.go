@@ -28,7 +28,7 @@ func (w *workload) identify() {
 		return text
 	}
 	id := &w.identity
-	files, err := w.config.Process.TLSFiles(func(path string) bool { return read(path) != nil })
+	files, err := w.config.Process.TLS.Paths(func(path string) bool { return read(path) != nil })
 	if err == nil { // else certified says what is wrong
 		id.ca = read(files[2])
 	}

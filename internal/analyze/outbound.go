@@ -39,8 +39,8 @@ func named(e schema.Egress) string {
 
 // certified looks for the files without which a workload is nobody in the mesh.
 func (w *workload) certified() {
-	directory := w.config.Process.TLSDirectory
-	files, err := w.config.Process.TLSFiles(func(path string) bool { _, ok := w.sidecar.File(path); return ok })
+	directory := w.config.Process.TLS.Directory
+	files, err := w.config.Process.TLS.Paths(func(path string) bool { _, ok := w.sidecar.File(path); return ok })
 	if err != nil {
 		w.problem("", "%v", err)
 		return

@@ -157,14 +157,14 @@ func (c *check) volumes() {
 	at := c.container.path + ".volumeMounts"
 	process := c.settings.Process
 	isMounted := func(path string) bool { _, ok := c.container.mountOf(path); return ok }
-	if process.TLSDirectory == schema.DefaultTLSDirectory(func(string) bool { return false }) {
-		process.TLSDirectory = schema.DefaultTLSDirectory(isMounted)
+	if process.TLS.Directory == schema.DefaultTLSDirectory(func(string) bool { return false }) {
+		process.TLS.Directory = schema.DefaultTLSDirectory(isMounted)
 	}
-	mount, ok := c.container.mountOf(process.TLSDirectory)
+	mount, ok := c.container.mountOf(process.TLS.Directory)
 	if !ok {
-		c.add(Warning, c.container.place, at, "", "no volume is mounted at %s, so mantlet waits for certificates there and lets nothing in", process.TLSDirectory)
+		c.add(Warning, c.container.place, at, "", "no volume is mounted at %s, so mantlet waits for certificates there and lets nothing in", process.TLS.Directory)
 	} else if v, _ := c.pod.volume(mount.Name); v.EmptyDir != nil && len(c.others(mount.Name)) == 0 {
-		c.add(Warning, c.container.place, at, mount.Name, "no other container mounts this emptyDir, so nobody writes certificates to %s", process.TLSDirectory)
+		c.add(Warning, c.container.place, at, mount.Name, "no other container mounts this emptyDir, so nobody writes certificates to %s", process.TLS.Directory)
 	}
 	mount, ok = c.container.mountOf(process.RuntimeDirectory)
 	isOwn := ok && mount.MountPath == process.RuntimeDirectory

@@ -74,8 +74,8 @@ func (c *Certificates) Equal(other *Certificates) bool {
 
 // LoadCertificates reads a generation and checks what can be told without Envoy. The error names the file and, within it,
 // the block.
-func LoadCertificates(files Files, now time.Time) (*Certificates, error) {
-	c, err := files.read()
+func LoadCertificates(files schema.TLSFiles, now time.Time) (*Certificates, error) {
+	c, err := readCertificates(files)
 	if err == nil {
 		err = c.check(now)
 	}
@@ -85,17 +85,14 @@ func LoadCertificates(files Files, now time.Time) (*Certificates, error) {
 	return c, nil
 }
 
-// Files are where certificates are read from: a directory, and the names that variables give its files. See schema.Process.
-type Files struct {
-	Directory            string
-	Certificate, Key, CA string
-}
-
 // maxTLSFile is what a ConfigMap or a Secret can hold: some thousand certificates.
 const maxTLSFile = 1 << 20
 
-func (f Files) read() (*Certificates, error) {
-	paths, err := f.paths()
+func readCertificates(files schema.TLSFiles) (*Certificates, error) {
+	paths, err := files.Paths(func(path string) bool {
+		_, err := os.Lstat(path)
+		return err == nil
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -113,15 +110,6 @@ func (f Files) read() (*Certificates, error) {
 		errs = append(errs, err)
 	}
 	return c, errors.Join(errs...)
-}
-
-// paths returns where the chain, the key and the mesh CAs are.
-func (f Files) paths() ([3]string, error) {
-	process := schema.Process{TLSDirectory: f.Directory, TLSCertificate: f.Certificate, TLSKey: f.Key, TLSCA: f.CA}
-	return process.TLSFiles(func(path string) bool {
-		_, err := os.Lstat(path)
-		return err == nil
-	})
 }
 
 // check parses what was read, and rejects what no Envoy could use.

@@ -25,6 +25,7 @@ import (
 
 	"mantlet/internal/lab"
 	"mantlet/render"
+	"mantlet/schema"
 )
 
 // must returns v, or fails the test.
@@ -103,7 +104,7 @@ func TestLoadCertificates(t *testing.T) {
 					write(t, directory, name, text)
 				}
 			}
-			read, err := LoadCertificates(Files{Directory: directory}, now)
+			read, err := LoadCertificates(schema.TLSFiles{Directory: directory}, now)
 			if len(c.says) == 0 {
 				if err != nil || read.doubt != nil || !read.expires().Equal(good.Leaf.NotAfter) {
 					t.Errorf("%+v, %v", read, err)
@@ -135,7 +136,7 @@ func TestOddFiles(t *testing.T) {
 		if err := errors.Join(identity.Write(directory), os.Remove(path), replace(path)); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := LoadCertificates(Files{Directory: directory}, time.Now()); err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), says) {
+		if _, err := LoadCertificates(schema.TLSFiles{Directory: directory}, time.Now()); err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), says) {
 			t.Errorf("%v, want %s", err, says)
 		}
 	}
@@ -245,7 +246,7 @@ func TestSecrets(t *testing.T) {
 	r, log := runner(t)
 	mesh := must[*lab.Authority](t)(lab.NewAuthority("mesh"))
 	first, second := must[*lab.Identity](t)(mesh.Issue(lab.Leaf{DNSNames: []string{"pod"}})), must[*lab.Identity](t)(mesh.Issue(lab.Leaf{DNSNames: []string{"pod"}}))
-	s := &Secrets{Files: Files{Directory: t.TempDir()}, RuntimeDirectory: r.RuntimeDirectory, KeptFile: filepath.Join(t.TempDir(), "kept"), Runner: r, Log: r.Log}
+	s := &Secrets{Files: schema.TLSFiles{Directory: t.TempDir()}, RuntimeDirectory: r.RuntimeDirectory, KeptFile: filepath.Join(t.TempDir(), "kept"), Runner: r, Log: r.Log}
 	path := filepath.Join(s.RuntimeDirectory, render.SecretFile(render.IdentitySecret))
 	read := func() string { return string(must[[]byte](t)(os.ReadFile(path))) }
 
@@ -346,7 +347,7 @@ func TestPaths(t *testing.T) {
 		"a mesh CA of before":                    {ca.leaf(t).set(t, []issuer{root(t, "old", until(soon)), ca}), []string{"CN=web", "CN=mesh"}, ""},
 		"the mesh CA, by two, one of which ends": {ca.leaf(t).set(t, []issuer{ca.again(t, ca, until(soon)), ca}), []string{"CN=web", "CN=mesh"}, ""},
 	} {
-		files := Files{Directory: t.TempDir()}
+		files := schema.TLSFiles{Directory: t.TempDir()}
 		c.set.write(t, files.Directory)
 		loaded := must[*Certificates](t)(LoadCertificates(files, now))
 		if err := loaded.valid(now); err != nil {
@@ -378,7 +379,7 @@ func TestKept(t *testing.T) {
 	ca, gone := root(t, "mesh"), root(t, "gone")
 	directory, kept := t.TempDir(), filepath.Join(t.TempDir(), "kept")
 	mantlet := func() *Secrets {
-		return &Secrets{Files: Files{Directory: directory}, RuntimeDirectory: r.RuntimeDirectory, KeptFile: kept, Runner: r, Log: r.Log}
+		return &Secrets{Files: schema.TLSFiles{Directory: directory}, RuntimeDirectory: r.RuntimeDirectory, KeptFile: kept, Runner: r, Log: r.Log}
 	}
 	first := ca.leaf(t)
 	first.set(t, []issuer{ca, gone}).write(t, directory)
@@ -448,7 +449,7 @@ func TestKept(t *testing.T) {
 func TestRevocationWaitsForNoEnvoy(t *testing.T) {
 	r, _ := runner(t)
 	ca, gone := root(t, "mesh"), root(t, "gone")
-	s := &Secrets{Files: Files{Directory: t.TempDir()}, RuntimeDirectory: r.RuntimeDirectory, Runner: r, Log: r.Log}
+	s := &Secrets{Files: schema.TLSFiles{Directory: t.TempDir()}, RuntimeDirectory: r.RuntimeDirectory, Runner: r, Log: r.Log}
 	first := ca.leaf(t).set(t, []issuer{ca, gone})
 	first.write(t, s.Files.Directory)
 	if _, err := s.Update(t.Context()); err != nil {

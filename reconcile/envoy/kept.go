@@ -87,7 +87,7 @@ func (s *Secrets) Close() error {
 	if s.KeptFile == "" {
 		return nil
 	}
-	if read, err := s.Files.read(); err != nil || !read.Equal(s.isGood()) {
+	if read, err := readCertificates(s.Files); err != nil || !read.Equal(s.isGood()) {
 		return nil
 	}
 	if err := os.Remove(s.KeptFile); err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -125,7 +125,7 @@ func (a admin) bootstrap(ctx context.Context) (*bootstrapv3.Bootstrap, error) {
 
 // Unpublished returns what an Envoy that runs has otherwise than the TLS directory, a line each. The error says why the TLS
 // directory's generation is not good: no such is ever published.
-func Unpublished(files Files, live Live, now time.Time) ([]string, error) {
+func Unpublished(files schema.TLSFiles, live Live, now time.Time) ([]string, error) {
 	c, err := LoadCertificates(files, now)
 	if err != nil || live.State == "" {
 		return nil, err

@@ -131,7 +131,7 @@ func identity(t testing.TB, r *Runner) *lab.Identity {
 	if err := identity.Write(directory); err != nil {
 		t.Fatal(err)
 	}
-	secrets := &Secrets{Files: Files{Directory: directory}, RuntimeDirectory: r.RuntimeDirectory, Runner: r, Log: r.Log}
+	secrets := &Secrets{Files: schema.TLSFiles{Directory: directory}, RuntimeDirectory: r.RuntimeDirectory, Runner: r, Log: r.Log}
 	if _, err := secrets.Update(t.Context()); err != nil {
 		t.Fatal(err)
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"mantlet/reconcile"
+	"mantlet/schema"
 )
 
 // Secrets keeps Envoy supplied with the certificates of the TLS directory. Its exported fields are set before the first
@@ -19,7 +20,7 @@ import (
 // Envoy tries a generation before it is published, see Process.try. Where no Envoy runs, the first generation is published for
 // the one that starts next: until that one has tried it, nobody may be let in.
 type Secrets struct {
-	Files            Files
+	Files            schema.TLSFiles
 	RuntimeDirectory string // Envoy's
 	KeptFile         string // keeps the last good generation for a mantlet after this one; none does if empty
 	Runner           *Runner
@@ -69,7 +70,7 @@ func (s *Secrets) Update(ctx context.Context) (revoked bool, err error) {
 	now := time.Now()
 	s.load()
 	s.review(ctx, now)
-	read, err := s.Files.read()
+	read, err := readCertificates(s.Files)
 	if err == nil {
 		err = s.take(ctx, read, now)
 	}

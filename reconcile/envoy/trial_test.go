@@ -21,6 +21,7 @@ import (
 
 	"mantlet/internal/lab"
 	"mantlet/render"
+	"mantlet/schema"
 )
 
 // issuer is a CA that issues certificates of any shape.
@@ -161,7 +162,7 @@ func TestTrial(t *testing.T) {
 	ca, other := root(t, "mesh"), root(t, "another")
 	gone := root(t, "gone") // a CA that each new generation takes away
 	directory := t.TempDir()
-	s := &Secrets{Files: Files{Directory: directory}, RuntimeDirectory: r.RuntimeDirectory, Runner: r, Log: r.Log}
+	s := &Secrets{Files: schema.TLSFiles{Directory: directory}, RuntimeDirectory: r.RuntimeDirectory, Runner: r, Log: r.Log}
 	good := ca.leaf(t).set(t, []issuer{ca, gone})
 	good.write(t, directory)
 	if _, err := s.Update(t.Context()); err != nil {
@@ -302,7 +303,7 @@ func TestTrial(t *testing.T) {
 			continue
 		}
 		parsed, err := has.parse()
-		want := must[*Certificates](t)(LoadCertificates(Files{Directory: directory}, time.Now()))
+		want := must[*Certificates](t)(LoadCertificates(schema.TLSFiles{Directory: directory}, time.Now()))
 		if doubt, certain := want.Doubt(time.Now()); certain {
 			t.Errorf("%s: Envoy accepts it, and it is certain not to: %v", c.name, doubt)
 		}
@@ -359,7 +360,7 @@ func TestTrialEndsEnvoy(t *testing.T) {
 	r, _ := runner(t)
 	ca := root(t, "mesh")
 	directory := t.TempDir()
-	s := &Secrets{Files: Files{Directory: directory}, RuntimeDirectory: r.RuntimeDirectory, Runner: r, Log: r.Log}
+	s := &Secrets{Files: schema.TLSFiles{Directory: directory}, RuntimeDirectory: r.RuntimeDirectory, Runner: r, Log: r.Log}
 	ca.leaf(t).set(t, []issuer{ca}).write(t, directory)
 	if _, err := s.Update(t.Context()); err != nil {
 		t.Fatal(err)
@@ -397,11 +398,11 @@ func TestEndsAtStart(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r, _ := runner(t)
 			ca := root(t, "mesh")
-			s := &Secrets{Files: Files{Directory: t.TempDir()}, RuntimeDirectory: r.RuntimeDirectory, KeptFile: filepath.Join(t.TempDir(), "kept"), Runner: r, Log: r.Log}
+			s := &Secrets{Files: schema.TLSFiles{Directory: t.TempDir()}, RuntimeDirectory: r.RuntimeDirectory, KeptFile: filepath.Join(t.TempDir(), "kept"), Runner: r, Log: r.Log}
 			good := ca.leaf(t)
 			if isKept {
 				good.set(t, []issuer{ca}).write(t, s.Files.Directory)
-				s.keep(must[*Certificates](t)(s.Files.read()))
+				s.keep(must[*Certificates](t)(readCertificates(s.Files)))
 				s.kept = nil
 			}
 			ca.leaf(t, keyUsage(x509.KeyUsageKeyAgreement)).set(t, []issuer{ca}).write(t, s.Files.Directory)
