@@ -18,9 +18,9 @@ import (
 const clusterDNS = "search shop.svc.cluster.local svc.cluster.local cluster.local corp.example\nnameserver 127.0.0.1\noptions ndots:5\n"
 
 // namedPod is a pod with egress entries that have names, in a cluster. Endpoints are to be made on other hosts.
-func namedPod(t *testing.T, egress string, env ...string) (*pod, *lab.Nameserver) {
+func namedPod(t *testing.T, egress string) (*pod, *lab.Nameserver) {
 	t.Helper()
-	p := newPod(t, append([]string{"EDG_EGRESS_PROXY_CONFIG=" + egress}, env...)...)
+	p := newPod(t, "EDG_EGRESS_PROXY_CONFIG="+egress)
 	p.must(p.ResolvConf(clusterDNS))
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	return p, p.zone(nil)
