@@ -190,18 +190,8 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 	if err := level.UnmarshalText([]byte(env.Process.LogLevel)); err != nil {
 		return err
 	}
-	if err := private(env.Process.RuntimeDirectory, env.Process.EnvoyUID); err != nil {
+	if err := prepare(env.Process); err != nil {
 		return err
-	}
-	if path := env.Process.ReadyFile; path != "" {
-		if err := reconcile.PlaceReadyFile(path, env.Process.RuntimeDirectory); err != nil {
-			return fmt.Errorf("MANTLET_READY_FILE %q can't be made: %w", path, err)
-		}
-	}
-	if socket := env.Process.GateSocket; socket != "" {
-		if info, err := os.Stat(filepath.Dir(socket)); err != nil || !info.IsDir() {
-			return fmt.Errorf("%s: there is no directory %s: mount there the volume that the workload mounts too", schema.GateVariable, filepath.Dir(socket))
-		}
 	}
 	for _, warning := range env.Base().Warnings() {
 		if warning.Origin.Source == env.Process.IngressOff {
@@ -258,6 +248,24 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 	err = serve(ctx, hups, daemon)
 	names.Close()
 	return errors.Join(err, endpoints.Close(), secrets.Close(), runner.Close())
+}
+
+// prepare makes the files that mantlet is to have before it is confined, and looks at the places of others.
+func prepare(process schema.Process) error {
+	if err := private(process.RuntimeDirectory, process.EnvoyUID); err != nil {
+		return err
+	}
+	if path := process.ReadyFile; path != "" {
+		if err := reconcile.PlaceReadyFile(path, process.RuntimeDirectory); err != nil {
+			return fmt.Errorf("MANTLET_READY_FILE %q can't be made: %w", path, err)
+		}
+	}
+	if socket := process.GateSocket; socket != "" {
+		if info, err := os.Stat(filepath.Dir(socket)); err != nil || !info.IsDir() {
+			return fmt.Errorf("%s: there is no directory %s: mount there the volume that the workload mounts too", schema.GateVariable, filepath.Dir(socket))
+		}
+	}
+	return nil
 }
 
 // collectLater lets the heap grow to 16 MiB before garbage is collected, for a second: starting takes some 6 MiB, and the
