@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"crypto/tls"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -33,7 +35,7 @@ func TestAddressGoesAway(t *testing.T) {
 		before := p.refused("left_the_pod")
 		held := p.hold(netip.AddrPortFrom(prefix.Addr(), mtlsPort))
 		envoy := p.envoy()
-		p.must(syscall.Kill(envoy, syscall.SIGSTOP))
+		p.stop(envoy)
 		p.must(held.release())
 		p.address(netlink.AddrDel, p.Host, prefix)
 		p.address(netlink.AddrAdd, heir, prefix)
@@ -80,6 +82,19 @@ func TestPlaintextIsKnownToTheRules(t *testing.T) {
 			t.Errorf("no %q in\n%s", want, counted)
 		}
 	}
+}
+
+// stop stops a process, and returns once none of its threads runs any more.
+func (p *pod) stop(pid int) {
+	p.t.Helper()
+	p.must(syscall.Kill(pid, syscall.SIGSTOP))
+	p.await("the process has stopped", func() bool {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		return err == nil && len(threads) > 0 && !slices.ContainsFunc(threads, func(thread string) bool {
+			text, err := os.ReadFile(thread)
+			return err != nil || !bytes.Contains(text, []byte(") T ")) // proc_pid_stat(5)
+		})
+	})
 }
 
 // address adds an address to a host's eth0, or deletes it.
