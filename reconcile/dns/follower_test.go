@@ -61,6 +61,16 @@ func (e *envoy) logged() string {
 	return e.log.String()
 }
 
+// logs waits until the log has a text: a line is written once Envoy was told.
+func (p *place) logs(e *envoy, part string) {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	if err := lab.Until(ctx, func() bool { return strings.Contains(e.logged(), part) }); err != nil {
+		p.t.Errorf("the log lacks %q:\n%s", part, e.logged())
+	}
+}
+
 func follower(p *place) (*Follower, *envoy) {
 	e := &envoy{has: map[schema.Upstream][]netip.Addr{}}
 	f := NewFollower(p.Resolver, e, slog.New(slog.NewTextHandler(e, &slog.HandlerOptions{Level: slog.LevelDebug})))
@@ -120,9 +130,7 @@ func TestFollow(t *testing.T) {
 	f.Refresh()
 	p.comes(e, cart, "10.0.0.5")
 	for _, part := range []string{"a name has no address", "host=billing", `answer="NXDOMAIN by `, "a name has addresses again"} {
-		if !strings.Contains(e.logged(), part) {
-			t.Errorf("the log lacks %q:\n%s", part, e.logged())
-		}
+		p.logs(e, part)
 	}
 }
 
