@@ -54,7 +54,6 @@ func (x *trial) remembers(client net.Conn, state uint8) (left time.Duration) {
 // which applies without mantlet's, is a second here.
 func TestHalfClosedConnections(t *testing.T) {
 	t.Parallel()
-	whole := rules(port1(9000, schema.ModePassthrough))
 	for name, connect := range map[string]func(x *trial) (client, server net.Conn){
 		"from outside": func(x *trial) (client, server net.Conn) { return x.pair(x.listen(), x.target(9000)) },
 		"to Envoy":     func(x *trial) (client, server net.Conn) { return x.toEnvoy() },
@@ -67,6 +66,7 @@ func TestHalfClosedConnections(t *testing.T) {
 			return x.within(listener, netip.AddrPortFrom(x.outside.Addrs()[x.family], 9000))
 		},
 	} {
+		whole := rules(port1(9000, schema.ModePassthrough))
 		if name == "to Envoy" {
 			whole = rules()
 		}
