@@ -24,6 +24,7 @@ type act struct {
 	title   string
 	happens func(context.Context) error
 	claims  []claim
+	tells   func(context.Context) (string, error) // what to print then; it may be nil
 }
 
 // claim is something to try over each family, and what must happen.
@@ -91,15 +92,15 @@ func (s *stage) acts() []act {
 		stranger  = new(s.stranger.Certificate())
 	)
 	return []act{{
-		"Without mantlet the pod web is open", nil, []claim{
+		title: "Without mantlet the pod web is open", claims: []claim{
 			{"web:8080", "plaintext", s.into(tlsPort, plaintext, verdict), "answered in plaintext"},
 		},
 	}, {
-		"mantlet has started in both pods, and has no certificates yet", s.start, []claim{
+		title: "mantlet has started in both pods, and has no certificates yet", happens: s.start, claims: []claim{
 			{"web:8080", "plaintext", s.into(tlsPort, plaintext, verdict).soon(), silence},
 		},
 	}, {
-		"The certificates are there; from outside into the pod web", s.certify, []claim{
+		title: "The certificates are there; from outside into the pod web", happens: s.certify, claims: []claim{
 			{"web:8080", "TLS, no certificate", s.into(tlsPort, nobody, request), "answered; asks for no certificate"},
 			{"web:8080", "TLS, its certificate chain", s.into(tlsPort, nobody, chain), "web, mesh intermediate"},
 			{"web:8080", "plaintext", s.into(tlsPort, plaintext, verdict), "refused"},
@@ -113,29 +114,36 @@ func (s *stage) acts() []act {
 			{"web:9000", "address the workload sees", s.into(otherPort, member, dialled), "the one that the client dialled"},
 		},
 	}, {
-		"From the pod shop, whose workload speaks plain TCP to loopback addresses", nil, []claim{
+		title:   "The file of web's configuration is edited: of the mesh, only `frontend` may call port 9000",
+		happens: s.edit("ingress:\n  - {port: 9000, allow: [frontend]}\n"), claims: []claim{
+			{"web:9000", "TLS, certificate of client", s.until("refused", s.into(otherPort, member, verdict)), "refused"},
+			{"web:8080", "TLS, no certificate", s.into(tlsPort, nobody, request), "answered; asks for no certificate"},
+		},
+		tells: s.explain,
+	}, {
+		title: "From the pod shop, whose workload speaks plain TCP to loopback addresses", claims: []claim{
 			{"127.137.0.1:8081", "plaintext", s.outOf("127.137.0.1:8081", s.billing, answerer), "answered by billing-svc"},
 			{"127.137.0.1:8081", "what billing-svc is shown", s.outOf("127.137.0.1:8081", s.billing, shown), "mutual TLS; shop, mesh intermediate"},
 			{"127.137.0.2:8081", "plaintext", s.outOf("127.137.0.2:8081", s.cart, answerer), "answered by cart-svc"},
 			{"127.137.0.2:8081", "what cart-svc is shown", s.outOf("127.137.0.2:8081", s.cart, shown), "mutual TLS; shop, mesh intermediate"},
 		},
 	}, {
-		"An impostor takes cart-svc's place: its address and name, a certificate of another CA", s.replaceCart, []claim{
+		title: "An impostor takes cart-svc's place: its address and name, a certificate of another CA", happens: s.replaceCart, claims: []claim{
 			{"127.137.0.2:8081", "plaintext", s.outOf("127.137.0.2:8081", s.cart, received), "refused; the impostor got 0 bytes"},
 		},
 	}, {
-		"Envoy in the pod web is killed (SIGKILL)", s.killEnvoy, []claim{
+		title: "Envoy in the pod web is killed (SIGKILL)", happens: s.killEnvoy, claims: []claim{
 			{"web:8080", "TLS until it answers", s.backInto(tlsPort, nobody), "answered again"},
 		},
 	}, {
-		"It is killed again, and mantlet stopped (SIGSTOP) so that nobody brings it back", s.keepDown, []claim{
+		title: "It is killed again, and mantlet stopped (SIGSTOP) so that nobody brings it back", happens: s.keepDown, claims: []claim{
 			{"web:8080", "plaintext", s.into(tlsPort, plaintext, verdict).soon(), silence},
 			{"web:9000", "plaintext", s.into(otherPort, plaintext, verdict).soon(), silence},
 			{"web:9000", "TLS, mesh certificate", s.into(otherPort, member, verdict).soon(), silence},
 			{"web:7890", "plaintext", s.into(plainPort, plaintext, verdict), "answered in plaintext"},
 		},
 	}, {
-		"mantlet goes on (SIGCONT)", s.letGo, []claim{
+		title: "mantlet goes on (SIGCONT)", happens: s.letGo, claims: []claim{
 			{"web:8080", "TLS until it answers", s.backInto(tlsPort, nobody), "answered again"},
 		},
 	}}
@@ -180,6 +188,17 @@ func (s *stage) backInto(port uint16, shows *tls.Certificate) try {
 				return last
 			}
 		}
+	}
+}
+
+// until tries until the words are seen.
+func (s *stage) until(words string, t try) try {
+	return func(ctx context.Context, f family) (last seen) {
+		ctx, cancel := context.WithTimeout(ctx, startLimit)
+		defer cancel()
+		for last = t(ctx, f); last.words != words && ctx.Err() == nil; last = t(ctx, f) {
+		}
+		return last
 	}
 }
 

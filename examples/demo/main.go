@@ -116,8 +116,20 @@ func play(ctx context.Context, s *stage, t *transcript) error {
 			}
 			t.row(c, over4, over6)
 		}
+		if a.tells != nil {
+			text, err := a.tells(ctx)
+			if err != nil {
+				return err
+			}
+			t.say("%s", indent(text))
+		}
 	}
 	return nil
+}
+
+// indent sets lines off, as what a program printed.
+func indent(text string) string {
+	return strings.TrimRight(strings.ReplaceAll("\n"+strings.TrimSpace(text), "\n", "\n      "), " ")
 }
 
 // transcript prints, in colour if it is read on a terminal.

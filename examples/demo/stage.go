@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
@@ -68,6 +69,7 @@ type pod struct {
 	*lab.Host
 	identity  *lab.Identity
 	sidecar   *lab.Sidecar
+	file      string // the override file
 	log       *log
 	workloads []*lab.Workload
 }
@@ -98,9 +100,10 @@ func lay(binary string) *stage {
 
 func (s *stage) pod(name string, leaf lab.Leaf, binary, config string) *pod {
 	p := &pod{Host: must(s.network.Host(name)), identity: must(s.mesh.Issue(leaf)), log: &log{}}
-	// What it refuses would fill the log: the demo does little else.
-	p.sidecar = must(p.Sidecar(directory, binary, config, "MANTLET_ACCESS_LOG=none"))
+	p.file = filepath.Join(directory, name, "mantlet.yaml")
+	p.sidecar = must(p.Sidecar(directory, binary, config, "MANTLET_CONFIG="+p.file))
 	p.sidecar.Log = p.log
+	check(os.WriteFile(p.file, nil, 0o644))
 	for _, port := range []uint16{tlsPort, plainPort, otherPort} {
 		address := fmt.Sprintf(":%d", port)
 		p.workloads = append(p.workloads,
@@ -166,6 +169,28 @@ func (s *stage) certify(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startLimit)
 	defer cancel()
 	return errors.Join(s.web.sidecar.Ready(ctx), s.shop.sidecar.Ready(ctx))
+}
+
+// edit writes web's override file, as an editor would: a new file in the old one's place.
+func (s *stage) edit(text string) func(context.Context) error {
+	return func(context.Context) error { return renameio.WriteFile(s.web.file, []byte(text), 0o644) }
+}
+
+// explain returns how mantlet in the pod web explains the last claim's refusal in its log, and its status.
+func (s *stage) explain(ctx context.Context) (string, error) {
+	const code = "san_not_allowed"
+	refuse := s.into(otherPort, new(s.member.Certificate()), verdict)
+	var line string
+	if err := lab.Until(ctx, func() bool { // mantlet leaves lines out where there are many: the plaintext makes many
+		if line = s.web.log.last(code); line == "" {
+			refuse(ctx, ipv4)
+		}
+		return line != ""
+	}); err != nil {
+		return "", fmt.Errorf("mantlet's log has no line with %s: %w", code, err)
+	}
+	status, err := s.web.sidecar.Command("status").Output()
+	return "\nThe pod's log\n" + line + "\n\n$ mantlet status\n" + string(status), err
 }
 
 // replaceCart puts an impostor in the place of cart-svc, who takes all that it is given.
@@ -257,8 +282,10 @@ curl trusts the mesh's CA here. What is refused makes it complain, in words that
   client openssl s_client -CAfile client/mesh-ca.pem -showcerts -connect web:8080           the chain
   shop curl http://127.137.0.1:8081                                                         answered
   shop curl http://127.137.0.2:8081                                                         impostor
+  mantlet status                                                                            one screen
+  echo 'ingress: [{port: 9000, mode: tls}]' >web/mantlet.yaml                               9000 asks for no certificate
+  echo 'ingress: [{port: 9000, mode: tsl}]' >web/mantlet.yaml                               rejected: see mantlet status
   nft list table inet mantlet
-  mantlet probe ready
 `
 
 // shell is for trying by hand. It is in the pod web, with commands that reach the other hosts.
@@ -326,6 +353,18 @@ func (l *log) Write(text []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.text.Write(text)
+}
+
+// last returns the last line that has the text, or "".
+func (l *log) last(text string) (found string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for line := range strings.Lines(l.text.String()) {
+		if strings.Contains(line, text) {
+			found = strings.TrimSpace(line)
+		}
+	}
+	return found
 }
 
 // tail returns the last n lines.
