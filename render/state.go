@@ -1,5 +1,3 @@
-// Package render turns a schema.Mesh into all that the sidecar needs of the kernel and of Envoy. It is pure: no I/O, no
-// clock, no environment; the same input gives the same bytes.
 package render
 
 import (

@@ -1,7 +1,3 @@
-// Package schema turns text that people write into a Mesh: one value that says what the sidecar shall do.
-//
-// It knows nothing of kernels, Envoy or files that change; it parses, validates and explains. Every problem of an
-// input is reported at once, each with its place, the value and what would be right.
 package schema
 
 import (
