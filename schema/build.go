@@ -32,6 +32,7 @@ func build(r *report, process Process, layers ...layer) (Config, error) {
 		OtherProtocols:   OtherProtocols(text("otherProtocols")),
 		AccessLog:        AccessLog(text("accessLog")),
 		MaxConnectionAge: age(text("maxConnectionAge")),
+		Outbound:         c.outbound(r),
 	}
 	c.Mesh.StatusPort = process.statusPort(c.Mesh.Ingress)
 	if process.IngressOff != "" {

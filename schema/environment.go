@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -359,6 +360,9 @@ func defaultLayer() layer {
 	for path, text := range defaults {
 		l.set(path, &setting{text: text, origin: Origin{Source: "default"}})
 	}
+	for _, v := range listVariables {
+		l.set(v.path, &setting{list: []string{}, origin: Origin{Source: "default"}})
+	}
 	return l
 }
 
@@ -400,7 +404,35 @@ func (p *parser) variables() layer {
 		}
 		l.set(v.path, &setting{text: canonical, origin: Origin{Source: name}})
 	}
+	for name, v := range listVariables {
+		if list, ok := p.list(name, v.path, v.kind); ok {
+			l.set(v.path, &setting{list: list, origin: Origin{Source: name}})
+		}
+	}
 	return l
+}
+
+// list reads the items of a variable, which commas separate; false where it is empty, or where one of them is wrong. Blanks around an
+// item, and empty ones, are left out.
+func (p *parser) list(name, path string, kind leaf) (list []string, ok bool) {
+	if p.values[name] == "" {
+		return nil, false
+	}
+	list, ok = []string{}, true
+	for text := range strings.SplitSeq(p.values[name], ",") {
+		if text = strings.TrimSpace(text); text == "" {
+			continue
+		}
+		canonical, reason := parse(kind.parse, text)
+		switch {
+		case reason != "":
+			p.report.add(Origin{Source: name}, path, text, reason)
+			ok = false
+		case !slices.Contains(list, canonical):
+			list = append(list, canonical)
+		}
+	}
+	return list, ok
 }
 
 // spelled returns the value of a variable that has two spellings, and the name of the one that holds it.

@@ -33,7 +33,12 @@ func (c Config) Explain() []Explained {
 			}
 		}
 	}
-	for _, path := range slices.Sorted(maps.Keys(defaults)) {
+	paths := slices.Collect(maps.Keys(defaults))
+	for _, v := range listVariables {
+		paths = append(paths, v.path)
+	}
+	slices.Sort(paths)
+	for _, path := range paths {
 		all = append(all, c.merged.scalar(path).explain(path))
 	}
 	return all

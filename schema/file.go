@@ -11,6 +11,7 @@ type fileForm struct {
 	Envoy            *envoyForm     `json:"envoy,omitempty" jsonschema_description:"Settings of the data plane."`
 	OtherProtocols   OtherProtocols `json:"otherProtocols,omitempty" jsonschema:"default=drop" jsonschema_description:"What happens to inbound UDP, SCTP and so on at ports that are not passthrough."`
 	AccessLog        AccessLog      `json:"accessLog,omitempty" jsonschema:"default=refused" jsonschema_description:"Which connections are logged."`
+	Outbound         *outboundForm  `json:"outbound,omitempty" jsonschema_description:"What happens to connections that the pod makes past the egress entries, in the clear."`
 	MaxConnectionAge ageText        `json:"maxConnectionAge,omitempty" jsonschema:"default=none" jsonschema_description:"How long a connection through mantlet may last. The two sides are closed then, or up to a tenth later, and what dials again shows and verifies the certificates of today."`
 }
 
@@ -40,6 +41,11 @@ type probeForm struct {
 	Remove removeText    `json:"remove,omitempty" jsonschema_description:"Removes the entry of an earlier source."`
 }
 
+type outboundForm struct {
+	Mode  OutboundMode `json:"mode,omitempty" jsonschema:"default=accept" jsonschema_description:"accept: they leave, and nobody keeps account. observe: they leave, and the status lists where they go. drop: those that are not allowed are refused. Loopback, ICMP, answers to connections from outside, Envoy's connections to upstreams and mantlet's own look-ups go on in every mode."`
+	Allow []allowText  `json:"allow,omitempty" jsonschema_description:"What may leave in the clear: dns, which is UDP and TCP port 53 of the name servers of resolv.conf, or an address or a prefix with a port, by whatever transport protocol, for example 10.96.0.1:443, 10.0.0.0/8:5432 or [fd00::]/8:443. Mode observe tells of all the others. The list of a later source replaces that of an earlier one."`
+}
+
 type tlsForm struct {
 	MinVersion TLSVersion `json:"minVersion,omitempty" jsonschema:"default=1.2" jsonschema_description:"The lowest TLS version."`
 }
@@ -64,6 +70,15 @@ var scalarVariables = map[string]struct {
 	"MANTLET_OTHER_PROTOCOLS":            {"otherProtocols", OtherProtocols("")},
 	"MANTLET_ACCESS_LOG":                 {"accessLog", AccessLog("")},
 	"MANTLET_MAX_CONNECTION_AGE":         {"maxConnectionAge", ageText("")},
+	"MANTLET_OUTBOUND":                   {outboundMode, OutboundMode("")},
+}
+
+// listVariables names the variable of each list of texts that the environment can set as well, with commas between the items.
+var listVariables = map[string]struct {
+	path string
+	kind leaf
+}{
+	"MANTLET_OUTBOUND_ALLOW": {outboundAllow, allowText("")},
 }
 
 // defaults are what the scalar fields are where no source sets them.
@@ -76,4 +91,5 @@ var defaults = map[string]string{
 	"otherProtocols":           string(OtherProtocolsDrop),
 	"accessLog":                string(AccessLogRefused),
 	"maxConnectionAge":         noAge,
+	outboundMode:               string(OutboundAccept),
 }

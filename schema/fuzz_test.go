@@ -101,7 +101,7 @@ func checkConfig(t *testing.T, config, again schema.Config, err error) {
 	}
 	if err != nil {
 		checkProblems(t, err)
-		if diff := cmp.Diff(schema.Mesh{}, config.Mesh); diff != "" {
+		if diff := cmp.Diff(schema.Mesh{}, config.Mesh, addresses); diff != "" {
 			t.Fatalf("half of it is left: %s", diff)
 		}
 		return

@@ -89,6 +89,21 @@ func (alpnText) JSONSchema() *jsonschema.Schema {
 	return &jsonschema.Schema{Type: "string", Pattern: "^" + alpnPattern + "$", Not: &jsonschema.Schema{Enum: s.Enum}}
 }
 
+// JSONSchemaExtend tells the default of the list, which a tag can't hold.
+func (outboundForm) JSONSchemaExtend(s *jsonschema.Schema) {
+	if allow, ok := s.Properties.Get("allow"); ok {
+		allow.Default = []any{}
+	}
+}
+
+func (allowText) JSONSchema() *jsonschema.Schema {
+	const length4, length6 = `([12]?[0-9]|3[0-2])`, `([1-9]?[0-9]|1[01][0-9]|12[0-8])`
+	return &jsonschema.Schema{
+		Type:    "string",
+		Pattern: `^(dns|(` + octetPattern + `(\.` + octetPattern + `){3}(/` + length4 + `)?|\[[0-9A-Fa-f:.]+\](/` + length6 + `)?):` + portPattern + `)$`,
+	}
+}
+
 func (probeName) JSONSchema() *jsonschema.Schema {
 	return &jsonschema.Schema{Type: "string", Pattern: `^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`}
 }
@@ -133,6 +148,9 @@ func enum(choices []string) *jsonschema.Schema {
 
 // JSONSchema lists the choices.
 func (m Mode) JSONSchema() *jsonschema.Schema { return enum(m.choices()) }
+
+// JSONSchema lists the choices.
+func (m OutboundMode) JSONSchema() *jsonschema.Schema { return enum(m.choices()) }
 
 // JSONSchema lists the choices.
 func (v TLSVersion) JSONSchema() *jsonschema.Schema { return enum(v.choices()) }

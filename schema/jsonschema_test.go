@@ -257,10 +257,15 @@ func TestSchemaAgreesOnTexts(t *testing.T) {
 			`own listen address|"\[`,
 		},
 		"upstream": {egress("upstream"), append(names, "192.0.2.1", "255.1.", "256.", "[::1]", "[2001:db8::7]", "[::ffff:1.2.3.4]", "[::g]"), ports, `one host|own listen address|"\[`},
-		"probe":    {probe("name"), []string{"a", "b7", "-", "0", "A", ".", "_", " ", "é", "", strings.Repeat("c", 61)}, nil, ""},
-		"http":     {probe("http"), paths, nil, ""},
-		"tcp":      {probe("tcp"), append(numbers, "/"), nil, ""},
-		"grpc":     {probe("grpc"), services, nil, ""},
+		"outbound": {
+			func(value any) any { return map[string]any{"outbound": map[string]any{"allow": []any{value}}} },
+			[]string{"dns", "10.0.0.0", "/8", "/32", "/33", "10.0.0.1", "[fd00::]", "[fd00::1]", "/128", "/129", "/08", "x", "/", "127.0.0.1", " "}, append(ports, ":443", ":15007"),
+			`bits beyond|is loopback|must be dns, or an address|"\[`,
+		},
+		"probe": {probe("name"), []string{"a", "b7", "-", "0", "A", ".", "_", " ", "é", "", strings.Repeat("c", 61)}, nil, ""},
+		"http":  {probe("http"), paths, nil, ""},
+		"tcp":   {probe("tcp"), append(numbers, "/"), nil, ""},
+		"grpc":  {probe("grpc"), services, nil, ""},
 		"drainTime": {func(value any) any {
 			return map[string]any{"envoy": map[string]any{"drainTime": value, "parentShutdownTime": "24h"}}
 		}, []string{"1", "0", "7", "59", "h", "m", "s", ".", "ms", "-", "+", " "}, []string{"s", "m", "h", ""}, "from 1s to 24h|must be less|must be more"},

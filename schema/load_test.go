@@ -39,7 +39,7 @@ func TestLoadFile(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if diff := cmp.Diff(want, config.Mesh); diff != "" {
+		if diff := cmp.Diff(want, config.Mesh, addresses); diff != "" {
 			t.Error(diff)
 		}
 	}
@@ -106,7 +106,7 @@ func TestLoadProblems(t *testing.T) {
 			if got := schema.IsMissing(err); got != c.missing {
 				t.Errorf("IsMissing is %t", got)
 			}
-			if diff := cmp.Diff(schema.Mesh{}, config.Mesh); diff != "" {
+			if diff := cmp.Diff(schema.Mesh{}, config.Mesh, addresses); diff != "" {
 				t.Error(diff)
 			}
 			if places := schema.Problems(err); places[0].Origin.Source != c.path {
@@ -199,7 +199,7 @@ func TestOverridesNone(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, got := range []schema.Config{loaded, merged} {
-				if diff := cmp.Diff(env.Base().Mesh, got.Mesh); diff != "" {
+				if diff := cmp.Diff(env.Base().Mesh, got.Mesh, addresses); diff != "" {
 					t.Error(diff)
 				}
 			}
@@ -364,7 +364,7 @@ func TestAllProblems(t *testing.T) {
 			if diff := cmp.Diff(c.want, got); diff != "" {
 				t.Error(diff)
 			}
-			if diff := cmp.Diff(schema.Mesh{}, config.Mesh); diff != "" {
+			if diff := cmp.Diff(schema.Mesh{}, config.Mesh, addresses); diff != "" {
 				t.Errorf("a rejected configuration leaves something: %s", diff)
 			}
 		})

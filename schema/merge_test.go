@@ -110,6 +110,14 @@ egress[127.0.0.1:1].upstream = y:2 (/config.yaml:2:44) < removed (INLINE:2:42) <
 			file:   "ingress: [{port: 1, remove: true}]\n",
 			want:   "ingress[1].remove = true (/config.yaml:1:29) < mode: tls (INLINE:1:27)\n",
 		},
+		"outbound, its list as a whole": {
+			environ: []string{"MANTLET_OUTBOUND=observe", "MANTLET_OUTBOUND_ALLOW=dns, 10.0.0.0/8:5432"},
+			inline:  "outbound: {allow: []}\n",
+			file:    "outbound: {mode: drop, allow: ['[FD00::0]/8:443', dns]}\n",
+			want: `outbound.allow = [[fd00::]/8:443, dns] (/config.yaml:1:32) < [] (INLINE:1:19) < [dns, 10.0.0.0/8:5432] (MANTLET_OUTBOUND_ALLOW) < [] (default)
+outbound.mode = drop (/config.yaml:1:18) < observe (MANTLET_OUTBOUND) < accept (default)
+`,
+		},
 		"a range gives way": {
 			environ: []string{"MANTLET_CONFIG_INLINE=ingress: [{port: 80-90, mode: tls}]"},
 			file:    "ingress: [{port: 80-90, remove: true}, {port: 80-85, mode: tls}, {port: 90}]\n",
@@ -184,7 +192,7 @@ envoy.parentShutdownTime = 1h (INLINE:1:29) < 10m (default)
 			}
 			entries := 0
 			for _, e := range config.Explain() {
-				if strings.HasSuffix(e.Path, ".mode") || strings.HasSuffix(e.Path, ".upstream") || strings.HasPrefix(e.Path, "probes") && !strings.HasSuffix(e.Path, ".remove") {
+				if strings.HasSuffix(e.Path, "].mode") || strings.HasSuffix(e.Path, ".upstream") || strings.HasPrefix(e.Path, "probes") && !strings.HasSuffix(e.Path, ".remove") {
 					entries++
 				}
 			}

@@ -18,6 +18,7 @@ type Mesh struct {
 	Envoy          Envoy
 	OtherProtocols OtherProtocols
 	AccessLog      AccessLog
+	Outbound       Outbound
 
 	// MaxConnectionAge is how long a connection through Envoy may last, in whole seconds; 0 for no limit.
 	MaxConnectionAge time.Duration

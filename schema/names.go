@@ -18,6 +18,7 @@ var serviceLink = regexp.MustCompile(`_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|
 func (p *parser) checkNames(variables map[string]processVariable) {
 	known := slices.Sorted(maps.Keys(variables))
 	known = slices.AppendSeq(known, maps.Keys(scalarVariables))
+	known = slices.AppendSeq(known, maps.Keys(listVariables))
 	known = append(known, inlineVariable)
 	slices.Sort(known)
 	entries := []string{ingressVariable, egressVariable, ingressVariableNew, egressVariableNew, adminVariable, adminVariableNew}

@@ -13,6 +13,8 @@ import (
 //	serverNames      the same
 //	tls.minVersion   1.2 > 1.3
 //	probes           fewer of them
+//	outbound.mode    accept > observe > drop
+//	outbound.allow   a part of the list that was there; any list where the mode becomes stricter and there was none
 //	names            say nothing and may change
 //
 // All else must stay as it is: other fields, and the egress entries there are with their upstreams. A new egress entry
@@ -24,10 +26,11 @@ func (e *Environment) tighten(config Config, r *report) {
 	e.tightenIngress(config, r)
 	e.tightenEgress(config, r)
 	e.tightenProbes(config, r)
+	e.tightenOutbound(config, r)
 	base, environment := e.partial, report{problems: e.problems}
 	for path := range defaults {
 		was, is := base.merged.scalar(path), config.merged.scalar(path)
-		stricter := path == "tls.minVersion" && is.text > was.text
+		stricter := path == "tls.minVersion" && is.text > was.text || path == outboundMode // see tightenOutbound
 		if is.text != was.text && !stricter && !environment.has(path) {
 			r.add(is.origin, path, is.value(), fmt.Sprintf("%s=tighten does not let the file change this; it is %s (%s)",
 				overridesVariable, was.text, was.origin))
@@ -107,5 +110,22 @@ func (e *Environment) tightenProbes(config Config, r *report) {
 		if p.Kind != "" && !slices.Contains(e.partial.Mesh.Probes, p) && !e.incomplete["probes"] {
 			r.add(entry.origin, "probes["+p.Name+"]", "", overridesVariable+"=tighten does not let the file add a probe, or change one")
 		}
+	}
+}
+
+func (e *Environment) tightenOutbound(config Config, r *report) {
+	was, is := e.partial.Mesh.Outbound, config.Mesh.Outbound
+	environment := report{problems: e.problems}
+	refuse := func(path, format string, args ...any) {
+		s := config.merged.scalar(path)
+		r.add(s.origin, path, s.value(), fmt.Sprintf(overridesVariable+"=tighten does not let the file "+format, args...))
+	}
+	switch mode := e.partial.merged.scalar(outboundMode); {
+	case is.Within(was) || environment.has(outboundMode) || environment.has(outboundAllow):
+	case is.Mode.strictness() < was.Mode.strictness():
+		refuse(outboundMode, "loosen this; it is %s (%s)", was.Mode, mode.origin)
+	default:
+		refuse(outboundAllow, "allow more; %s is not in what is allowed, which is %s (%s)",
+			listed(is.beyond(was)), listed(was.list()), e.partial.merged.scalar(outboundAllow).origin)
 	}
 }

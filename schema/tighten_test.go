@@ -108,7 +108,20 @@ func TestTighten(t *testing.T) {
 			`1:76: envoy.logLevel: "info": ` + refused + "change this; it is warning (default)",
 			`2:12: accessLog: "none": ` + refused + "change this; it is refused (default)",
 		}},
-		"nothing": {environ: []string{ingress + "a#80#true", egress + "a#127.0.0.1:1#x:1"}},
+
+		// outbound: accept > observe > drop, and a shorter list.
+		"observe":                   {file: "outbound: {mode: observe, allow: [dns]}"},
+		"drop":                      {environ: []string{"MANTLET_OUTBOUND=observe"}, file: "outbound: {mode: drop, allow: [dns]}"},
+		"outbound stays":            {environ: []string{"MANTLET_OUTBOUND=drop", "MANTLET_OUTBOUND_ALLOW=dns"}, file: "outbound: {mode: drop, allow: [dns]}"},
+		"a shorter outbound list":   {environ: []string{"MANTLET_OUTBOUND=drop", "MANTLET_OUTBOUND_ALLOW=dns,10.0.0.0/8:5432,[fd00::1]:443"}, file: "outbound: {allow: ['10.1.0.0/16:5432', '[fd00::1]:443']}"},
+		"an empty outbound list":    {environ: []string{"MANTLET_OUTBOUND=drop", "MANTLET_OUTBOUND_ALLOW=dns"}, file: "outbound: {allow: []}"},
+		"drop to observe":           {environ: []string{"MANTLET_OUTBOUND=drop"}, file: "outbound: {mode: observe}", want: []string{`1:18: outbound.mode: "observe": ` + refused + "loosen this; it is drop (MANTLET_OUTBOUND)"}},
+		"observe to accept":         {environ: []string{"MANTLET_OUTBOUND=observe"}, file: "outbound: {mode: accept}", want: []string{`1:18: outbound.mode: "accept": ` + refused + "loosen this; it is observe (MANTLET_OUTBOUND)"}},
+		"a list where nothing goes": {environ: []string{"MANTLET_OUTBOUND=drop"}, file: "outbound: {allow: [dns]}", want: []string{`1:20: outbound.allow: "[dns]": ` + refused + "allow more; [dns] is not in what is allowed, which is [] (default)"}},
+		"a longer outbound list":    {environ: []string{"MANTLET_OUTBOUND=observe", "MANTLET_OUTBOUND_ALLOW=dns"}, file: "outbound: {allow: [dns, '10.0.0.1:1', '10.0.0.2:2']}", want: []string{`1:20: outbound.allow: "[dns, 10.0.0.1:1, 10.0.0.2:2]": ` + refused + "allow more; [10.0.0.1:1, 10.0.0.2:2] is not in what is allowed, which is [dns] (MANTLET_OUTBOUND_ALLOW)"}},
+		"a wider prefix":            {environ: []string{"MANTLET_OUTBOUND=drop", "MANTLET_OUTBOUND_ALLOW=10.1.0.0/16:5432"}, file: "outbound: {allow: ['10.0.0.0/8:5432']}", want: []string{`1:20: outbound.allow: "[10.0.0.0/8:5432]": ` + refused + "allow more; [10.0.0.0/8:5432] is not in what is allowed, which is [10.1.0.0/16:5432] (MANTLET_OUTBOUND_ALLOW)"}},
+		"drop, and a longer list":   {environ: []string{"MANTLET_OUTBOUND_ALLOW=10.0.0.1:1"}, file: "outbound: {mode: drop, allow: [dns]}", want: []string{`1:32: outbound.allow: "[dns]": ` + refused + "allow more; [dns] is not in what is allowed, which is [10.0.0.1:1] (MANTLET_OUTBOUND_ALLOW)"}},
+		"nothing":                   {environ: []string{ingress + "a#80#true", egress + "a#127.0.0.1:1#x:1"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			environ := append(c.environ, "MANTLET_OVERRIDES=tighten")
@@ -119,7 +132,7 @@ func TestTighten(t *testing.T) {
 			if diff := cmp.Diff(c.want, places(err)); diff != "" {
 				t.Error(diff)
 			}
-			if diff := cmp.Diff(schema.Mesh{}, config.Mesh); err != nil && diff != "" {
+			if diff := cmp.Diff(schema.Mesh{}, config.Mesh, addresses); err != nil && diff != "" {
 				t.Errorf("half of it is applied: %s", diff)
 			}
 		})

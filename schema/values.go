@@ -485,7 +485,7 @@ func (removeText) parse(text string) (string, string) {
 	return text, ""
 }
 
-// The enumerations: Mode, TLSVersion, EnvoyLogLevel, OtherProtocols and AccessLog.
+// The enumerations: Mode, TLSVersion, EnvoyLogLevel, OtherProtocols, AccessLog and OutboundMode.
 
 func oneOf(text string, choices []string) (string, string) {
 	if slices.Contains(choices, text) {
@@ -514,12 +514,18 @@ func (AccessLog) choices() []string {
 	return []string{string(AccessLogNone), string(AccessLogRefused), string(AccessLogAll)}
 }
 
+func (OutboundMode) choices() []string {
+	return []string{string(OutboundAccept), string(OutboundObserve), string(OutboundDrop)}
+}
+
 func (m Mode) parse(text string) (string, string)           { return oneOf(text, m.choices()) }
+func (m OutboundMode) parse(text string) (string, string)   { return oneOf(text, m.choices()) }
 func (l EnvoyLogLevel) parse(text string) (string, string)  { return oneOf(text, l.choices()) }
 func (o OtherProtocols) parse(text string) (string, string) { return oneOf(text, o.choices()) }
 func (a AccessLog) parse(text string) (string, string)      { return oneOf(text, a.choices()) }
 
 func (Mode) scalar() yamlType           { return yamlString }
+func (OutboundMode) scalar() yamlType   { return yamlString }
 func (TLSVersion) scalar() yamlType     { return yamlString }
 func (EnvoyLogLevel) scalar() yamlType  { return yamlString }
 func (OtherProtocols) scalar() yamlType { return yamlString }

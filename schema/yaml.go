@@ -340,14 +340,15 @@ func (r *reader) list(node *yaml.Node, item formField, path string) any {
 	return objects
 }
 
-// texts reads allow, serverNames and alpn. It returns nil where one of them is wrong.
+// texts reads lists of texts: allow, serverNames, alpn and outbound.allow. It returns nil where one of them is wrong.
 func (r *reader) texts(node *yaml.Node, kind leaf, path string) *setting {
 	_, isALPN := kind.(alpnText)
+	_, mayBeEmpty := kind.(allowText) // nothing is allowed
 	if isALPN && len(node.Content) > maxALPN {
 		r.add(node, path, fmt.Sprintf("can have at most %d protocols", maxALPN))
 		return nil
 	}
-	if len(node.Content) == 0 {
+	if len(node.Content) == 0 && !mayBeEmpty {
 		reason := "is an empty list, which could mean nobody or anybody; list at least one name or remove the key"
 		if isALPN {
 			reason = "is an empty list; list at least one protocol or remove the key"
@@ -355,7 +356,10 @@ func (r *reader) texts(node *yaml.Node, kind leaf, path string) *setting {
 		r.add(node, path, reason)
 		return nil
 	}
-	all, good := &setting{list: []string{}, origin: r.origin(node.Content[0])}, true
+	all, good := &setting{list: []string{}, origin: r.origin(node)}, true
+	if len(node.Content) > 0 {
+		all.origin = r.origin(node.Content[0])
+	}
 	seen := make(map[string]bool, len(node.Content))
 	for i, n := range node.Content {
 		itemPath := path + "[" + strconv.Itoa(i) + "]"
