@@ -21,7 +21,7 @@ type Outbound struct {
 // OutboundMode is what happens to connections in the clear.
 type OutboundMode string
 
-// The modes, from the loosest to the strictest. OutboundAccept is the default.
+// The modes, from the least strict to the strictest. OutboundAccept is the default.
 const (
 	OutboundAccept  OutboundMode = "accept"  // they leave, and nobody keeps account
 	OutboundObserve OutboundMode = "observe" // they leave, and are accounted

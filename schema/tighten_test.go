@@ -282,7 +282,7 @@ func drawVersion(t *rapid.T) string {
 // whole files are.
 func drawFile(t *rapid.T, base form) form {
 	var f form
-	seldom := func() bool { return rapid.IntRange(0, 11).Draw(t, "seldom") == 0 }
+	rarely := func() bool { return rapid.IntRange(0, 11).Draw(t, "rarely") == 0 }
 	for _, was := range base.Ingress {
 		entry := map[string]any{"port": was["port"]}
 		switch rapid.IntRange(0, 5).Draw(t, "change") {
@@ -293,13 +293,13 @@ func drawFile(t *rapid.T, base form) form {
 		case 2:
 			entry["mode"] = "mtls"
 			entry["allow"] = drawNames(t)
-			if names, ok := was["allow"].([]string); ok && !seldom() {
+			if names, ok := was["allow"].([]string); ok && !rarely() {
 				entry["allow"] = names[:rapid.IntRange(1, len(names)).Draw(t, "left")]
 			}
 		case 3:
 			entry["name"] = "other"
 		case 4:
-			if was["mode"] == "passthrough" || seldom() {
+			if was["mode"] == "passthrough" || rarely() {
 				entry["mode"] = rapid.SampledFrom([]string{"tls", "tls", "passthrough"}).Draw(t, "mode")
 			}
 		default:
@@ -315,7 +315,7 @@ func drawFile(t *rapid.T, base form) form {
 			}
 		}
 	}
-	if seldom() {
+	if rarely() {
 		f.Ingress = append(f.Ingress, map[string]any{
 			"port": rapid.IntRange(1, int(world.lastPort)).Draw(t, "new"), "mode": rapid.SampledFrom([]string{"mtls", "tls", "passthrough"}).Draw(t, "mode"),
 		})
@@ -325,16 +325,16 @@ func drawFile(t *rapid.T, base form) form {
 		switch rapid.IntRange(0, 3).Draw(t, "change") {
 		case 0:
 			entry["serverNames"] = drawNames(t)
-			if names, ok := was["serverNames"].([]string); ok && !seldom() {
+			if names, ok := was["serverNames"].([]string); ok && !rarely() {
 				entry["serverNames"] = names[:rapid.IntRange(1, len(names)).Draw(t, "left")]
 			}
 		case 1:
 			entry["upstream"] = was["upstream"]
-			if seldom() {
+			if rarely() {
 				entry["upstream"] = rapid.SampledFrom(world.upstreams).Draw(t, "upstream")
 			}
 		case 2:
-			if seldom() {
+			if rarely() {
 				entry["remove"] = true
 			}
 		default:
@@ -342,7 +342,7 @@ func drawFile(t *rapid.T, base form) form {
 		}
 		f.Egress = append(f.Egress, entry)
 	}
-	if seldom() {
+	if rarely() {
 		f.Egress = append(f.Egress, map[string]any{"listen": rapid.SampledFrom(world.listen).Draw(t, "listen"), "upstream": rapid.SampledFrom(world.upstreams).Draw(t, "upstream")})
 	}
 	if rapid.IntRange(0, 3).Draw(t, "with a minimum") == 0 {

@@ -186,7 +186,7 @@ func (c *chaos) violated(format string, args ...any) {
 func (c *chaos) report() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.t.Logf("seed %d: %d rounds, %d connections let in and %d refused; settled within %v, drift mended within %v",
+	c.t.Logf("seed %d: %d rounds, %d connections let in and %d refused; settled within %v, drift repaired within %v",
 		c.seed, c.settled, c.calls[1], c.calls[0], c.slowest.settle, c.slowest.repair)
 	c.t.Logf("to do the same again: go tool task chaos -- -chaos.seed=%d\n%s", c.seed, strings.Join(c.journal, "\n"))
 }
@@ -640,20 +640,20 @@ func (c *chaos) settle() {
 	began := time.Now()
 	ctx, cancel := context.WithTimeout(context.Background(), *chaosSettle)
 	defer cancel()
-	var amiss string
+	var unsettled string
 	err := lab.Until(ctx, func() bool {
-		before := amiss
-		if amiss = c.amiss(); amiss != before {
-			c.note("amiss: %s", amiss)
+		before := unsettled
+		if unsettled = c.unsettled(); unsettled != before {
+			c.note("not settled: %s", unsettled)
 		}
-		return amiss == ""
+		return unsettled == ""
 	})
 	took := time.Since(began)
 	if err == nil {
-		amiss = c.overstayed()
+		unsettled = c.overstayed()
 	}
-	if amiss != "" || took > *chaosSettle {
-		c.violated("%v after the last action: %s", took, amiss)
+	if unsettled != "" || took > *chaosSettle {
+		c.violated("%v after the last action: %s", took, unsettled)
 		return
 	}
 	c.note("all is well after %v", took)
@@ -664,8 +664,8 @@ func (c *chaos) settle() {
 	c.amnesia, c.full = false, false
 }
 
-// amiss returns what is not as it should be, or "".
-func (c *chaos) amiss() string {
+// unsettled returns what is not as it should be, or "".
+func (c *chaos) unsettled() string {
 	c.revive()
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 	defer cancel()

@@ -116,8 +116,8 @@ func wanted(need, detail string, err error, remedy string) finding {
 	return f
 }
 
-// amiss returns the findings that are worth a look.
-func amiss(all []finding) []finding {
+// problems returns the findings that are worth a look.
+func problems(all []finding) []finding {
 	return slices.DeleteFunc(all, func(f finding) bool { return f.Severity == fine })
 }
 
@@ -169,7 +169,7 @@ func tryNamespace(n namespace, interfaces []string, environ []string) finding {
 		}
 	}
 	if err := schema.HostNetwork(environ); err != nil {
-		return wanted(need, "", err, "if it has not, mend the two variables")
+		return wanted(need, "", err, "if it has not, correct the two variables")
 	}
 	if n.initial {
 		return tried(need, "the virtual machine's, all of which is the pod: Kata Containers", nil, "")
@@ -397,7 +397,7 @@ func tryWriting(directory string) error {
 
 func tryCertificates(files schema.TLSFiles) finding {
 	certificates, err := envoy.LoadCertificates(files, time.Now())
-	remedy := "mend it there, and mantlet takes it"
+	remedy := "correct it there, and mantlet takes it"
 	if errors.Is(err, os.ErrNotExist) {
 		remedy = "mount certChain.pem, key.pem and mesh-ca.pem there (or tls.crt, tls.key and ca.crt; or svid.pem, svid_key.pem and bundle.pem), or let an " +
 			"init container write them; mantlet waits for them. MANTLET_TLS_DIRECTORY names another place, MANTLET_TLS_CERTIFICATE, _KEY and _CA other files"

@@ -29,7 +29,7 @@ func (p *pod) within(command ...string) *exec.Cmd {
 }
 
 // needs runs `mantlet check` beside the sidecar, in a mount namespace of its own that a shell has prepared, and returns what
-// is amiss by need.
+// is wrong, by need.
 func (p *pod) needs(prepare string, env ...string) map[string]finding {
 	p.t.Helper()
 	cmd := p.within("unshare", "--mount", "sh", "-ec", prepare+"\nexec \"$@\"", "sh")
@@ -51,9 +51,9 @@ func (p *pod) needs(prepare string, env ...string) map[string]finding {
 		p.t.Errorf("exit %d, ok %t: %+v", code, said.OK, said.Findings)
 	}
 	found := map[string]finding{}
-	for _, f := range amiss(said.Findings) {
+	for _, f := range problems(said.Findings) {
 		if f.Detail == "" || f.Remedy == "" {
-			p.t.Errorf("%+v does not say what is amiss, or what to do", f)
+			p.t.Errorf("%+v does not says what is wrong, or what to do", f)
 		}
 		found[f.Need] = f
 	}
@@ -302,7 +302,7 @@ func TestCheckWithoutPrivilege(t *testing.T) {
 	}
 }
 
-// TestCheckBesideMantlet: a mantlet that runs is not disturbed, and its status has what a check finds when something is amiss.
+// TestCheckBesideMantlet: a mantlet that runs is not disturbed, and its status has what a check finds when something is wrong.
 func TestCheckBesideMantlet(t *testing.T) {
 	t.Parallel()
 	p := start(t, web)

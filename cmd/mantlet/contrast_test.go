@@ -107,8 +107,8 @@ func TestAdminPort(t *testing.T) {
 				}
 				for path, part := range map[string]string{
 					"/readyz": "ok\n", "/status": `"ready":true`, "/metrics": "mantlet_ready 1\n",
-					"/stats/prometheus":                  `envoy_cluster_upstream_cx_total{envoy_cluster_name="workload"}`,
-					"/stats/prometheus?filter=nonesuch.": "envoy_server_live",
+					"/stats/prometheus":                 `envoy_cluster_upstream_cx_total{envoy_cluster_name="workload"}`,
+					"/stats/prometheus?filter=unknown.": "envoy_server_live",
 				} {
 					if code, said, err := ask(http.MethodGet, path); err != nil || code != http.StatusOK || !strings.Contains(said, part) {
 						t.Errorf("%s: %d, %v, without %s:\n%.2000s", path, code, err, part, said)

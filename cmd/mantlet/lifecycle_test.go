@@ -528,7 +528,7 @@ func TestBadEnvironment(t *testing.T) {
 	}
 }
 
-// TestEnvoyDoesNotStart: whatever keeps Envoy from running, readiness says what, nothing comes in, and once it is mended
+// TestEnvoyDoesNotStart: whatever keeps Envoy from running, readiness says what, nothing comes in, and once it is repaired
 // mantlet goes on by itself.
 func TestEnvoyDoesNotStart(t *testing.T) {
 	t.Parallel()
@@ -536,7 +536,7 @@ func TestEnvoyDoesNotStart(t *testing.T) {
 	envoy := os.Getenv("MANTLET_ENVOY_PATH") // not linked to: mantlet executes nothing from where Envoy was not when it started
 	for name, c := range map[string]struct {
 		says    string
-		prepare func(p *pod, path string) (mend func())
+		prepare func(p *pod, path string) (repair func())
 	}{
 		"missing": {"no such file or directory", func(p *pod, path string) func() {
 			return func() { p.install(envoy, path) }
@@ -564,7 +564,7 @@ func TestEnvoyDoesNotStart(t *testing.T) {
 			t.Parallel()
 			path := filepath.Join(t.TempDir(), "envoy")
 			p := newPod(t, egress, "MANTLET_ENVOY_PATH="+path)
-			mend := c.prepare(p, path)
+			repair := c.prepare(p, path)
 			p.must(p.identity.Write(p.sidecar.TLSDirectory))
 			p.besiege()
 			p.run()
@@ -578,7 +578,7 @@ func TestEnvoyDoesNotStart(t *testing.T) {
 			if n := p.log.count("the desired state is not in force"); n > 2 { // while Envoy takes its time to end, the first error can be another
 				t.Errorf("it is said %d times", n)
 			}
-			mend()
+			repair()
 			p.ready()
 			p.must(p.exchange(netip.AddrPortFrom(p.IPv4, mtlsPort), p.client.ClientConfig("pod")))
 			p.must(p.sidecar.Stop())

@@ -323,7 +323,7 @@ func TestGenerationsOutliveMantlet(t *testing.T) {
 	has("with no list any more", in("mtls_in_1 }"), loose, standard)
 	before, changes := p.rules(), p.transactions()
 	p.restart()
-	has("with what was loosest anyway", in("mtls_in_1 }"), loose, standard)
+	has("with what was least strict anyway", in("mtls_in_1 }"), loose, standard)
 	if got := p.rules(); got != before {
 		t.Errorf("mantlet started anew changes\n%s\nto\n%s", before, got)
 	}

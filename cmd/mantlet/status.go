@@ -114,7 +114,7 @@ func showStatus(ctx context.Context, to io.Writer, socket, output string, enviro
 	var needs []finding
 	well := status.Ready && len(status.Problems) == 0
 	if !well {
-		needs = amiss(findings(ctx, environ))
+		needs = problems(findings(ctx, environ))
 	}
 	if output == "json" {
 		err = printData(to, struct {

@@ -138,7 +138,7 @@ func TestStatusAddress(t *testing.T) {
 			}
 		}
 	}
-	p.crowded(p.IPv4)
+	p.saturated(p.IPv4)
 	asks(p.IPv6, "/livez", 200, "ok\n")
 	p.besieged()
 	for _, path := range []string{"/livez", "/readyz?verbose", "/status"} {
@@ -152,8 +152,8 @@ func TestStatusAddress(t *testing.T) {
 	}
 }
 
-// crowded holds more connections to the status address than it serves, and wants an answer all the same.
-func (p *pod) crowded(addr netip.Addr) {
+// saturated holds more connections to the status address than it serves, and wants an answer all the same.
+func (p *pod) saturated(addr netip.Addr) {
 	p.t.Helper()
 	for range 200 {
 		p.dial(p.outside, netip.AddrPortFrom(addr, statusPort))

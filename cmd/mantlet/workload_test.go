@@ -22,20 +22,20 @@ import (
 
 // webServer is one of a workload, which remembers what it was asked. Its answers say secret, and so do its headers.
 type webServer struct {
-	mu    sync.Mutex
-	asked []string
-	ill   bool
+	mu        sync.Mutex
+	asked     []string
+	unhealthy bool
 }
 
 func (s *webServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	s.asked = append(s.asked, fmt.Sprintf("%s %s %v", r.Method, r.URL.RequestURI(), r.Header))
-	ill := s.ill
+	unhealthy := s.unhealthy
 	s.mu.Unlock()
 	w.Header().Set("X-Secret", "secret")
 	switch r.URL.Path {
 	case "/healthz":
-		if ill {
+		if unhealthy {
 			w.WriteHeader(http.StatusInternalServerError)
 		}
 		_, _ = io.WriteString(w, "secret")
@@ -65,10 +65,10 @@ func (s *webServer) taken() []string {
 	return asked
 }
 
-func (s *webServer) set(ill bool) {
+func (s *webServer) set(unhealthy bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.ill = ill
+	s.unhealthy = unhealthy
 }
 
 // serveHTTP starts a web server in the pod.
@@ -117,7 +117,7 @@ probes:
   - {name: nobody-grpc, grpc: 4444}
   - {name: grpc, grpc: 9000}
   - {name: grpc-well, grpc: 9000/shop.Orders}
-  - {name: grpc-ill, grpc: 9000/shop.Carts}
+  - {name: grpc-unhealthy, grpc: 9000/shop.Carts}
   - {name: grpc-unknown, grpc: 9000/shop.Nothing}
   - {name: grpc-without, grpc: 9001}
   - {name: no-grpc, grpc: 8080}
@@ -144,7 +144,7 @@ probes:
 			"web": true, "missing": false, "moved": true, "endless": true, "silent": false, "headers": false, "no-http": false,
 			"ipv4": addr == p.IPv4, "ipv6": addr == p.IPv6, "local": false,
 			"tcp": true, "nobody": false, "nobody-http": false, "nobody-grpc": false,
-			"grpc": true, "grpc-well": true, "grpc-ill": false, "grpc-unknown": false, "grpc-without": false, "no-grpc": false, "no-http2": false,
+			"grpc": true, "grpc-well": true, "grpc-unhealthy": false, "grpc-unknown": false, "grpc-without": false, "no-grpc": false, "no-http2": false,
 		} {
 			want := http.StatusServiceUnavailable
 			if well {
@@ -162,7 +162,7 @@ probes:
 
 	// Over the unix socket the workload is asked at an address of the pod's too.
 	socket := reconcile.OverSocket(reconcile.StatusSocket(p.sidecar.RuntimeDirectory))
-	for name, want := range map[string]int{"web": 200, "grpc-well": 200, "grpc-ill": 503, "local": 503} {
+	for name, want := range map[string]int{"web": 200, "grpc-well": 200, "grpc-unhealthy": 503, "local": 503} {
 		response, err := socket.Get("http://mantlet/probe/" + name)
 		p.must(err)
 		p.must(response.Body.Close())
@@ -174,15 +174,15 @@ probes:
 	// What changes is told once.
 	const fails, again = `"msg":"a probe of the workload fails","name":"web"`, `"msg":"a probe of the workload succeeds again","name":"web"`
 	for range 2 {
-		for _, ill := range []bool{true, true, false, false} {
-			server.set(ill)
-			if code, _, err := p.get(p.IPv4, http.MethodGet, "/probe/web"); err != nil || (code == 200) == ill {
-				t.Errorf("ill is %t: %d, %v", ill, code, err)
+		for _, unhealthy := range []bool{true, true, false, false} {
+			server.set(unhealthy)
+			if code, _, err := p.get(p.IPv4, http.MethodGet, "/probe/web"); err != nil || (code == 200) == unhealthy {
+				t.Errorf("unhealthy is %t: %d, %v", unhealthy, code, err)
 			}
 		}
 	}
 	if f, a := p.log.count(fails), p.log.count(again); f != 2 || a != 2 {
-		t.Errorf("ill twice, the log says so %d times, and %d times that it is well again", f, a)
+		t.Errorf("unhealthy twice, the log says so %d times, and %d times that it is well again", f, a)
 	}
 	if strings.Contains(p.log.String(), "secret") {
 		t.Error("the log has text of the workload's")

@@ -46,8 +46,8 @@ func (t try) soon() try {
 	}
 }
 
-// silence is what must be seen where nothing comes back.
-const silence = "no answer"
+// noAnswer is what must be seen where nothing comes back.
+const noAnswer = "no answer"
 
 // The network has no delay, but the machine may be busy.
 const (
@@ -97,7 +97,7 @@ func (s *stage) acts() []act {
 		},
 	}, {
 		title: "mantlet has started in both pods, and has no certificates yet", happens: s.start, claims: []claim{
-			{"web:8080", "plaintext", s.into(tlsPort, plaintext, verdict).soon(), silence},
+			{"web:8080", "plaintext", s.into(tlsPort, plaintext, verdict).soon(), noAnswer},
 		},
 	}, {
 		title: "The certificates are there; from outside into the pod web", happens: s.certify, claims: []claim{
@@ -137,9 +137,9 @@ func (s *stage) acts() []act {
 		},
 	}, {
 		title: "It is killed again, and mantlet stopped (SIGSTOP) so that nobody brings it back", happens: s.keepDown, claims: []claim{
-			{"web:8080", "plaintext", s.into(tlsPort, plaintext, verdict).soon(), silence},
-			{"web:9000", "plaintext", s.into(otherPort, plaintext, verdict).soon(), silence},
-			{"web:9000", "TLS, mesh certificate", s.into(otherPort, member, verdict).soon(), silence},
+			{"web:8080", "plaintext", s.into(tlsPort, plaintext, verdict).soon(), noAnswer},
+			{"web:9000", "plaintext", s.into(otherPort, plaintext, verdict).soon(), noAnswer},
+			{"web:9000", "TLS, mesh certificate", s.into(otherPort, member, verdict).soon(), noAnswer},
 			{"web:7890", "plaintext", s.into(plainPort, plaintext, verdict), "answered in plaintext"},
 		},
 	}, {
@@ -339,7 +339,7 @@ func ending(o outcome) seen {
 	case errors.Is(o.err, io.EOF), errors.Is(o.err, unix.ECONNRESET), errors.Is(o.err, unix.ECONNREFUSED), errors.Is(o.err, unix.EPIPE):
 		return seen{words: "refused"}
 	case errors.As(o.err, &timeout) && timeout.Timeout():
-		return seen{words: silence}
+		return seen{words: noAnswer}
 	case errors.As(o.err, new(tls.RecordHeaderError)):
 		return seen{words: "answered, not in TLS"}
 	default:

@@ -89,7 +89,7 @@ func TestOutOfMemory(t *testing.T) {
 	s := n.besiege()
 	pod := n.pod("web")
 	envoy := processes(t, pod, "mantlet", "envoy")[0]
-	crowd := begin(t, s.outsider, "crowd", s.address)
+	flood := begin(t, s.outsider, "flood", s.address)
 	// The kernel kills the process that has most.
 	eventually(t, "an Envoy larger than mantlet", func() bool {
 		return resident(t, pod, "envoy") > resident(t, pod, "mantlet")+16<<10
@@ -106,7 +106,7 @@ func TestOutOfMemory(t *testing.T) {
 		err = os.WriteFile(limit, []byte(strconv.Itoa(size<<20)), 0)
 	}
 	eventually(t, "the end of Envoy", func() bool { return syscall.Kill(envoy.id, 0) != nil })
-	crowd.close()
+	flood.close()
 	// With version 2 the container is gone, and its cgroup with it.
 	if err := os.WriteFile(limit, before, 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		t.Fatal(err)

@@ -40,7 +40,7 @@ func (r report) failed() (n int) {
 	return n
 }
 
-// traffic is what the workload's load, intrude or crowd does.
+// traffic is what the workload's load, intrude or flood does.
 type traffic struct {
 	t             *testing.T
 	cmd           *exec.Cmd
@@ -48,7 +48,7 @@ type traffic struct {
 	out, problems bytes.Buffer
 }
 
-// begin starts load, intrude or crowd in a pod.
+// begin starts load, intrude or flood in a pod.
 func begin(t *testing.T, from corev1.Pod, args ...string) *traffic {
 	t.Helper()
 	r := &traffic{t: t, cmd: client(t, from, args...)}

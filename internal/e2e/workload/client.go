@@ -149,8 +149,8 @@ func load(as role, url string) error {
 	return repeat(4, 20*time.Millisecond, func() (string, error) { return request(as, url) })
 }
 
-// crowd ADDRESS:PORT opens thousands of connections of mutual TLS, and keeps them open until standard input ends.
-func crowd(address string) error {
+// flood ADDRESS:PORT opens thousands of connections of mutual TLS, and keeps them open until standard input ends.
+func flood(address string) error {
 	config, err := mutual("/tls-config")
 	if err != nil {
 		return err

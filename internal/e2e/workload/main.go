@@ -43,8 +43,8 @@ func run(command []string) error {
 		return get(role(args[0]), args[1])
 	case "load":
 		return load(role(args[0]), args[1])
-	case "crowd":
-		return crowd(args[0])
+	case "flood":
+		return flood(args[0])
 	case "intrude":
 		return intrude(args[0])
 	}
