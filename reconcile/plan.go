@@ -197,10 +197,17 @@ func Compare(from, to schema.Mesh) []Step {
 		restarts("maxConnectionAge: %s -> %s", ageOf(from), ageOf(to))
 	}
 	if from.AccessLog != to.AccessLog {
-		restarts("accessLog: %v -> %v", from.AccessLog, to.AccessLog)
+		need := NoRestart // without a listener nothing is logged, whatever is to be
+		if hasListeners(from) || hasListeners(to) {
+			need = HotRestart
+		}
+		add(need, "accessLog: %v -> %v", from.AccessLog, to.AccessLog)
 	}
 	return steps
 }
+
+// hasListeners reports whether Envoy has any for a mesh.
+func hasListeners(m schema.Mesh) bool { return !m.IngressOff || len(m.Egress) > 0 }
 
 func onOff(on bool) string {
 	if on {
