@@ -12,7 +12,7 @@ import (
 	"strings"
 	"testing"
 
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 	"mantlet/render"
 )
 
@@ -57,6 +57,37 @@ func TestVersions(t *testing.T) {
 		if len(versions) != 1 {
 			t.Errorf("%s: different versions: %v", c.what, versions)
 		}
+	}
+}
+
+// TestImportsGoDown checks that no package imports one of its own layer or of a layer above it, directly or by others.
+func TestImportsGoDown(t *testing.T) {
+	layers := []string{ // from above
+		`cmd/mantlet`, `reconcile`, `reconcile/\w+`, `internal/status`, `render`, `schema`,
+	}
+	layer := func(path string) int {
+		return slices.IndexFunc(layers, func(l string) bool { return regexp.MustCompile(`^mantlet/` + l + `$`).MatchString(path) })
+	}
+	list, err := exec.Command("go", "list", "-f", `{{.ImportPath}} {{join .Deps " "}}`, "./...").Output()
+	if err != nil {
+		t.Fatalf("listing the packages: %v", err)
+	}
+	seen := map[int]bool{}
+	for line := range strings.Lines(string(list)) {
+		path, deps, _ := strings.Cut(strings.TrimSpace(line), " ")
+		at := layer(path)
+		if at < 0 {
+			continue
+		}
+		seen[at] = true
+		for _, dep := range strings.Fields(deps) {
+			if other := layer(dep); other >= 0 && other <= at {
+				t.Errorf("%s must not depend on %s", path, dep)
+			}
+		}
+	}
+	if len(seen) != len(layers) {
+		t.Errorf("of %d layers only %v were found", len(layers), seen)
 	}
 }
 
@@ -252,7 +283,7 @@ func explained(t *testing.T, header string) []string {
 
 // TestReasonsAreExplained holds the documented table of why the sidecar is not ready against the code.
 func TestReasonsAreExplained(t *testing.T) {
-	if got, want := explained(t, "| not ready, it says | what to do |"), reconcile.Reasons(); !slices.Equal(got, want) {
+	if got, want := explained(t, "| not ready, it says | what to do |"), status.Reasons(); !slices.Equal(got, want) {
 		t.Errorf("docs/operations.md explains %q, want %q", got, want)
 	}
 }

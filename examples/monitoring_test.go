@@ -15,7 +15,7 @@ import (
 
 	"sigs.k8s.io/yaml"
 
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 	"mantlet/schema"
 )
 
@@ -95,15 +95,15 @@ func TestDashboard(t *testing.T) {
 func exported(t *testing.T) map[string]bool {
 	t.Helper()
 	var text bytes.Buffer
-	if err := reconcile.WriteMetrics(&text, reconcile.Status{
-		Epochs:       []reconcile.Epoch{{Serving: true}},
-		Certificates: []reconcile.Certificate{{Role: "leaf", NotAfter: time.Now()}},
-		Applies:      []reconcile.Applies{{Kind: "rules", Within: make([]uint64, len(reconcile.ApplySeconds()))}},
-		Inbound:      []reconcile.Inbound{{Ports: "8080", Mode: schema.ModeTLS}},
-		Upstreams:    []reconcile.Upstream{{Listen: "127.0.0.1:1"}},
-		Traffic:      reconcile.Traffic{Ingress: []reconcile.Handshakes{{Mode: schema.ModeTLS}}, Egress: []reconcile.Dialled{{Listen: "127.0.0.1:1"}}},
-		Ended:        []reconcile.Ended{{Direction: "ingress"}},
-		Refused:      []reconcile.Refused{{By: "envoy", Direction: "ingress", Reason: "plaintext"}},
+	if err := status.WriteMetrics(&text, status.Status{
+		Epochs:       []status.Epoch{{Serving: true}},
+		Certificates: []status.Certificate{{Role: "leaf", NotAfter: time.Now()}},
+		Applies:      []status.Applies{{Kind: "rules", Within: make([]uint64, len(status.ApplySeconds()))}},
+		Inbound:      []status.Inbound{{Ports: "8080", Mode: schema.ModeTLS}},
+		Upstreams:    []status.Upstream{{Listen: "127.0.0.1:1"}},
+		Traffic:      status.Traffic{Ingress: []status.Handshakes{{Mode: schema.ModeTLS}}, Egress: []status.Dialled{{Listen: "127.0.0.1:1"}}},
+		Ended:        []status.Ended{{Direction: "ingress"}},
+		Refused:      []status.Refused{{By: "envoy", Direction: "ingress", Reason: "plaintext"}},
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -129,7 +129,7 @@ func TestMetricsExist(t *testing.T) {
 		}
 	}
 	document := string(read(t, "../docs/operations.md"))
-	for _, code := range reconcile.ProblemCodes() {
+	for _, code := range status.ProblemCodes() {
 		if !strings.Contains(document, "`"+code+"`") {
 			t.Errorf("docs/operations.md does not have the problem %s", code)
 		}

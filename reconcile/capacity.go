@@ -3,23 +3,15 @@ package reconcile
 import (
 	"context"
 	"time"
-)
 
-// Capacity is how many connections are open at most. Those that are too many are closed as they come.
-type Capacity struct {
-	Ingress uint64 `json:"ingress"` // of clients
-	// By names what the limit of clients follows from: memory, descriptors, or conntrack where neither limits it.
-	By          string `json:"by"`
-	Egress      uint64 `json:"egress"`      // of the workload, at each egress entry
-	Memory      uint64 `json:"memory"`      // bytes that the container may have; 0 for no limit
-	Descriptors uint64 `json:"descriptors"` // that each Envoy may have; 0 for no limit
-}
+	"mantlet/internal/status"
+)
 
 // connectionLimit is the code of connections that were too many.
 const connectionLimit = "connection_limit"
 
 // capacity returns that of the Envoy that serves, or will.
-func (d *Daemon) capacity() Capacity {
+func (d *Daemon) capacity() status.Capacity {
 	var state *desired
 	d.locked(func() {
 		if state = d.have; state == nil {
@@ -27,10 +19,10 @@ func (d *Daemon) capacity() Capacity {
 		}
 	})
 	if state == nil {
-		return Capacity{Memory: d.Limits.Memory, Descriptors: d.Limits.Descriptors}
+		return status.Capacity{Memory: d.Limits.Memory, Descriptors: d.Limits.Descriptors}
 	}
 	c := d.Limits.Capacity(state.state.Cost)
-	return Capacity{Ingress: c.Ingress, By: c.By, Egress: c.Egress, Memory: d.Limits.Memory, Descriptors: d.Limits.Descriptors}
+	return status.Capacity{Ingress: c.Ingress, By: c.By, Egress: c.Egress, Memory: d.Limits.Memory, Descriptors: d.Limits.Descriptors}
 }
 
 // lookForShed is how often Envoy is asked whether connections were too many: it writes no line of the access log for them.

@@ -16,6 +16,7 @@ import (
 	"github.com/google/renameio/v2"
 
 	"mantlet/internal/files"
+	"mantlet/internal/status"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -75,10 +76,10 @@ func (d *Daemon) readConfig() {
 	}
 	what := "the override file was rejected; the last good state stays in force"
 	if !d.configured {
-		what = notConfigured
+		what = status.WaitingForConfiguration
 	}
 	if d.complain(&d.badConfig, "configuration rejected", what, err) {
-		d.failed(checkConfig, err)
+		d.failed(status.CheckConfig, err)
 	}
 }
 

@@ -9,12 +9,6 @@ import (
 	"mantlet/schema"
 )
 
-// Ended counts the connections that changes of the configuration or of the mesh CAs ended.
-type Ended struct {
-	Direction string `json:"direction"` // ingress, egress
-	Count     uint64 `json:"count"`
-}
-
 // end ends the connections that were let in or out before and that a state, whose rules are in force, forbids. The rules end those from
 // outside by themselves, at their next packet; here both ends are told at once. Where that fails the rules are what is left.
 func (d *Daemon) end(next *desired, revoked bool) {

@@ -2,6 +2,7 @@ package reconcile
 
 import (
 	"context"
+	"time"
 
 	"mantlet/internal/gate"
 )
@@ -10,7 +11,7 @@ import (
 // it is tried again.
 func (d *Daemon) serveGate(ctx context.Context) {
 	path := d.Environment.Process.GateSocket
-	for ; path != "" && ctx.Err() == nil; sleep(ctx, rebind) {
+	for ; path != "" && ctx.Err() == nil; sleep(ctx, gateRetry) {
 		listener, err := gate.Listen(path)
 		if err == nil {
 			d.locked(func() { d.ungated = nil })
@@ -25,3 +26,6 @@ func (d *Daemon) serveGate(ctx context.Context) {
 		d.locked(func() { d.ungated = err })
 	}
 }
+
+// gateRetry is how often the gate's socket is tried that could not be served.
+const gateRetry = time.Second

@@ -8,16 +8,10 @@ import (
 	"sync"
 	"time"
 
+	"mantlet/internal/status"
+
 	"golang.org/x/time/rate"
 )
-
-// Repair is one time that somebody changed the rules in the kernel, and they were put back.
-type Repair struct {
-	Time  time.Time `json:"time"`
-	By    string    `json:"by,omitempty"`    // the name of the process, as the kernel tells it; "" where no event told
-	Found []string  `json:"found"`           // what differed, a line each; at most maxFound
-	Error string    `json:"error,omitempty"` // why they could not be put back; it is tried again
-}
 
 const (
 	// resync is how often the rules are looked at although no event came. Where nothing changed it costs one question to the
@@ -53,7 +47,7 @@ func (v *valve) admit() (leftOut int, ok bool) {
 }
 
 // Repairs returns the last repairs, the newest last, and how many there were in all.
-func (d *Daemon) Repairs() (last []Repair, count int) {
+func (d *Daemon) Repairs() (last []status.Repair, count int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return slices.Clone(d.repairs), d.repaired
@@ -149,9 +143,9 @@ func (d *Daemon) heed(now time.Time) {
 	err := d.Secrets.Valid(now)
 	switch {
 	case err != nil && d.invalid == nil:
-		err = about(notValid, err)
+		err = about(status.CertificatesNotValid, err)
 		d.Log.Error("mantlet is not ready", "reason", err)
-		d.failed(checkCertificates, err)
+		d.failed(status.CheckCertificates, err)
 	case err == nil && d.invalid != nil:
 		d.Log.Info("peers accept the certificates again")
 	}
@@ -166,9 +160,9 @@ func (d *Daemon) lookAtListeners() {
 	case !known || joined == nil && d.joined == nil || same(joined, d.joined):
 		return
 	case joined != nil:
-		err := about(notAlone, joined)
+		err := about(status.EnvoyListenerJoined, joined)
 		d.Log.Error("mantlet is not ready", "reason", err)
-		d.failed(checkEnvoy, err)
+		d.failed(status.CheckEnvoy, err)
 	default:
 		d.Log.Info("no other process listens where Envoy does any more")
 	}
@@ -201,7 +195,7 @@ func (d *Daemon) mend(who string) {
 		d.unmended = err
 		return
 	}
-	r := Repair{Time: time.Now(), By: who, Found: found}
+	r := status.Repair{Time: time.Now(), By: who, Found: found}
 	if len(found) > maxFound {
 		r.Found = found[:maxFound]
 	}

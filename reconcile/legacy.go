@@ -7,20 +7,16 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"mantlet/internal/status"
 )
 
 // Legacy is iptables-legacy in the pod's network namespace. Its rules apply beside mantlet's, and nft does not show them.
 type Legacy interface {
 	// Read returns what is to be said of its rules for IPv4. It changes nothing.
-	Read() (LegacyRules, error)
+	Read() (status.LegacyRules, error)
 	// Lift removes one of Denies, and touches nothing else.
 	Lift(ctx context.Context, rule string) error
-}
-
-// LegacyRules are rules of iptables-legacy, in words.
-type LegacyRules struct {
-	Denies []string // rules, as iptables writes them, that drop whatever comes in and belongs to no connection: some guests boot with one
-	Others []string // what else there is, a line each
 }
 
 // liftLimit is more than a removal takes where iptables-legacy waits for its lock.

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"mantlet/internal/status"
 	"mantlet/schema"
 )
 
@@ -128,5 +129,5 @@ func (s *desired) whyClosed() error {
 	if s == nil || s.closed == nil {
 		return nil
 	}
-	return located{checkRules, fmt.Errorf("ports %s are closed for seconds: the configuration changes so often to what forbids something that it can't be served at once", portList(s.closed.ports))}
+	return located{status.CheckRules, fmt.Errorf("ports %s are closed for seconds: the configuration changes so often to what forbids something that it can't be served at once", portList(s.closed.ports))}
 }

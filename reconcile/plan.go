@@ -9,8 +9,7 @@ import (
 	"strings"
 	"unicode"
 
-	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
-
+	"mantlet/internal/status"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -38,18 +37,8 @@ const (
 type Live struct {
 	Rules        render.Ruleset
 	Fit          func(render.Ruleset) render.Ruleset // the rules as this mantlet and kernel have them; nil for as they are
-	Envoy        Envoy
+	Envoy        status.Envoy
 	Certificates []string // what Envoy has otherwise than the TLS directory, a line each
-}
-
-// Envoy is what a running Envoy says of itself.
-type Envoy struct {
-	Epoch     int
-	State     string // LIVE, INITIALIZING, …; "" where none runs
-	Digest    string
-	Settings  schema.Envoy
-	Bootstrap *bootstrapv3.Bootstrap
-	Listeners map[string]bool
 }
 
 // Difference is what there is otherwise than wanted.
@@ -145,7 +134,7 @@ func withModes(modes, lists []schema.Ingress) (all []schema.Ingress) {
 
 // diffEnvoy compares a running Envoy with a state. Where the Envoy told which mesh it was started for, steps to another one are known
 // already.
-func diffEnvoy(state render.State, settings schema.Envoy, have Envoy, told bool) (steps []Step, details []string) {
+func diffEnvoy(state render.State, settings schema.Envoy, have status.Envoy, told bool) (steps []Step, details []string) {
 	add := func(format string, args ...any) {
 		steps = append(steps, Step{fmt.Sprintf(format, args...), HotRestart})
 	}

@@ -5,65 +5,35 @@ import (
 	"slices"
 	"time"
 
+	"mantlet/internal/status"
 	"mantlet/schema"
 )
 
-// The names of ports that no entry has.
-const (
-	otherPorts = "other"  // all that no entry names
-	statusPort = "status" // where mantlet itself answers
-)
-
-// Policy is what is in force for connections from outside to some ports.
-type Policy struct {
-	Ports string      `json:"ports"` // a port or a range, as Inbound has it: "other" is all ports that no entry names, "status" mantlet's own
-	Name  string      `json:"name,omitempty"`
-	Mode  schema.Mode `json:"mode"`
-	Allow []string    `json:"allow"` // the SANs of which a client must have one; null for anyone whom the mode lets in
-}
-
-// Route is what is in force for connections of the workload to an egress entry.
-type Route struct {
-	Listen      string   `json:"listen"`
-	Name        string   `json:"name,omitempty"`
-	Upstream    string   `json:"upstream"`
-	ServerNames []string `json:"serverNames"` // the SANs of which the endpoint must have one; null for anyone of the mesh
-}
-
 // policies returns what is in force for all ports; none while nothing is let in.
-func (w *desired) policies() []Policy {
-	all := []Policy{}
+func (w *desired) policies() []status.Policy {
+	all := []status.Policy{}
 	if w == nil {
 		return all
 	}
 	for _, in := range w.mesh.Ingress {
-		all = append(all, Policy{in.Ports.String(), in.Name, in.Mode, in.Allow})
+		all = append(all, status.Policy{Ports: in.Ports.String(), Name: in.Name, Mode: in.Mode, Allow: in.Allow})
 	}
 	if w.mesh.StatusPort != 0 {
-		all = append(all, Policy{Ports: statusPort, Mode: schema.ModePassthrough})
+		all = append(all, status.Policy{Ports: status.StatusPort, Mode: schema.ModePassthrough})
 	}
-	return append(all, Policy{Ports: otherPorts, Mode: schema.ModeMTLS})
+	return append(all, status.Policy{Ports: status.OtherPorts, Mode: schema.ModeMTLS})
 }
 
 // routes returns what is in force for all egress entries.
-func (w *desired) routes() []Route {
-	all := []Route{}
+func (w *desired) routes() []status.Route {
+	all := []status.Route{}
 	if w == nil {
 		return all
 	}
 	for _, e := range w.mesh.Egress {
-		all = append(all, Route{e.Listen.String(), e.Name, e.Upstream.String(), e.ServerNames})
+		all = append(all, status.Route{Listen: e.Listen.String(), Name: e.Name, Upstream: e.Upstream.String(), ServerNames: e.ServerNames})
 	}
 	return all
-}
-
-// ProbeStatus is a probe of the workload and what came of it.
-type ProbeStatus struct {
-	Name  string     `json:"name"`
-	Asks  string     `json:"asks"`            // kind, port and target, as "http 8080/healthz"
-	Asked *time.Time `json:"asked"`           // last; null if never
-	OK    *bool      `json:"ok"`              // null if it was never asked
-	Error string     `json:"error,omitempty"` // why it failed
 }
 
 // outcome is what came of a probe.
@@ -74,13 +44,13 @@ type outcome struct {
 }
 
 // probeStatuses returns what came of the probes of the wanted configuration. The caller holds mu.
-func (d *Daemon) probeStatuses() []ProbeStatus {
-	all := []ProbeStatus{}
+func (d *Daemon) probeStatuses() []status.ProbeStatus {
+	all := []status.ProbeStatus{}
 	if d.want == nil {
 		return all
 	}
 	for _, p := range d.want.mesh.Probes {
-		s := ProbeStatus{Name: p.Name, Asks: string(p.Kind) + " " + p.String()}
+		s := status.ProbeStatus{Name: p.Name, Asks: string(p.Kind) + " " + p.String()}
 		if o, ok := d.outcomes[p.Name]; ok && o.probe == p {
 			s.Asked, s.OK = new(o.at), new(o.err == nil)
 			if o.err != nil {
@@ -105,4 +75,26 @@ func (d *Daemon) noteOutcome(p schema.Probe, err error) (failed bool) {
 		})
 	}
 	return asked && before.err != nil
+}
+
+// Probes returns the probes of the wanted configuration.
+func (d *Daemon) Probes() (all []schema.Probe) {
+	d.locked(func() {
+		if d.want != nil {
+			all = d.want.mesh.Probes
+		}
+	})
+	return all
+}
+
+// Probed logs a probe whose outcome is another than before; the first, if it is not good.
+func (d *Daemon) Probed(p schema.Probe, err error) {
+	was := false
+	d.locked(func() { was = d.noteOutcome(p, err) })
+	switch {
+	case err != nil && !was:
+		d.Log.Warn("a probe of the workload fails", "name", p.Name, "kind", p.Kind, "asks", p.String(), "error", err)
+	case err == nil && was:
+		d.Log.Info("a probe of the workload succeeds again", "name", p.Name)
+	}
 }

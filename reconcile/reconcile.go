@@ -14,9 +14,8 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sync/singleflight"
-
 	"mantlet/internal/bind"
+	"mantlet/internal/status"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -33,7 +32,7 @@ type Kernel interface {
 	// Refused returns how many packets the rules ended since the start, by the names of render.Refusals.
 	Refused() (map[string]uint64, error)
 	// Inbound returns the connections from outside that are open, and how full conntrack's table is.
-	Inbound() (open []Inbound, entries, most int, err error)
+	Inbound() (open []status.Inbound, entries, most int, err error)
 	// End ends open connections at once, and tells both of their ends by resets: those from outside that admits, which gets their
 	// port and mark, does not let go on, and those of the workload to the addresses of egress listeners. It returns how many it
 	// ended of each.
@@ -44,9 +43,6 @@ type Kernel interface {
 	// table, else "". It may miss changes. The channel is closed once all that it takes has ended.
 	Watch(ctx context.Context) <-chan string
 }
-
-// ErrUntried is what Secrets.Update's error wraps where it says nothing of the certificates: no Envoy could try them now.
-var ErrUntried = errors.New("the certificates can't be tried")
 
 // Secrets are the certificates that Envoy has.
 type Secrets interface {
@@ -67,9 +63,9 @@ type Secrets interface {
 	// Held returns an error if Envoy says that it does not have what it was given.
 	Held(ctx context.Context) error
 	// Good returns what Envoy accepted last, without LeftSeconds.
-	Good() []Certificate
+	Good() []status.Certificate
 	// Certificates returns what Envoy says that it has, or said last, without LeftSeconds. It may be called at any time.
-	Certificates(ctx context.Context) []Certificate
+	Certificates(ctx context.Context) []status.Certificate
 	// Warnings returns what is not as it should be with what Envoy has, although Envoy accepts it.
 	Warnings() []string
 }
@@ -91,9 +87,9 @@ type Proxy interface {
 	// Connections returns how many connections would be cut if all that Start made were stopped now.
 	Connections(context.Context) (int, error)
 	// Epochs returns the Envoys that run. It may be called at any time.
-	Epochs(context.Context) []Epoch
+	Epochs(context.Context) []status.Epoch
 	// Traffic returns how many connections there were since the start. It may be called at any time.
-	Traffic(context.Context) Traffic
+	Traffic(context.Context) status.Traffic
 	// Statistics returns those of the Envoy that serves, in Prometheus' text format and by Envoy's names. It may be called at any time.
 	Statistics(context.Context) ([]byte, error)
 	// Joined returns an error that names the listeners which another process has joined; nil where there is none. It may be called at
@@ -102,33 +98,7 @@ type Proxy interface {
 	// Stop ends all that Start made, and returns when they are gone.
 	Stop()
 	// Refusals returns the connections that came to nothing last, the newest last, and how many there were since the start.
-	Refusals() ([]Refusal, []RefusalCount)
-}
-
-// Refusal is a connection that came to nothing; Count of them if the same happened to the same peer again.
-type Refusal struct {
-	Time        time.Time `json:"time"` // of the last one
-	Count       int       `json:"count"`
-	Direction   string    `json:"direction"`   // ingress or egress
-	Peer        string    `json:"peer"`        // the address that dialled
-	Destination string    `json:"destination"` // the address and port that it dialled
-	SANs        []string  `json:"sans,omitempty"`
-	Code        string    `json:"code"`   // a name that stays, as san_not_allowed
-	Reason      string    `json:"reason"` // in words
-	Detail      string    `json:"detail"` // as Envoy says it
-}
-
-// Followed is a refusal as it comes.
-type Followed struct {
-	Refusal
-	LeftOut int `json:"leftOutBefore,omitempty"` // refusals before it that came faster than they were taken
-}
-
-// RefusalCount is how many connections came to nothing for one reason.
-type RefusalCount struct {
-	Direction string `json:"direction"`
-	Code      string `json:"code"`
-	Count     int    `json:"count"`
+	Refusals() ([]status.Refusal, []status.RefusalCount)
 }
 
 // Daemon is one run of mantlet. Its exported fields are set before Run.
@@ -146,7 +116,7 @@ type Daemon struct {
 	Limits      render.Limits  // of mantlet and its Envoys
 	Processes   bind.Processes // that listened when mantlet still could see who does
 	// Follow returns refusals as they come, until ctx ends; an error where too many follow already.
-	Follow func(ctx context.Context) (<-chan Followed, error)
+	Follow func(ctx context.Context) (<-chan status.Followed, error)
 	Log    *slog.Logger
 	// LogLost returns how many lines of the log were dropped, and for how long whoever reads it has taken none; 0 while they
 	// do. Where it is nil, none are.
@@ -174,8 +144,8 @@ type Daemon struct {
 	keeps   chan struct{}
 
 	// What the reader of the certificates has alone.
-	given  []Certificate // that Envoy has
-	unread bool          // an Envoy was starting, so that none could try them
+	given  []status.Certificate // that Envoy has
+	unread bool                 // an Envoy was starting, so that none could try them
 
 	news     chan struct{} // for the loop: another configuration, or other certificates
 	started  chan struct{} // for the reader of the certificates: an Envoy was started, or could not be
@@ -191,19 +161,19 @@ type Daemon struct {
 	notBefore time.Time   // the next start
 	drained   time.Time   // until then the connections of the epoch before have their drain time
 
-	repairs   []Repair // the last ones
-	repaired  int      // how many there were
-	foreign   []string // what undermines the rules from other tables
-	unmended  error    // why the rules could not be looked at or put back; guard alone has it
-	repairLog *valve   // of what mend says; guard alone has it
-	joined    error    // listeners that another process had joined when guard last looked; guard alone has it
-	invalid   error    // why peers do not accept what Envoy has, when guard last looked; guard alone has it
+	repairs   []status.Repair // the last ones
+	repaired  int             // how many there were
+	foreign   []string        // what undermines the rules from other tables
+	unmended  error           // why the rules could not be looked at or put back; guard alone has it
+	repairLog *valve          // of what mend says; guard alone has it
+	joined    error           // listeners that another process had joined when guard last looked; guard alone has it
+	invalid   error           // why peers do not accept what Envoy has, when guard last looked; guard alone has it
 
 	legacyRules  []string // of iptables-legacy, but those that drop all
 	unreadLegacy error    // why they could not be read
 	unlifted     error    // why one that drops all could not be removed
 
-	reloaded Reload             // what came of reading the configuration
+	reloaded status.Reload      // what came of reading the configuration
 	outcomes map[string]outcome // of probes of the workload, by name
 
 	// Why the daemon is not where it should be, each nil where it is not the reason.
@@ -212,15 +182,13 @@ type Daemon struct {
 	// What Status tells beside that.
 	since        time.Time // it runs
 	accepted     uint64    // how many configurations were
-	lastError    *Failure
+	lastError    *status.Failure
 	unserved     error // why the status address is not served
 	ungated      error // why the gate's socket is not served
 	applies      applies
-	envoys       Envoys
+	envoys       status.Envoys
 	endedInbound uint64 // connections that changes ended
 	endedEgress  uint64
-	flight       singleflight.Group // of requests that ask the same
-	told         sync.Map           // what they were told last
 }
 
 // desired is a desired state and what it was rendered from.
@@ -434,9 +402,9 @@ func (d *Daemon) replace(rules render.Ruleset) error {
 	d.watchdog.begin(loop, "putting the rules in force", kernelLimit)
 	err := d.Kernel.Replace(rules)
 	d.watchdog.begin(loop, "its turn", turnLimit)
-	d.applied(applyRules, time.Since(began), err)
+	d.applied(status.ApplyRules, time.Since(began), err)
 	if err != nil {
-		return located{checkRules, about(notInForce, err)}
+		return located{status.CheckRules, about(status.RulesNotInForce, err)}
 	}
 	return nil
 }
@@ -463,9 +431,9 @@ func (d *Daemon) isServing(state *desired) bool {
 
 // start makes a state serve. While it is under way, connections by a mesh CA that is taken away end all the same.
 func (d *Daemon) start(ctx context.Context, want *desired) error {
-	kind, began := applyStart, time.Now()
+	kind, began := status.ApplyStart, time.Now()
 	if d.process != nil {
-		kind = applyHotRestart
+		kind = status.ApplyHotRestart
 		if began.Before(d.drained) {
 			d.cuts = append(d.cuts, began)
 			d.cuts = d.cuts[max(0, len(d.cuts)-cutsAtOnce):]
@@ -480,10 +448,10 @@ func (d *Daemon) start(ctx context.Context, want *desired) error {
 	notify(d.started)
 	if ctx.Err() == nil {
 		d.applied(kind, time.Since(began), err)
-		d.locked(func() { d.envoys.add(err == nil, d.have != nil && (d.process == nil || want == d.have)) })
+		d.locked(func() { d.envoys.Add(err == nil, d.have != nil && (d.process == nil || want == d.have)) })
 	}
 	if err != nil {
-		return about(notLive, Explain(err, want.mesh))
+		return about(status.EnvoyNotStarted, Explain(err, want.mesh))
 	}
 	if d.process != nil {
 		d.drained = time.Now().Add(want.mesh.Envoy.DrainTime)
@@ -524,12 +492,12 @@ func (d *Daemon) ended() {
 	err, delay := d.process.Err(), d.pause.next(time.Now())
 	d.Log.Error("Envoy ended; new connections wait until it is back", "error", err, "restart_in", delay.String())
 	d.notBefore = time.Now().Add(delay)
-	err = about(notRunning, err)
+	err = about(status.EnvoyDown, err)
 	d.locked(func() {
 		d.process, d.down = nil, err
 		d.envoys.Ended++
 	})
-	d.failed(checkEnvoy, err)
+	d.failed(status.CheckEnvoy, err)
 }
 
 // certify reads and publishes certificates, again whenever they may have changed or there is a note on reread, until ctx ends.
@@ -572,24 +540,24 @@ func (d *Daemon) readCertificates(ctx context.Context) {
 	began := time.Now()
 	before := d.starting()
 	revoked, err := d.Secrets.Update(ctx)
-	d.unread = errors.Is(err, ErrUntried) && (before.now || d.starting() != before)
+	d.unread = errors.Is(err, status.ErrUntried) && (before.now || d.starting() != before)
 	expires := d.Secrets.Expires()
 	if given := d.Secrets.Good(); !reflect.DeepEqual(given, d.given) {
 		d.given = given
-		d.applied(applyCertificates, time.Since(began), nil)
+		d.applied(status.ApplyCertificates, time.Since(began), nil)
 	}
 	if err != nil && !d.unread {
 		what := "the certificates were rejected; the last good ones stay in use"
 		if expires.IsZero() {
-			what = notCertified
+			what = status.WaitingForCertificates
 		}
 		event := "certificates rejected"
 		if unwritable(err) {
-			event, what = "certificates not published", notWritable
+			event, what = "certificates not published", status.RuntimeDirectoryNotWritable
 		}
 		if d.complain(&d.badCertificates, event, what, err) {
-			d.failed(checkCertificates, err)
-			d.applied(applyCertificates, time.Since(began), err)
+			d.failed(status.CheckCertificates, err)
+			d.applied(status.ApplyCertificates, time.Since(began), err)
 		}
 	}
 	var isNew bool
@@ -637,7 +605,7 @@ func (d *Daemon) foresee(now time.Time) {
 		case now.Before(c.NotAfter.Add(-c.NotAfter.Sub(c.NotBefore) / 5)):
 		case c.Needed && needed == nil:
 			needed = fmt.Errorf("%s, and there is no new one", text)
-		case !c.Needed && c.Role != RoleMeshCA && other == nil: // a bundle may hold a CA of before
+		case !c.Needed && c.Role != status.RoleMeshCA && other == nil: // a bundle may hold a CA of before
 			other = fmt.Errorf("%s; the certificate is valid without it: if no peer needs it, take it out", text)
 		}
 	}
@@ -650,7 +618,7 @@ func (d *Daemon) foresee(now time.Time) {
 		return
 	}
 	if d.complain(&d.expiring, "certificates expire soon", "the certificates should be replaced", err) {
-		d.failed(checkCertificates, d.expiring)
+		d.failed(status.CheckCertificates, d.expiring)
 	}
 }
 

@@ -22,6 +22,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"mantlet/internal/status"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -200,22 +201,22 @@ func (w *world) Valid(now time.Time) error {
 	return nil
 }
 
-func (w *world) Certificates(context.Context) []Certificate { return w.Good() }
+func (w *world) Certificates(context.Context) []status.Certificate { return w.Good() }
 
-func (w *world) Good() []Certificate {
+func (w *world) Good() []status.Certificate {
 	expiry := w.Expires()
 	if expiry.IsZero() {
 		return nil
 	}
-	return []Certificate{
-		{Role: RoleLeaf, Subject: "CN=pod", NotBefore: expiry.Add(-5 * time.Hour), NotAfter: expiry, Needed: true},
-		{Role: RoleMeshCA, NotAfter: time.Now()},
+	return []status.Certificate{
+		{Role: status.RoleLeaf, Subject: "CN=pod", NotBefore: expiry.Add(-5 * time.Hour), NotAfter: expiry, Needed: true},
+		{Role: status.RoleMeshCA, NotAfter: time.Now()},
 	}
 }
 
-func (w *world) Epochs(context.Context) []Epoch { return nil }
+func (w *world) Epochs(context.Context) []status.Epoch { return nil }
 
-func (w *world) Traffic(context.Context) Traffic { return Traffic{} }
+func (w *world) Traffic(context.Context) status.Traffic { return status.Traffic{} }
 
 func (w *world) Statistics(context.Context) ([]byte, error) { return nil, nil }
 
@@ -223,7 +224,7 @@ func (w *world) End(func(uint16, render.Mark) bool, []netip.AddrPort) (int, int,
 	return 0, 0, nil
 }
 
-func (w *world) Inbound() ([]Inbound, int, int, error) { return nil, 0, 0, nil }
+func (w *world) Inbound() ([]status.Inbound, int, int, error) { return nil, 0, 0, nil }
 
 func (w *world) Refused() (map[string]uint64, error) { return nil, nil }
 
@@ -231,7 +232,7 @@ func (w *world) Joined() error { return nil }
 
 func (w *world) Stop() { w.note("stop Envoy") }
 
-func (w *world) Refusals() ([]Refusal, []RefusalCount) { return nil, nil }
+func (w *world) Refusals() ([]status.Refusal, []status.RefusalCount) { return nil, nil }
 
 func (w *world) Start(ctx context.Context, _ render.State, _ schema.Envoy) (Process, error) {
 	w.note("start Envoy")
@@ -301,7 +302,7 @@ func (w *world) unready(t *testing.T) string {
 	t.Helper()
 	var reasons []string
 	for _, err := range w.Unready(t.Context()) {
-		if !slices.ContainsFunc(Reasons(), func(begins string) bool { return strings.HasPrefix(err.Text, begins) }) {
+		if !slices.ContainsFunc(status.Reasons(), func(begins string) bool { return strings.HasPrefix(err.Text, begins) }) {
 			t.Errorf("a reason that is not among Reasons: %s", err.Text)
 		}
 		reasons = append(reasons, err.Error())
@@ -530,22 +531,22 @@ func TestForesight(t *testing.T) {
 // TestForesightOfPaths: what this workload's own path ends with comes before what others may need, and hides behind nothing.
 func TestForesightOfPaths(t *testing.T) {
 	now := time.Now()
-	certificate := func(role, subject string, left time.Duration, needed bool) Certificate {
-		return Certificate{Role: role, Subject: subject, NotBefore: now.Add(-100 * time.Hour), NotAfter: now.Add(left), Needed: needed}
+	certificate := func(role, subject string, left time.Duration, needed bool) status.Certificate {
+		return status.Certificate{Role: role, Subject: subject, NotBefore: now.Add(-100 * time.Hour), NotAfter: now.Add(left), Needed: needed}
 	}
 	const good = 100 * time.Hour
-	leaf := certificate(RoleLeaf, "CN=pod", good, true)
-	cross := certificate(RoleIntermediate, "CN=cross", -time.Hour, false)
+	leaf := certificate(status.RoleLeaf, "CN=pod", good, true)
+	cross := certificate(status.RoleIntermediate, "CN=cross", -time.Hour, false)
 	for name, c := range map[string]struct {
-		given []Certificate
+		given []status.Certificate
 		says  string
 	}{
-		"nothing expires":                   {[]Certificate{leaf, certificate(RoleMeshCA, "CN=mesh", good, true)}, ""},
-		"a mesh CA of before":               {[]Certificate{leaf, certificate(RoleMeshCA, "CN=old", -time.Hour, false), certificate(RoleMeshCA, "CN=mesh", good, true)}, ""},
-		"the mesh CA of the path":           {[]Certificate{leaf, certificate(RoleMeshCA, "CN=mesh", time.Hour, true)}, "mesh CA (CN=mesh) expires at "},
-		"an intermediate of no path":        {[]Certificate{leaf, cross}, "intermediate (CN=cross) expired at "},
-		"it hides no other's end":           {[]Certificate{leaf, cross, certificate(RoleIntermediate, "CN=inter", time.Hour, true)}, "intermediate (CN=inter) expires at "},
-		"an intermediate of no path, later": {[]Certificate{leaf, certificate(RoleIntermediate, "CN=cross", time.Hour, false)}, "CN=cross) expires at "},
+		"nothing expires":                   {[]status.Certificate{leaf, certificate(status.RoleMeshCA, "CN=mesh", good, true)}, ""},
+		"a mesh CA of before":               {[]status.Certificate{leaf, certificate(status.RoleMeshCA, "CN=old", -time.Hour, false), certificate(status.RoleMeshCA, "CN=mesh", good, true)}, ""},
+		"the mesh CA of the path":           {[]status.Certificate{leaf, certificate(status.RoleMeshCA, "CN=mesh", time.Hour, true)}, "mesh CA (CN=mesh) expires at "},
+		"an intermediate of no path":        {[]status.Certificate{leaf, cross}, "intermediate (CN=cross) expired at "},
+		"it hides no other's end":           {[]status.Certificate{leaf, cross, certificate(status.RoleIntermediate, "CN=inter", time.Hour, true)}, "intermediate (CN=inter) expires at "},
+		"an intermediate of no path, later": {[]status.Certificate{leaf, certificate(status.RoleIntermediate, "CN=cross", time.Hour, false)}, "CN=cross) expires at "},
 	} {
 		w := newWorld(t)
 		w.given = c.given
@@ -1009,7 +1010,7 @@ func TestStatusCounts(t *testing.T) {
 		synctest.Wait()
 		began := time.Now()
 		s := w.Status(t.Context())
-		if s.Ready || s.Envoys != (Envoys{Failed: 2}) || s.LastError == nil || s.LastError.Place != checkEnvoy || !strings.Contains(s.LastError.Text, "no room") ||
+		if s.Ready || s.Envoys != (status.Envoys{Failed: 2}) || s.LastError == nil || s.LastError.Place != status.CheckEnvoy || !strings.Contains(s.LastError.Text, "no room") ||
 			!s.LastError.Time.Equal(began) || !slices.Contains(s.Problems, "envoy: starting Envoy: no room") || s.Applied != nil || s.Desired.Generation != 1 {
 			t.Errorf("with an Envoy that does not start: %+v", s)
 		}
@@ -1024,16 +1025,16 @@ func TestStatusCounts(t *testing.T) {
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		s = w.Status(t.Context())
-		if !s.Ready || len(s.Problems) > 0 || s.Envoys != (Envoys{Started: 2, Failed: s.Envoys.Failed, Ended: 1, Recovered: 1}) || s.Applied.Generation != 1 || s.Repaired != 1 || s.Repairs[0].By != "iptables" || !slices.Equal(s.Repairs[0].Found, []string{"a rule is missing"}) {
+		if !s.Ready || len(s.Problems) > 0 || s.Envoys != (status.Envoys{Started: 2, Failed: s.Envoys.Failed, Ended: 1, Recovered: 1}) || s.Applied.Generation != 1 || s.Repaired != 1 || s.Repairs[0].By != "iptables" || !slices.Equal(s.Repairs[0].Found, []string{"a rule is missing"}) {
 			t.Errorf("after it was mended: %+v", s)
 		}
 		for _, a := range s.Applies {
 			switch {
-			case a.Kind == applyStart && (a.Succeeded != 2 || a.Failed != s.Envoys.Failed || a.Seconds != 2):
+			case a.Kind == status.ApplyStart && (a.Succeeded != 2 || a.Failed != s.Envoys.Failed || a.Seconds != 2):
 				t.Errorf("starts: %+v", a)
-			case a.Kind == applyRules && (a.Succeeded != 1 || a.Failed != 0 || a.Within[0] != 1):
+			case a.Kind == status.ApplyRules && (a.Succeeded != 1 || a.Failed != 0 || a.Within[0] != 1):
 				t.Errorf("rules: %+v", a)
-			case a.Kind == applyHotRestart && a.Succeeded+a.Failed > 0:
+			case a.Kind == status.ApplyHotRestart && a.Succeeded+a.Failed > 0:
 				t.Errorf("hot restarts: %+v", a)
 			}
 		}
@@ -1052,6 +1053,7 @@ func TestFlood(t *testing.T) {
 			time.Sleep(time.Millisecond)
 			return nil
 		}
+		server := status.Server{Source: w}
 		ask := func(local net.Addr, times int) int {
 			before := tried.Load()
 			var all sync.WaitGroup
@@ -1061,7 +1063,7 @@ func TestFlood(t *testing.T) {
 					request := httptest.NewRequest(http.MethodGet, "/readyz", nil)
 					request = request.WithContext(context.WithValue(t.Context(), http.LocalAddrContextKey, local))
 					recorder := httptest.NewRecorder()
-					w.handler().ServeHTTP(recorder, request)
+					server.Handler().ServeHTTP(recorder, request)
 					if recorder.Code != http.StatusOK {
 						t.Errorf("%d: %s", recorder.Code, recorder.Body)
 					}

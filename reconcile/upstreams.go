@@ -2,10 +2,10 @@ package reconcile
 
 import (
 	"fmt"
-	"net"
 	"net/netip"
 	"time"
 
+	"mantlet/internal/status"
 	"mantlet/schema"
 )
 
@@ -17,23 +17,7 @@ type Names interface {
 	// Refresh looks all names up now.
 	Refresh()
 	// Resolved returns what is known of a name; the zero value where nothing is yet.
-	Resolved(host string) Resolved
-}
-
-// Resolved is what is known of a name.
-type Resolved struct {
-	Asked      time.Time    `json:"-"`          // the last time; zero before the first
-	Addresses  []netip.Addr `json:"addresses"`  // that connections go to
-	Source     string       `json:"source"`     // what has them: a name in DNS, where a search domain was added, or the hosts file
-	Answer     string       `json:"answer"`     // why there are none, or why they are not confirmed: "NXDOMAIN by 10.96.0.10"; else empty
-	StaleSince *time.Time   `json:"staleSince"` // when addresses that are not confirmed now were confirmed last; null where all are
-}
-
-// Upstream is where an egress entry's connections go.
-type Upstream struct {
-	Listen   string `json:"listen"`
-	Upstream string `json:"upstream"`
-	Resolved
+	Resolved(host string) status.Resolved
 }
 
 // follow follows the names that the wanted state and the one in force have.
@@ -61,14 +45,14 @@ func (d *Daemon) refresh() {
 }
 
 // upstreams describes the egress entries of the state in force, or of the one that is wanted where none is.
-func (d *Daemon) upstreams() []Upstream {
+func (d *Daemon) upstreams() []status.Upstream {
 	var state *desired
 	d.locked(func() {
 		if state = d.have; state == nil {
 			state = d.want
 		}
 	})
-	all := []Upstream{}
+	all := []status.Upstream{}
 	if state == nil {
 		return all
 	}
@@ -78,8 +62,8 @@ func (d *Daemon) upstreams() []Upstream {
 	return all
 }
 
-func (d *Daemon) upstream(e schema.Egress) Upstream {
-	u := Upstream{Listen: e.Listen.String(), Upstream: e.Upstream.String()}
+func (d *Daemon) upstream(e schema.Egress) status.Upstream {
+	u := status.Upstream{Listen: e.Listen.String(), Upstream: e.Upstream.String()}
 	if addr, isAddress := e.Upstream.Addr(); isAddress {
 		u.Addresses = []netip.Addr{addr}
 	} else if d.Names != nil {
@@ -92,10 +76,10 @@ func (d *Daemon) upstream(e schema.Egress) Upstream {
 }
 
 // Upstream describes the upstream of the egress entry that listens at an address; the zero value where none does.
-func (d *Daemon) Upstream(listen string) Upstream {
+func (d *Daemon) Upstream(listen string) status.Upstream {
 	addr, err := netip.ParseAddrPort(listen)
 	if err != nil {
-		return Upstream{}
+		return status.Upstream{}
 	}
 	var states []*desired
 	d.locked(func() { states = []*desired{d.have, d.want} })
@@ -109,25 +93,8 @@ func (d *Daemon) Upstream(listen string) Upstream {
 			}
 		}
 	}
-	return Upstream{}
+	return status.Upstream{}
 }
-
-// IsOwn reports whether an address is one of this pod, beside loopback: the kernel then takes it as the source for itself.
-func IsOwn(addr netip.Addr) bool {
-	if addr.IsLoopback() {
-		return false
-	}
-	conn, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(addr, discardPort)))
-	if err != nil {
-		return false
-	}
-	defer conn.Close()
-	source, ok := conn.LocalAddr().(*net.UDPAddr)
-	return ok && source.AddrPort().Addr().Unmap() == addr.Unmap()
-}
-
-// discardPort is what nothing is sent to.
-const discardPort = 9
 
 // toldUnresolved is how many entries are told of among the problems: the status has all.
 const toldUnresolved = 5

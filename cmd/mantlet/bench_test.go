@@ -19,7 +19,7 @@ import (
 	"time"
 
 	"mantlet/internal/lab"
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 	"mantlet/reconcile/nft"
 	"mantlet/render"
 )
@@ -421,7 +421,7 @@ func median[T ~int | ~int64 | ~float64](all []T) T {
 // answers waits until an HTTP server at a unix socket answers 200 with this text.
 func (p *pod) answers(socket, path, text string) {
 	p.t.Helper()
-	client := reconcile.OverSocket(socket)
+	client := status.OverSocket(socket)
 	p.await(path+" says "+text, func() bool {
 		response, err := client.Get("http://unix" + path)
 		if err != nil {

@@ -23,6 +23,7 @@ import (
 	"mantlet/internal/bind"
 	"mantlet/internal/sandbox"
 	"mantlet/internal/sockdiag"
+	"mantlet/internal/status"
 	"mantlet/reconcile"
 	"mantlet/reconcile/dns"
 	"mantlet/reconcile/envoy"
@@ -455,7 +456,7 @@ func tryAddresses(ctx context.Context, env *schema.Environment, config schema.Co
 	if live, err := envoy.Read(ctx, env.Process.EnvoyDirectory()); err == nil {
 		taken = render.ListenAddresses(live.Bootstrap)
 	}
-	if _, _, err := probe(ctx, reconcile.StatusSocket(env.Process.RuntimeDirectory), "/livez"); err == nil {
+	if _, _, err := probe(ctx, status.Socket(env.Process.RuntimeDirectory), "/livez"); err == nil {
 		taken = append(taken, env.Process.StatusListen()) // if it is somebody else's, mantlet's status says so
 	}
 	wanted := slices.DeleteFunc(addresses(env, config), func(a netip.AddrPort) bool { return slices.Contains(taken, a) })
@@ -480,7 +481,7 @@ func tryUpstreams(ctx context.Context, entries []schema.Egress) []finding {
 	var lookups errgroup.Group
 	lookups.SetLimit(lookupsAtOnce)
 	for i, e := range entries {
-		if addr, isAddress := e.Upstream.Addr(); isAddress && reconcile.IsOwn(addr) {
+		if addr, isAddress := e.Upstream.Addr(); isAddress && bind.IsOwn(addr) {
 			all[i] = itself(e, addr.String())
 		}
 		if !e.Upstream.IsName() || slices.ContainsFunc(entries[:i], func(other schema.Egress) bool { return other.Upstream.Host == e.Upstream.Host }) {
@@ -505,12 +506,12 @@ func itself(e schema.Egress, addr string) finding {
 }
 
 // tryUpstream is what came of a lookup.
-func tryUpstream(r reconcile.Resolved, e schema.Egress) finding {
+func tryUpstream(r status.Resolved, e schema.Egress) finding {
 	var addrs []string
 	for _, addr := range r.Addresses {
 		addrs = append(addrs, addr.String())
 	}
-	if i := slices.IndexFunc(r.Addresses, reconcile.IsOwn); i >= 0 {
+	if i := slices.IndexFunc(r.Addresses, bind.IsOwn); i >= 0 {
 		return itself(e, addrs[i])
 	}
 	var err error

@@ -16,7 +16,7 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 
 	"mantlet/internal/lab"
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 )
 
 // zone starts the DNS server that the pod asks. Names in /etc/hosts would be those of all tests.
@@ -238,7 +238,7 @@ func TestUnresolvedUpstream(t *testing.T) {
 			p.await("the failed connection and its refusal are counted alike", func() bool {
 				s := p.told()
 				return len(s.Traffic.Egress) == 2 && s.Traffic.Egress[0].Failed == 1 && s.Traffic.Egress[1].Failed == 0 &&
-					slices.Contains(s.Refused, reconcile.Refused{By: "envoy", Direction: "egress", Reason: "no_endpoint", Count: 1})
+					slices.Contains(s.Refused, status.Refused{By: "envoy", Direction: "egress", Reason: "no_endpoint", Count: 1})
 			})
 			p.ready()
 			old := p.envoy()
@@ -301,17 +301,17 @@ func (p *pod) reach(address string) (conn net.Conn) {
 }
 
 // told asks mantlet for its status at its socket.
-func (p *pod) told() (status reconcile.Status) {
+func (p *pod) told() (s status.Status) {
 	p.t.Helper()
-	response, err := reconcile.OverSocket(reconcile.StatusSocket(p.sidecar.RuntimeDirectory)).Get("http://mantlet/status")
+	response, err := status.OverSocket(status.Socket(p.sidecar.RuntimeDirectory)).Get("http://mantlet/status")
 	p.must(err)
 	defer response.Body.Close()
-	p.must(json.NewDecoder(response.Body).Decode(&status))
-	return status
+	p.must(json.NewDecoder(response.Body).Decode(&s))
+	return s
 }
 
 // upstream returns what mantlet says of an egress entry's upstream.
-func (p *pod) upstream(address string) reconcile.Upstream {
+func (p *pod) upstream(address string) status.Upstream {
 	p.t.Helper()
 	for _, u := range p.told().Upstreams {
 		if u.Listen == address {
@@ -319,7 +319,7 @@ func (p *pod) upstream(address string) reconcile.Upstream {
 		}
 	}
 	p.t.Fatalf("the status has no egress entry %s", address)
-	return reconcile.Upstream{}
+	return status.Upstream{}
 }
 
 // resolved waits until all names were looked up, and Envoy has what came of it.
@@ -331,13 +331,13 @@ func (p *pod) resolved() {
 			return false
 		}
 		admin := fmt.Sprintf("%s/envoy/admin-%d.sock", p.sidecar.RuntimeDirectory, said.Epochs[len(said.Epochs)-1].Epoch)
-		response, err := reconcile.OverSocket(admin).Get("http://envoy/clusters")
+		response, err := status.OverSocket(admin).Get("http://envoy/clusters")
 		if err != nil {
 			return false
 		}
 		defer response.Body.Close()
 		clusters, err := io.ReadAll(response.Body)
-		return err == nil && !slices.ContainsFunc(said.Upstreams, func(u reconcile.Upstream) bool {
+		return err == nil && !slices.ContainsFunc(said.Upstreams, func(u status.Upstream) bool {
 			return u.Answer == "" && len(u.Addresses) == 0 || slices.ContainsFunc(u.Addresses, func(addr netip.Addr) bool {
 				return !strings.Contains(string(clusters), "egress-"+u.Listen+"::"+strings.TrimSuffix(netip.AddrPortFrom(addr, 0).String(), "0"))
 			})

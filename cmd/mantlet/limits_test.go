@@ -15,7 +15,7 @@ import (
 	"time"
 
 	"mantlet/internal/lab"
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 )
 
 // limited makes mantlet start after some lines of a shell script.
@@ -144,7 +144,7 @@ func TestDescriptorsRunOut(t *testing.T) {
 func (p *pod) shed(direction string) (n uint64) {
 	p.t.Helper()
 	for _, r := range p.served().Refused {
-		if r == (reconcile.Refused{By: "envoy", Direction: direction, Reason: "connection_limit", Count: r.Count}) {
+		if r == (status.Refused{By: "envoy", Direction: direction, Reason: "connection_limit", Count: r.Count}) {
 			n += r.Count
 		}
 	}

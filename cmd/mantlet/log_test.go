@@ -14,9 +14,9 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"mantlet/internal/status"
 
-	"mantlet/reconcile"
+	"golang.org/x/sys/unix"
 )
 
 // reader is a writer that takes one line each time it is let.
@@ -162,7 +162,7 @@ func (p *pod) ask(path string) []byte {
 	defer cancel()
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://mantlet"+path, nil)
 	p.must(err)
-	response, err := reconcile.OverSocket(reconcile.StatusSocket(p.sidecar.RuntimeDirectory)).Do(request)
+	response, err := status.OverSocket(status.Socket(p.sidecar.RuntimeDirectory)).Do(request)
 	p.must(err)
 	defer response.Body.Close()
 	text, err := io.ReadAll(response.Body)
@@ -171,7 +171,7 @@ func (p *pod) ask(path string) []byte {
 }
 
 // served is the status that mantlet answers at its socket.
-func (p *pod) served() (s reconcile.Status) {
+func (p *pod) served() (s status.Status) {
 	p.t.Helper()
 	p.must(json.Unmarshal(p.ask("/status"), &s))
 	return s

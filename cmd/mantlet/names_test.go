@@ -11,7 +11,7 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 
 	"mantlet/internal/lab"
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 )
 
 // clusterDNS is the /etc/resolv.conf of a pod of namespace shop, in a cluster whose nodes have a search domain.
@@ -123,7 +123,7 @@ func TestResolverDies(t *testing.T) {
 			p.ready()
 			p.reach(address)
 			zone.SetAll(answer)
-			var u reconcile.Upstream
+			var u status.Upstream
 			p.await("the addresses are stale", func() bool { u = p.upstream(address); return u.StaleSince != nil })
 			if !strings.Contains(u.Answer, name+" ") || len(u.Addresses) != 2 || time.Since(*u.StaleSince) < 0 {
 				t.Errorf("the upstream is %+v", u)

@@ -17,7 +17,7 @@ import (
 	"time"
 
 	"mantlet/internal/lab"
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 )
 
 // The ports of the tests' pods. A test's workload listens on what it needs; those that are not named in the
@@ -177,7 +177,7 @@ func (p *pod) unready(reason string) {
 		said = p.sidecar.Unready(ctx)
 		return strings.Contains(said, reason) && !strings.HasPrefix(said, "Get ") // it does not answer yet
 	})
-	if !slices.ContainsFunc(reconcile.Reasons(), func(begins string) bool { return strings.HasPrefix(said, begins) }) {
+	if !slices.ContainsFunc(status.Reasons(), func(begins string) bool { return strings.HasPrefix(said, begins) }) {
 		p.t.Errorf("docs/operations.md does not have what it says: %s", said)
 	}
 }

@@ -11,7 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 	"mantlet/schema"
 )
 
@@ -33,7 +33,7 @@ func probeCommand() *cobra.Command {
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), probeLimit)
 			defer cancel()
-			ok, said, err := probe(ctx, reconcile.StatusSocket(env.Process.RuntimeDirectory), "/"+args[0]+"z")
+			ok, said, err := probe(ctx, status.Socket(env.Process.RuntimeDirectory), "/"+args[0]+"z")
 			if err != nil {
 				_, _ = fmt.Fprintln(cmd.ErrOrStderr(), "mantlet does not answer:", err)
 				return errNot
@@ -69,7 +69,7 @@ func probe(ctx context.Context, socket, path string) (ok bool, said string, err 
 	if err != nil {
 		return false, "", err
 	}
-	response, err := reconcile.OverSocket(socket).Do(request)
+	response, err := status.OverSocket(socket).Do(request)
 	if err != nil {
 		return false, "", err
 	}

@@ -25,7 +25,7 @@ import (
 	"unicode"
 
 	"mantlet/internal/lab"
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 )
 
 // logLine is a line of mantlet's log about a connection.
@@ -357,13 +357,13 @@ func TestRefusals(t *testing.T) {
 			t.Errorf("who follows is not told of %s", code)
 		}
 	}
-	status := p.status()
-	newest := status.Refusals[len(status.Refusals)-1]
+	s := p.status()
+	newest := s.Refusals[len(s.Refusals)-1]
 	if _, text, _ := p.mantlet("status"); !strings.Contains(text, " ("+newest.Code+")\n") ||
 		strings.ContainsFunc(text, func(r rune) bool { return unicode.IsControl(r) && r != '\n' }) {
 		t.Errorf("mantlet status does not show that %+v, or has control characters:\n%q", newest, text)
 	}
-	for _, r := range status.Refused {
+	for _, r := range s.Refused {
 		if r.By == "envoy" && r.Count != counts[r.Reason] {
 			t.Errorf("%s was counted %d times, want %d", r.Reason, r.Count, counts[r.Reason])
 		}
@@ -373,10 +373,10 @@ func TestRefusals(t *testing.T) {
 		t.Errorf("not counted: %v", counts)
 	}
 	for _, c := range refusals {
-		if !slices.ContainsFunc(status.Refusals, func(r reconcile.Refusal) bool {
+		if !slices.ContainsFunc(s.Refusals, func(r status.Refusal) bool {
 			return r.Code == c.code && r.Reason == c.reason && r.Direction == "ingress" && slices.Contains([]string{p.outside.IPv4.String(), p.outside.IPv6.String()}, r.Peer)
 		}) {
-			t.Errorf("%s: not among the last refusals: %+v", c.code, status.Refusals)
+			t.Errorf("%s: not among the last refusals: %+v", c.code, s.Refusals)
 		}
 	}
 }
@@ -436,9 +436,9 @@ func TestResets(t *testing.T) {
 		return epochs[0].Connections != nil && *epochs[0].Connections == 0
 	})
 	speakPlain("hello, is anybody there?")(p, p.dial(p.outside, netip.AddrPortFrom(p.IPv4, mtlsPort)))
-	var refused []reconcile.Refused
+	var refused []status.Refused
 	p.await("a stranger is refused", func() bool {
-		refused = slices.DeleteFunc(p.status().Refused, func(r reconcile.Refused) bool { return r.By != "envoy" })
+		refused = slices.DeleteFunc(p.status().Refused, func(r status.Refused) bool { return r.By != "envoy" })
 		return len(refused) > 0
 	})
 	if len(refused) > 1 || refused[0].Reason != "plaintext" || refused[0].Count != 1 {
@@ -476,10 +476,10 @@ func TestFloodOfRefusals(t *testing.T) {
 	conn := p.dial(p.outside, netip.AddrPortFrom(p.IPv4, mtlsPort))
 	speakTLS(nil)(p, conn)
 	const flood = 300
-	var status reconcile.Status
+	var s status.Status
 	p.await("a flood of plaintext is refused", func() bool {
-		status = p.status()
-		return slices.ContainsFunc(status.Refused, func(r reconcile.Refused) bool { return r.Reason == "plaintext" && r.Count > flood })
+		s = p.status()
+		return slices.ContainsFunc(s.Refused, func(r status.Refused) bool { return r.Reason == "plaintext" && r.Count > flood })
 	})
 	lines, most := p.log.count(`"msg":"connection rejected"`), 50+5*(1+int(time.Since(began).Seconds()))
 	if lines == 0 || lines > most {
@@ -488,8 +488,8 @@ func TestFloodOfRefusals(t *testing.T) {
 	p.await("a line that says how many were left out", func() bool {
 		return p.log.count(`"left_out_before":`) > p.log.count(`"left_out_before":0`)
 	})
-	if !slices.ContainsFunc(status.Refusals, func(r reconcile.Refusal) bool { return r.Code == "no_client_certificate" }) || len(status.Refusals) > 20 {
-		t.Errorf("the flood hides the one refusal that somebody looks for: %+v", status.Refusals)
+	if !slices.ContainsFunc(s.Refusals, func(r status.Refusal) bool { return r.Code == "no_client_certificate" }) || len(s.Refusals) > 20 {
+		t.Errorf("the flood hides the one refusal that somebody looks for: %+v", s.Refusals)
 	}
 }
 

@@ -20,7 +20,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 	"mantlet/schema"
 )
 
@@ -40,10 +40,10 @@ func statusCommand() *cobra.Command {
 			return fmt.Errorf("the configuration is not valid, so no mantlet runs with it: %w", err)
 		}
 		show := func(ctx context.Context) error {
-			return showStatus(ctx, cmd.OutOrStdout(), reconcile.StatusSocket(env.Process.RuntimeDirectory), *output, os.Environ())
+			return showStatus(ctx, cmd.OutOrStdout(), status.Socket(env.Process.RuntimeDirectory), *output, os.Environ())
 		}
 		if follow {
-			return followRefusals(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr(), reconcile.StatusSocket(env.Process.RuntimeDirectory), *output)
+			return followRefusals(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr(), status.Socket(env.Process.RuntimeDirectory), *output)
 		}
 		if watch {
 			return watchStatus(cmd.Context(), cmd.OutOrStdout(), show)
@@ -85,9 +85,9 @@ func answers(ctx context.Context, socket string) error {
 }
 
 // readStatus asks a mantlet for its status.
-func readStatus(ctx context.Context, socket string) (status reconcile.Status, err error) {
+func readStatus(ctx context.Context, socket string) (said status.Status, err error) {
 	if err := answers(ctx, socket); err != nil {
-		return status, err
+		return said, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, statusLimit)
 	defer cancel()
@@ -96,32 +96,32 @@ func readStatus(ctx context.Context, socket string) (status reconcile.Status, er
 		err = errors.New(strings.TrimSpace(text))
 	}
 	if err == nil {
-		err = json.Unmarshal([]byte(text), &status)
+		err = json.Unmarshal([]byte(text), &said)
 	}
 	if err != nil {
-		return status, unanswered{err}
+		return said, unanswered{err}
 	}
-	return status, nil
+	return said, nil
 }
 
 // showStatus prints what mantlet says. The error is errNot where that is not all well; then what mantlet check would find
 // comes with it.
 func showStatus(ctx context.Context, to io.Writer, socket, output string, environ []string) error {
-	status, err := readStatus(ctx, socket)
+	said, err := readStatus(ctx, socket)
 	if err != nil {
 		return err
 	}
 	var needs []finding
-	well := status.Ready && len(status.Problems) == 0
+	well := said.Ready && len(said.Problems) == 0
 	if !well {
 		needs = problems(findings(ctx, environ))
 	}
 	if output == "json" {
 		err = printData(to, struct {
-			reconcile.Status
+			status.Status
 			Findings []finding `json:"findings,omitempty"`
-		}{status, needs}, "json")
-	} else if err = printStatus(to, status, time.Now()); err == nil {
+		}{said, needs}, "json")
+	} else if err = printStatus(to, said, time.Now()); err == nil {
 		err = printFindings(to, needs)
 	}
 	if err == nil && !well {
@@ -169,11 +169,11 @@ func followRefusals(ctx context.Context, to, notes io.Writer, socket, output str
 	if err := answers(ctx, socket); err != nil {
 		return err
 	}
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://mantlet"+reconcile.RefusalsPath, nil)
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://mantlet"+status.RefusalsPath, nil)
 	if err != nil {
 		return err
 	}
-	response, err := reconcile.OverSocket(socket).Do(request)
+	response, err := status.OverSocket(socket).Do(request)
 	if ctx.Err() != nil {
 		return nil
 	}
@@ -190,7 +190,7 @@ func followRefusals(ctx context.Context, to, notes io.Writer, socket, output str
 	}
 	decoder := json.NewDecoder(response.Body)
 	for {
-		var refusal reconcile.Followed
+		var refusal status.Followed
 		err := decoder.Decode(&refusal)
 		if ctx.Err() != nil {
 			return nil
@@ -204,7 +204,7 @@ func followRefusals(ctx context.Context, to, notes io.Writer, socket, output str
 	}
 }
 
-func printRefusal(to io.Writer, r reconcile.Followed, output string) error {
+func printRefusal(to io.Writer, r status.Followed, output string) error {
 	if output == "json" {
 		encoder := json.NewEncoder(to)
 		encoder.SetEscapeHTML(false)
@@ -222,7 +222,7 @@ func printRefusal(to io.Writer, r reconcile.Followed, output string) error {
 }
 
 // printStatus prints a status for people, as of now.
-func printStatus(to io.Writer, s reconcile.Status, now time.Time) error {
+func printStatus(to io.Writer, s status.Status, now time.Time) error {
 	p := &page{Writer: tabwriter.NewWriter(to, 0, 0, 3, ' ', 0), now: now}
 	verdict := "ready"
 	if !s.Ready {
@@ -288,11 +288,11 @@ func (p *page) row(cells ...string) { p.line("%s", strings.Join(cells, "\t")) }
 
 func (p *page) ago(t time.Time) string { return p.now.Sub(t).Round(time.Second).String() }
 
-func (p *page) state(s reconcile.Status) {
+func (p *page) state(s status.Status) {
 	p.head("", "GENERATION", "DIGEST", "INGRESS", "EGRESS", "SOURCE")
 	for _, row := range []struct {
 		name  string
-		state *reconcile.Summary
+		state *status.Summary
 	}{{"desired", s.Desired}, {"applied", s.Applied}} {
 		if row.state == nil {
 			p.row(row.name, "none", "", "", "", "")
@@ -314,7 +314,7 @@ func (p *page) state(s reconcile.Status) {
 // short is as much of a digest as tells two apart.
 func short(digest string) string { return digest[:min(len(digest), 12)] }
 
-func (p *page) epochs(epochs []reconcile.Epoch) {
+func (p *page) epochs(epochs []status.Epoch) {
 	p.head("EPOCH", "PID", "STATE", "FOR", "CONNECTIONS", "LEFT")
 	for _, e := range epochs {
 		state, left, open := "serves", "", "?"
@@ -328,7 +328,7 @@ func (p *page) epochs(epochs []reconcile.Epoch) {
 	}
 }
 
-func (p *page) certificates(all []reconcile.Certificate) {
+func (p *page) certificates(all []status.Certificate) {
 	p.head("CERTIFICATE", "SUBJECT", "SANS", "EXPIRES", "LEFT")
 	for _, c := range all {
 		p.row(c.Role, onLine(c.Subject), onLine(cmp.Or(strings.Join(c.SANs, ", "), "-")), c.NotAfter.Format(time.RFC3339), lasts(c.LeftSeconds))
@@ -336,7 +336,7 @@ func (p *page) certificates(all []reconcile.Certificate) {
 }
 
 // upstreams tells where egress entries go; those that are named, and what name servers say.
-func (p *page) upstreams(all []reconcile.Upstream) {
+func (p *page) upstreams(all []status.Upstream) {
 	if len(all) > 0 {
 		p.head("EGRESS", "UPSTREAM", "ADDRESSES", "ANSWER")
 	}
@@ -363,14 +363,14 @@ const fewAddresses = 4
 // mostRows is how many entries of a configuration a screen has room for.
 const mostRows = 40
 
-func (p *page) policy(s reconcile.Status) {
-	open := map[reconcile.Inbound]int{}
+func (p *page) policy(s status.Status) {
+	open := map[status.Inbound]int{}
 	for _, in := range s.Inbound {
-		open[reconcile.Inbound{Ports: in.Ports, Mode: in.Mode}] = in.Open
+		open[status.Inbound{Ports: in.Ports, Mode: in.Mode}] = in.Open
 	}
 	p.head("PORTS", "MODE", "MAY CALL", "OPEN", "NAME")
 	for i, row := range s.Policy {
-		key := reconcile.Inbound{Ports: row.Ports, Mode: row.Mode}
+		key := status.Inbound{Ports: row.Ports, Mode: row.Mode}
 		n := open[key]
 		delete(open, key)
 		if i < mostRows || i == len(s.Policy)-1 {
@@ -379,14 +379,14 @@ func (p *page) policy(s reconcile.Status) {
 	}
 	p.more(len(s.Policy) - 1)
 	for _, in := range s.Inbound {
-		if n, before := open[reconcile.Inbound{Ports: in.Ports, Mode: in.Mode}]; before {
+		if n, before := open[status.Inbound{Ports: in.Ports, Mode: in.Mode}]; before {
 			p.row(in.Ports, string(in.Mode), "nobody any more: let in before", strconv.Itoa(n), "")
 		}
 	}
 	if len(s.Routes) == 0 {
 		return
 	}
-	counts := map[string]reconcile.Dialled{}
+	counts := map[string]status.Dialled{}
 	for _, e := range s.Traffic.Egress {
 		counts[e.Listen] = e
 	}
@@ -406,7 +406,7 @@ func (p *page) more(rows int) {
 }
 
 // mayCall says who may call ports.
-func mayCall(row reconcile.Policy) string {
+func mayCall(row status.Policy) string {
 	switch {
 	case row.Ports == "status":
 		return "anyone, mantlet itself"
@@ -442,7 +442,7 @@ func optional(text string) string {
 	return onLine(text)
 }
 
-func (p *page) probes(all []reconcile.ProbeStatus) {
+func (p *page) probes(all []status.ProbeStatus) {
 	if len(all) == 0 {
 		return
 	}
@@ -461,7 +461,7 @@ func (p *page) probes(all []reconcile.ProbeStatus) {
 	p.more(len(all))
 }
 
-func (p *page) traffic(s reconcile.Status) {
+func (p *page) traffic(s status.Status) {
 	p.head("SINCE THE START", "")
 	for _, h := range s.Traffic.Ingress {
 		p.row(string(h.Mode), fmt.Sprintf("%d TLS handshakes with clients", h.Total))
@@ -484,7 +484,7 @@ func (p *page) traffic(s reconcile.Status) {
 	}
 }
 
-func (p *page) repairs(s reconcile.Status) {
+func (p *page) repairs(s status.Status) {
 	if s.Repaired == 0 && len(s.Repairs) == 0 {
 		return
 	}

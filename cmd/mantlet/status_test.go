@@ -25,7 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mantlet/internal/lab"
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 )
 
 const statusPort = 9901
@@ -82,16 +82,16 @@ func (p *pod) mantlet(args ...string) (code int, stdout, stderr string) {
 }
 
 // status returns what `mantlet status -o json` prints.
-func (p *pod) status() (status reconcile.Status) {
+func (p *pod) status() (s status.Status) {
 	p.t.Helper()
 	code, text, said := p.mantlet("status", "-o", "json")
-	if err := json.Unmarshal([]byte(text), &status); err != nil {
+	if err := json.Unmarshal([]byte(text), &s); err != nil {
 		p.t.Fatalf("exit code %d, %v: %s%s", code, err, text, said)
 	}
-	if want := status.Ready && len(status.Problems) == 0; want != (code == 0) || code > 1 {
+	if want := s.Ready && len(s.Problems) == 0; want != (code == 0) || code > 1 {
 		p.t.Errorf("exit code %d, of %s", code, text)
 	}
-	return status
+	return s
 }
 
 // TestStatusAddress: whoever probes from outside gets answers from the first moment on, and nothing else comes in by them.
@@ -327,9 +327,9 @@ probes: [{name: up, tcp: 8080}, {name: down, tcp: 5432}, {name: never, http: 808
 	if err := p.exchange(netip.AddrPortFrom(p.IPv4, 9050), config); err == nil {
 		t.Error("who is not on the list is let in")
 	}
-	var s reconcile.Status
+	var s status.Status
 	p.await("the refusal is known", func() bool { s = p.status(); return len(s.Refusals) == 1 })
-	want := []reconcile.Policy{
+	want := []status.Policy{
 		{Ports: "7890", Name: "metrics", Mode: "passthrough"},
 		{Ports: "8080", Name: "web", Mode: "tls"},
 		{Ports: "9000-9099", Name: "orders", Mode: "mtls", Allow: []string{"frontend", "spiffe://mesh/cart"}},
@@ -339,7 +339,7 @@ probes: [{name: up, tcp: 8080}, {name: down, tcp: 5432}, {name: never, http: 808
 	if diff := cmp.Diff(want, s.Policy); diff != "" {
 		t.Error(diff)
 	}
-	routes := []reconcile.Route{{Listen: "127.137.0.1:8081", Name: "billing", Upstream: "192.0.2.1:8080", ServerNames: []string{"billing-svc"}}}
+	routes := []status.Route{{Listen: "127.137.0.1:8081", Name: "billing", Upstream: "192.0.2.1:8080", ServerNames: []string{"billing-svc"}}}
 	if diff := cmp.Diff(routes, s.Routes); diff != "" {
 		t.Error(diff)
 	}
@@ -415,12 +415,12 @@ func TestFollow(t *testing.T) {
 		t.Errorf("it said %q, want %s", text, line)
 	}
 	for text := range strings.Lines(lines.String()) {
-		var refusal reconcile.Followed
+		var refusal status.Followed
 		if err := json.Unmarshal([]byte(text), &refusal); err != nil || refusal.Code != "unknown_ca" || refusal.Count != 1 || refusal.Time.IsZero() {
 			t.Errorf("a line is %q: %v", text, err)
 		}
 	}
-	if code, said, err := p.get(p.IPv4, http.MethodGet, reconcile.RefusalsPath); err != nil || code != http.StatusNotFound {
+	if code, said, err := p.get(p.IPv4, http.MethodGet, status.RefusalsPath); err != nil || code != http.StatusNotFound {
 		t.Errorf("over TCP: %d, %v: %s", code, err, said)
 	}
 

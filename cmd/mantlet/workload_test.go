@@ -17,7 +17,7 @@ import (
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 
 	"mantlet/internal/lab"
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 )
 
 // webServer is one of a workload, which remembers what it was asked. Its answers say secret, and so do its headers.
@@ -161,7 +161,7 @@ probes:
 	p.fixed(server)
 
 	// Over the unix socket the workload is asked at an address of the pod's too.
-	socket := reconcile.OverSocket(reconcile.StatusSocket(p.sidecar.RuntimeDirectory))
+	socket := status.OverSocket(status.Socket(p.sidecar.RuntimeDirectory))
 	for name, want := range map[string]int{"web": 200, "grpc-well": 200, "grpc-unhealthy": 503, "local": 503} {
 		response, err := socket.Get("http://mantlet/probe/" + name)
 		p.must(err)

@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/time/rate"
 
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 	"mantlet/schema"
 )
 
@@ -152,12 +152,12 @@ func (f *Follower) Refresh() {
 }
 
 // Resolved returns what is known of a host; the zero value of one that is not followed, or not looked up yet.
-func (f *Follower) Resolved(name string) reconcile.Resolved {
+func (f *Follower) Resolved(name string) status.Resolved {
 	f.mu.Lock()
 	h := f.hosts[name]
 	f.mu.Unlock()
 	if h == nil {
-		return reconcile.Resolved{}
+		return status.Resolved{}
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -165,8 +165,8 @@ func (f *Follower) Resolved(name string) reconcile.Resolved {
 }
 
 // Resolved is a record in words.
-func (r Record) Resolved() reconcile.Resolved {
-	said := reconcile.Resolved{Asked: r.Asked, Addresses: append([]netip.Addr{}, r.Addrs()...), Source: r.Source}
+func (r Record) Resolved() status.Resolved {
+	said := status.Resolved{Asked: r.Asked, Addresses: append([]netip.Addr{}, r.Addrs()...), Source: r.Source}
 	if r.Err != nil {
 		said.Answer = r.Err.Error()
 	}

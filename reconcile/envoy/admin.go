@@ -10,7 +10,7 @@ import (
 	"net/url"
 	"strings"
 
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 	"mantlet/render"
 )
 
@@ -28,7 +28,7 @@ type admin struct {
 }
 
 func newAdmin(socket string) admin {
-	return admin{socket, reconcile.OverSocket(socket)}
+	return admin{socket, status.OverSocket(socket)}
 }
 
 // maxAnswer bounds what is read of an answer: statistics of some thousand listeners take about a MiB.

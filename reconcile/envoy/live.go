@@ -16,14 +16,14 @@ import (
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	"google.golang.org/protobuf/encoding/protojson"
 
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 	"mantlet/render"
 	"mantlet/schema"
 )
 
 // Live is what a running Envoy says of itself.
 type Live struct {
-	reconcile.Envoy
+	status.Envoy
 
 	secrets secretTexts
 	untaken bool // it did not take a secret that it was given
@@ -76,7 +76,7 @@ func (a admin) live(ctx context.Context) (Live, error) {
 	if err := a.get(ctx, "/server_info", &info); err != nil {
 		return Live{}, err
 	}
-	l := Live{Envoy: reconcile.Envoy{Epoch: info.Options.Epoch, State: info.State}}
+	l := Live{Envoy: status.Envoy{Epoch: info.Options.Epoch, State: info.State}}
 	l.Digest, _ = info.Node.Metadata[render.DigestKey].(string)
 	drain, err := time.ParseDuration(info.Options.DrainTime)
 	shutdown, err2 := time.ParseDuration(info.Options.ParentShutdownTime)

@@ -11,7 +11,7 @@ import (
 	"sync"
 	"time"
 
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -23,7 +23,7 @@ const logFormat = "%l|%n|%v"
 type logs struct {
 	to       *slog.Logger
 	refused  *refusals
-	upstream func(listen string) reconcile.Upstream // of an egress entry; may be nil
+	upstream func(listen string) status.Upstream // of an egress entry; may be nil
 
 	rejections chan string     // why Envoy did not take a secret
 	trials     chan accessLine // what failed in the trial
@@ -32,7 +32,7 @@ type logs struct {
 	last string
 }
 
-func newLogs(to *slog.Logger, refused *refusals, upstream func(listen string) reconcile.Upstream) *logs {
+func newLogs(to *slog.Logger, refused *refusals, upstream func(listen string) status.Upstream) *logs {
 	const some = 8 // more than come of one trial
 	return &logs{to: to, refused: refused, upstream: upstream, rejections: make(chan string, some), trials: make(chan accessLine, some)}
 }
@@ -161,7 +161,7 @@ func (l *logs) access(from io.Reader) {
 		if c.toItself(reason) {
 			reason = EndpointIsSelf
 		}
-		var upstream reconcile.Upstream
+		var upstream status.Upstream
 		if reason == NoEndpoint && l.upstream != nil {
 			upstream = l.upstream(c.Destination)
 		}

@@ -17,7 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"mantlet/internal/lab"
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 )
 
 // relayed returns what becomes of a stream in mantlet's log, the time left out.
@@ -142,7 +142,7 @@ func TestRefusals(t *testing.T) {
 	}
 	r := &Runner{refused: refusals{last: l.refused.last, counts: l.refused.counts}}
 	last, counts := r.Refusals()
-	if diff := cmp.Diff([]reconcile.RefusalCount{
+	if diff := cmp.Diff([]status.RefusalCount{
 		{Direction: egress, Code: "no_client_certificate", Count: 1},
 		{Direction: "ingress", Code: "no_client_certificate", Count: many},
 	}, counts); diff != "" {
@@ -157,7 +157,7 @@ func TestRefusals(t *testing.T) {
 func TestFloodOfRefusals(t *testing.T) {
 	var r refusals
 	note := func(code Reason, port int) {
-		r.note(reconcile.Refusal{Count: 1, Direction: "ingress", Destination: fmt.Sprintf("192.0.2.2:%d", port), Code: string(code)})
+		r.note(status.Refusal{Count: 1, Direction: "ingress", Destination: fmt.Sprintf("192.0.2.2:%d", port), Code: string(code)})
 	}
 	note(SANNotAllowed, 9000)
 	for port := range 1000 {
@@ -178,7 +178,7 @@ func TestFloodOfRefusals(t *testing.T) {
 func TestFollow(t *testing.T) {
 	var r refusals
 	note := func(port int) {
-		r.note(reconcile.Refusal{Count: 1, Direction: "ingress", Destination: fmt.Sprintf("192.0.2.2:%d", port), Code: string(Plaintext)})
+		r.note(status.Refusal{Count: 1, Direction: "ingress", Destination: fmt.Sprintf("192.0.2.2:%d", port), Code: string(Plaintext)})
 	}
 	note(1)
 	ctx, cancel := context.WithCancel(t.Context())

@@ -8,7 +8,7 @@ import (
 	"slices"
 	"strings"
 
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 	"mantlet/render"
 )
 
@@ -141,23 +141,23 @@ func (t secretTexts) parse() (h held, err error) {
 }
 
 // describe returns the certificates as a status has them: the chain, then the mesh CAs. Those of the path are needed.
-func (h held) describe(path []*x509.Certificate) []reconcile.Certificate {
-	var all []reconcile.Certificate
+func (h held) describe(path []*x509.Certificate) []status.Certificate {
+	var all []status.Certificate
 	describe := func(role string, c *x509.Certificate) {
-		all = append(all, reconcile.Certificate{
+		all = append(all, status.Certificate{
 			Role: role, Subject: c.Subject.String(), SANs: sans(c), NotBefore: c.NotBefore, NotAfter: c.NotAfter,
 			Needed: slices.ContainsFunc(path, c.Equal),
 		})
 	}
 	for i, c := range h.chain {
 		if i == 0 {
-			describe(reconcile.RoleLeaf, c)
+			describe(status.RoleLeaf, c)
 		} else {
-			describe(reconcile.RoleIntermediate, c)
+			describe(status.RoleIntermediate, c)
 		}
 	}
 	for _, c := range h.anchors {
-		describe(reconcile.RoleMeshCA, c)
+		describe(status.RoleMeshCA, c)
 	}
 	return all
 }

@@ -17,9 +17,10 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/time/rate"
+	"mantlet/internal/bind"
+	"mantlet/internal/status"
 
-	"mantlet/reconcile"
+	"golang.org/x/time/rate"
 )
 
 // Reason is why a connection came to nothing: a name for metrics, that stays.
@@ -294,12 +295,12 @@ func (c *Certificates) untrusted(leaf *x509.Certificate, now time.Time) Reason {
 }
 
 // refusal describes a connection that came to nothing. Of an egress entry the upstream is given.
-func (c accessLine) refusal(reason Reason, upstream reconcile.Upstream) reconcile.Refusal {
+func (c accessLine) refusal(reason Reason, upstream status.Upstream) status.Refusal {
 	peer, list := "client", "allow"
 	if c.Direction == egress {
 		peer, list = "endpoint", "serverNames"
 	}
-	r := reconcile.Refusal{
+	r := status.Refusal{
 		Time: time.Now(), Count: 1, Direction: c.Direction, Peer: c.Peer, Destination: c.Destination, SANs: c.sans(), Code: string(reason),
 		Reason: strings.NewReplacer("PEER", peer, "LIST", list, "NAME", cmp.Or(upstream.Upstream, "?"), "ANSWER", answerOf(upstream)).Replace(words[reason]),
 		Detail: short(cmp.Or(c.Refused, c.Failed, c.Ended)),
@@ -311,7 +312,7 @@ func (c accessLine) refusal(reason Reason, upstream reconcile.Upstream) reconcil
 }
 
 // answerOf is what name servers say of an upstream that Envoy had no address of.
-func answerOf(u reconcile.Upstream) string {
+func answerOf(u status.Upstream) string {
 	switch {
 	case u.Asked.IsZero():
 		return "it was not looked up yet"
@@ -328,11 +329,11 @@ func (c accessLine) toItself(reason Reason) bool {
 		return false
 	}
 	to, err := netip.ParseAddrPort(c.Upstream)
-	return err == nil && reconcile.IsOwn(to.Addr())
+	return err == nil && bind.IsOwn(to.Addr())
 }
 
 // same reports whether both are one to people.
-func same(a, b reconcile.Refusal) bool {
+func same(a, b status.Refusal) bool {
 	return a.Direction == b.Direction && a.Peer == b.Peer && a.Destination == b.Destination && a.Code == b.Code && slices.Equal(a.SANs, b.SANs)
 }
 
@@ -351,9 +352,9 @@ type refusals struct {
 	own atomic.Pointer[Certificates] // what Envoy was given; nil for nothing
 
 	mu     sync.Mutex
-	last   []reconcile.Refusal            // the newest last
-	counts map[reconcile.RefusalCount]int // each with Count 0
-	limits map[string]*valve              // by direction: strangers outside must not hide what fails on the way out
+	last   []status.Refusal            // the newest last
+	counts map[status.RefusalCount]int // each with Count 0
+	limits map[string]*valve           // by direction: strangers outside must not hide what fails on the way out
 
 	followers map[*follower]bool
 }
@@ -366,14 +367,14 @@ const (
 
 // follower gets refusals as they come.
 type follower struct {
-	refusals chan reconcile.Followed
+	refusals chan status.Followed
 	leftOut  int
 }
 
 // pass gives a refusal to the follower, unless that is too slow.
-func (f *follower) pass(refusal reconcile.Refusal) {
+func (f *follower) pass(refusal status.Refusal) {
 	select {
-	case f.refusals <- reconcile.Followed{Refusal: refusal, LeftOut: f.leftOut}:
+	case f.refusals <- status.Followed{Refusal: refusal, LeftOut: f.leftOut}:
 		f.leftOut = 0
 	default:
 		f.leftOut++
@@ -381,7 +382,7 @@ func (f *follower) pass(refusal reconcile.Refusal) {
 }
 
 // follow makes a follower until ctx ends.
-func (r *refusals) follow(ctx context.Context) (<-chan reconcile.Followed, error) {
+func (r *refusals) follow(ctx context.Context) (<-chan status.Followed, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if len(r.followers) == maxFollowers {
@@ -390,7 +391,7 @@ func (r *refusals) follow(ctx context.Context) (<-chan reconcile.Followed, error
 	if r.followers == nil {
 		r.followers = map[*follower]bool{}
 	}
-	f := &follower{refusals: make(chan reconcile.Followed, followerBuffer)}
+	f := &follower{refusals: make(chan status.Followed, followerBuffer)}
 	r.followers[f] = true
 	context.AfterFunc(ctx, func() {
 		r.mu.Lock()
@@ -402,7 +403,7 @@ func (r *refusals) follow(ctx context.Context) (<-chan reconcile.Followed, error
 
 // Follow returns refusals as they come, until ctx ends; an error where too many follow already. Those that come faster than they are
 // taken are left out, and counted.
-func (r *Runner) Follow(ctx context.Context) (<-chan reconcile.Followed, error) {
+func (r *Runner) Follow(ctx context.Context) (<-chan status.Followed, error) {
 	return r.refused.follow(ctx)
 }
 
@@ -433,17 +434,17 @@ func (r *refusals) admit(direction string, now time.Time) (leftOut int, ok bool)
 }
 
 // note counts and keeps a refusal.
-func (r *refusals) note(refusal reconcile.Refusal) {
+func (r *refusals) note(refusal status.Refusal) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.counts == nil {
-		r.counts = map[reconcile.RefusalCount]int{}
+		r.counts = map[status.RefusalCount]int{}
 	}
-	r.counts[reconcile.RefusalCount{Direction: refusal.Direction, Code: refusal.Code}]++
+	r.counts[status.RefusalCount{Direction: refusal.Direction, Code: refusal.Code}]++
 	for f := range r.followers {
 		f.pass(refusal)
 	}
-	if i := slices.IndexFunc(r.last, func(last reconcile.Refusal) bool { return same(last, refusal) }); i >= 0 {
+	if i := slices.IndexFunc(r.last, func(last status.Refusal) bool { return same(last, refusal) }); i >= 0 {
 		refusal.Count += r.last[i].Count
 		r.last = slices.Delete(r.last, i, i+1)
 	}
@@ -461,18 +462,18 @@ func (r *refusals) commonest() int {
 		kept[refusal.Code]++
 	}
 	most := slices.Max(slices.Collect(maps.Values(kept)))
-	return slices.IndexFunc(r.last, func(refusal reconcile.Refusal) bool { return kept[refusal.Code] == most })
+	return slices.IndexFunc(r.last, func(refusal status.Refusal) bool { return kept[refusal.Code] == most })
 }
 
 // Refusals returns the connections that came to nothing last, the newest last, and how many there were by reason.
-func (r *Runner) Refusals() (last []reconcile.Refusal, counts []reconcile.RefusalCount) {
+func (r *Runner) Refusals() (last []status.Refusal, counts []status.RefusalCount) {
 	r.refused.mu.Lock()
 	defer r.refused.mu.Unlock()
 	for c, n := range r.refused.counts {
 		c.Count = n
 		counts = append(counts, c)
 	}
-	slices.SortFunc(counts, func(a, b reconcile.RefusalCount) int {
+	slices.SortFunc(counts, func(a, b status.RefusalCount) int {
 		return cmp.Or(cmp.Compare(a.Direction, b.Direction), cmp.Compare(a.Code, b.Code))
 	})
 	return slices.Clone(r.refused.last), counts

@@ -28,7 +28,7 @@ import (
 	"mantlet/internal/bind"
 	"mantlet/internal/cgroup"
 	"mantlet/internal/sandbox"
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -45,7 +45,7 @@ type Runner struct {
 	Limits           render.Limits  // of mantlet and all Envoys
 	Memory           *cgroup.Memory // that they have; nil where the kernel does not tell
 	// Upstream describes the upstream of the egress entry that listens at an address. It may be nil.
-	Upstream func(listen string) reconcile.Upstream
+	Upstream func(listen string) status.Upstream
 	// Progress is told each step that Start begins, and how long it takes at most. It may be nil.
 	Progress func(what string, limit time.Duration)
 
@@ -238,12 +238,12 @@ func (r *Runner) Connections(ctx context.Context) (int, error) {
 }
 
 // Epochs describes the processes that have not ended, the one that serves last.
-func (r *Runner) Epochs(ctx context.Context) []reconcile.Epoch {
+func (r *Runner) Epochs(ctx context.Context) []status.Epoch {
 	r.mu.Lock()
 	running := slices.Clone(r.running)
-	var all []reconcile.Epoch
+	var all []status.Epoch
 	for _, p := range running {
-		e := reconcile.Epoch{Epoch: p.Epoch, PID: p.PID(), Serving: !p.drains, Since: p.since, Digest: p.Digest}
+		e := status.Epoch{Epoch: p.Epoch, PID: p.PID(), Serving: !p.drains, Since: p.since, Digest: p.Digest}
 		if p.drains {
 			e.LeftSeconds = max(0, time.Until(p.since.Add(p.most))).Round(time.Millisecond).Seconds()
 		}
@@ -299,7 +299,7 @@ func (r *Runner) count(ctx context.Context) {
 
 // Traffic returns how many connections there were since the start. What an Envoy counted between the last look at it and its
 // crash is not among them.
-func (r *Runner) Traffic(ctx context.Context) reconcile.Traffic {
+func (r *Runner) Traffic(ctx context.Context) status.Traffic {
 	r.count(ctx)
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -307,9 +307,9 @@ func (r *Runner) Traffic(ctx context.Context) reconcile.Traffic {
 	for _, p := range r.running {
 		all = sums(all, p.counted)
 	}
-	t := reconcile.Traffic{Ingress: []reconcile.Handshakes{}, Egress: []reconcile.Dialled{}, Shed: shedOf(all)}
+	t := status.Traffic{Ingress: []status.Handshakes{}, Egress: []status.Dialled{}, Shed: shedOf(all)}
 	for _, mode := range []schema.Mode{schema.ModeMTLS, schema.ModeTLS} {
-		t.Ingress = append(t.Ingress, reconcile.Handshakes{Mode: mode, Total: all[fmt.Sprintf(handshakes, mode)]})
+		t.Ingress = append(t.Ingress, status.Handshakes{Mode: mode, Total: all[fmt.Sprintf(handshakes, mode)]})
 	}
 	if len(r.running) == 0 {
 		return t
@@ -317,7 +317,7 @@ func (r *Runner) Traffic(ctx context.Context) reconcile.Traffic {
 	for _, l := range r.running[len(r.running)-1].Bootstrap.StaticResources.Listeners {
 		if listen, ok := strings.CutPrefix(l.Name, "egress-"); ok {
 			name := strings.ReplaceAll(l.Name, ":", "_") // as Envoy names it among its statistics
-			t.Egress = append(t.Egress, reconcile.Dialled{
+			t.Egress = append(t.Egress, status.Dialled{
 				Listen: listen, Total: all[fmt.Sprintf(dialled, name)],
 				Failed:         all[fmt.Sprintf(exhausted, name)] + all[fmt.Sprintf(nowhere, name)],
 				FailedAttempts: all[fmt.Sprintf(failures, name)],

@@ -10,7 +10,7 @@ import (
 	"sync"
 	"time"
 
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 	"mantlet/schema"
 )
 
@@ -248,7 +248,7 @@ func (s *Secrets) refuse(c *Certificates, p *Process, why error, now time.Time) 
 	}
 	if !isRejected {
 		s.restrict(c, now)
-		return fmt.Errorf("%w: %w", reconcile.ErrUntried, why)
+		return fmt.Errorf("%w: %w", status.ErrUntried, why)
 	}
 	s.cut = nil
 	why = c.because(why)
@@ -415,11 +415,11 @@ func (s *Secrets) Held(ctx context.Context) error {
 // described is what Envoy said that it has, and what that means.
 type described struct {
 	text secretTexts
-	all  []reconcile.Certificate
+	all  []status.Certificate
 }
 
 // Certificates implements reconcile.Secrets.
-func (s *Secrets) Certificates(ctx context.Context) []reconcile.Certificate {
+func (s *Secrets) Certificates(ctx context.Context) []status.Certificate {
 	s.mu.Lock()
 	had := s.had
 	s.mu.Unlock()
@@ -443,7 +443,7 @@ func (s *Secrets) Certificates(ctx context.Context) []reconcile.Certificate {
 }
 
 // Good implements reconcile.Secrets.
-func (s *Secrets) Good() []reconcile.Certificate {
+func (s *Secrets) Good() []status.Certificate {
 	if good := s.isGood(); good != nil {
 		return held{good.chain, good.anchors}.describe(good.longest())
 	}

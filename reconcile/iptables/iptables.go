@@ -12,10 +12,10 @@ import (
 	"time"
 	"unsafe"
 
+	"mantlet/internal/status"
+
 	"github.com/google/nftables/xt"
 	"golang.org/x/sys/unix"
-
-	"mantlet/reconcile"
 )
 
 // Tables are those of IPv4 in the calling thread's network namespace.
@@ -28,8 +28,8 @@ type Tables struct {
 const names = "/proc/thread-self/net/ip_tables_names"
 
 // Read returns the rules. It makes no table. A kernel without iptables-legacy has none.
-func (Tables) Read() (reconcile.LegacyRules, error) {
-	var all reconcile.LegacyRules
+func (Tables) Read() (status.LegacyRules, error) {
+	var all status.LegacyRules
 	list, err := os.ReadFile(names)
 	if errors.Is(err, os.ErrNotExist) {
 		return all, nil
@@ -227,7 +227,7 @@ func (e entry) defaultDeny() string {
 }
 
 // judge adds what is to be said of a table.
-func (t table) judge(all *reconcile.LegacyRules) error {
+func (t table) judge(all *status.LegacyRules) error {
 	rules, afterChain := 0, false
 	var dropping []string
 	for at := 0; at < len(t.entries); {

@@ -11,7 +11,7 @@ import (
 	"go.uber.org/goleak"
 
 	"mantlet/internal/lab"
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 	"mantlet/reconcile/iptables"
 )
 
@@ -57,7 +57,7 @@ func (p place) run(lines ...string) (said string) {
 	return said
 }
 
-func (p place) read() (rules reconcile.LegacyRules) {
+func (p place) read() (rules status.LegacyRules) {
 	p.t.Helper()
 	if err := p.Do(func() (err error) {
 		rules, err = iptables.Tables{}.Read()
@@ -77,14 +77,14 @@ const (
 func TestRead(t *testing.T) {
 	for name, c := range map[string]struct {
 		lines []string
-		want  reconcile.LegacyRules
+		want  status.LegacyRules
 	}{
-		"nothing":                {nil, reconcile.LegacyRules{}},
-		"empty tables":           {[]string{"-S", "-t nat -S", "-t mangle -S"}, reconcile.LegacyRules{}},
-		"a default deny":         {[]string{"-A INPUT -m conntrack ! --ctstate ESTABLISHED,RELATED -j DROP"}, reconcile.LegacyRules{Denies: []string{deny}}},
-		"its older form":         {[]string{"-A INPUT -m state ! --state ESTABLISHED,RELATED -j DROP"}, reconcile.LegacyRules{Denies: []string{alias}}},
-		"behind others":          {[]string{"-A INPUT -i lo -j ACCEPT", deny, "-A INPUT -p tcp -j ACCEPT"}, reconcile.LegacyRules{Denies: []string{deny}, Others: []string{"table filter of iptables-legacy has 2 rules: they apply beside mantlet's"}}},
-		"twice":                  {[]string{deny, deny}, reconcile.LegacyRules{Denies: []string{deny, deny}}},
+		"nothing":                {nil, status.LegacyRules{}},
+		"empty tables":           {[]string{"-S", "-t nat -S", "-t mangle -S"}, status.LegacyRules{}},
+		"a default deny":         {[]string{"-A INPUT -m conntrack ! --ctstate ESTABLISHED,RELATED -j DROP"}, status.LegacyRules{Denies: []string{deny}}},
+		"its older form":         {[]string{"-A INPUT -m state ! --state ESTABLISHED,RELATED -j DROP"}, status.LegacyRules{Denies: []string{alias}}},
+		"behind others":          {[]string{"-A INPUT -i lo -j ACCEPT", deny, "-A INPUT -p tcp -j ACCEPT"}, status.LegacyRules{Denies: []string{deny}, Others: []string{"table filter of iptables-legacy has 2 rules: they apply beside mantlet's"}}},
+		"twice":                  {[]string{deny, deny}, status.LegacyRules{Denies: []string{deny, deny}}},
 		"of TCP alone":           {[]string{"-A INPUT -p tcp -m conntrack ! --ctstate ESTABLISHED,RELATED -j DROP"}, one("filter")},
 		"of an interface":        {[]string{"-A INPUT -i eth0 -m conntrack ! --ctstate ESTABLISHED,RELATED -j DROP"}, one("filter")},
 		"of an address":          {[]string{"-A INPUT -s 192.0.2.0/24 -m conntrack ! --ctstate ESTABLISHED,RELATED -j DROP"}, one("filter")},
@@ -93,11 +93,11 @@ func TestRead(t *testing.T) {
 		"with another condition": {[]string{"-A INPUT -m conntrack ! --ctstate ESTABLISHED,RELATED --ctproto 6 -j DROP"}, one("filter")},
 		"with another match":     {[]string{"-A INPUT -m conntrack ! --ctstate ESTABLISHED,RELATED -m mark --mark 1 -j DROP"}, one("filter")},
 		"that accepts":           {[]string{"-A INPUT -m conntrack ! --ctstate ESTABLISHED,RELATED -j ACCEPT"}, one("filter")},
-		"in another chain":       {[]string{"-A FORWARD -m conntrack ! --ctstate ESTABLISHED,RELATED -j DROP", "-A OUTPUT -j ACCEPT"}, reconcile.LegacyRules{Others: []string{"table filter of iptables-legacy has 2 rules: they apply beside mantlet's"}}},
+		"in another chain":       {[]string{"-A FORWARD -m conntrack ! --ctstate ESTABLISHED,RELATED -j DROP", "-A OUTPUT -j ACCEPT"}, status.LegacyRules{Others: []string{"table filter of iptables-legacy has 2 rules: they apply beside mantlet's"}}},
 		"in another table":       {[]string{"-t mangle -A INPUT -m conntrack ! --ctstate ESTABLISHED,RELATED -j DROP"}, one("mangle")},
 		"in a chain of its own":  {[]string{"-N mine", "-A mine -m conntrack ! --ctstate ESTABLISHED,RELATED -j DROP"}, one("filter")},
-		"an empty chain":         {[]string{"-N mine", "-N other"}, reconcile.LegacyRules{}},
-		"a policy":               {[]string{"-P INPUT DROP"}, reconcile.LegacyRules{Others: []string{"table filter of iptables-legacy has 0 rules, and -P INPUT DROP: they apply beside mantlet's"}}},
+		"an empty chain":         {[]string{"-N mine", "-N other"}, status.LegacyRules{}},
+		"a policy":               {[]string{"-P INPUT DROP"}, status.LegacyRules{Others: []string{"table filter of iptables-legacy has 0 rules, and -P INPUT DROP: they apply beside mantlet's"}}},
 		"a redirect":             {[]string{"-t nat -A PREROUTING -p tcp --dport 80 -j REDIRECT --to-ports 81"}, one("nat")},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -110,8 +110,8 @@ func TestRead(t *testing.T) {
 	}
 }
 
-func one(table string) reconcile.LegacyRules {
-	return reconcile.LegacyRules{Others: []string{"table " + table + " of iptables-legacy has 1 rule: they apply beside mantlet's"}}
+func one(table string) status.LegacyRules {
+	return status.LegacyRules{Others: []string{"table " + table + " of iptables-legacy has 1 rule: they apply beside mantlet's"}}
 }
 
 // TestReadMakesNoTable: asking the kernel for a table makes it, with its hooks for every packet.

@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mantlet/internal/sockdiag"
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 	"mantlet/render"
 )
 
@@ -35,7 +35,7 @@ const (
 // thread in the table's network namespace.
 //
 // It reads one buffer after another: the table can have 262,144 entries, which would be 50 MB at once.
-func (t *Table) Inbound() (open []reconcile.Inbound, entries, most int, err error) {
+func (t *Table) Inbound() (open []status.Inbound, entries, most int, err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("asking conntrack: %w", err)
@@ -55,11 +55,11 @@ func (t *Table) Inbound() (open []reconcile.Inbound, entries, most int, err erro
 	if err != nil {
 		return nil, 0, 0, err
 	}
-	counts := map[reconcile.Inbound]int{}
+	counts := map[status.Inbound]int{}
 	err = ask(conntrackGet, netlink.Request|netlink.Dump, func(d *netlink.AttributeDecoder) error {
 		e, err := readEntry(d)
 		if mode, ok := render.ModeOf(e.mark); e.established && ok {
-			counts[reconcile.Inbound{Port: e.to.Port(), Mode: mode}]++
+			counts[status.Inbound{Port: e.to.Port(), Mode: mode}]++
 		}
 		return err
 	})

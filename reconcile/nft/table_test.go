@@ -24,7 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mantlet/internal/lab"
-	"mantlet/reconcile"
+	"mantlet/internal/status"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -749,7 +749,7 @@ func TestCountersOnlyGrow(t *testing.T) {
 		if err != nil || !x.passes(conn, conn) {
 			x.t.Fatal(err)
 		}
-		var open []reconcile.Inbound
+		var open []status.Inbound
 		var entries, most int
 		count := func() error {
 			return x.pod.Do(func() (err error) {
@@ -757,7 +757,7 @@ func TestCountersOnlyGrow(t *testing.T) {
 				return err
 			})
 		}
-		if err := count(); err != nil || entries == 0 || most < entries || !slices.Contains(open, reconcile.Inbound{Port: 9000, Mode: schema.ModePassthrough, Open: 1}) {
+		if err := count(); err != nil || entries == 0 || most < entries || !slices.Contains(open, status.Inbound{Port: 9000, Mode: schema.ModePassthrough, Open: 1}) {
 			x.t.Errorf("%+v, %d of %d entries, %v", open, entries, most, err)
 		}
 		_ = conn.Close()

@@ -1,4 +1,4 @@
-package reconcile
+package status
 
 import (
 	"context"
@@ -31,40 +31,23 @@ const (
 
 // probe asks the workload what a probe of the configuration asks, and tells whether it is well: 200 or 503, and nothing
 // else. Nothing of the request goes on to the workload.
-func (d *Daemon) probe(w http.ResponseWriter, r *http.Request) {
-	var probes []schema.Probe
-	d.locked(func() {
-		if d.want != nil {
-			probes = d.want.mesh.Probes
-		}
-	})
+func (s *Server) probe(w http.ResponseWriter, r *http.Request) {
+	probes := s.Source.Probes()
 	i := slices.IndexFunc(probes, func(p schema.Probe) bool { return p.Name == r.PathValue("name") })
 	if i < 0 {
 		http.Error(w, "there is no such probe", http.StatusNotFound)
 		return
 	}
 	p, to := probes[i], netip.AddrPortFrom(askedAt(r), probes[i].Port)
-	well := once(d, fmt.Sprintf("probe %+v %s", p, to), func(ctx context.Context) bool {
+	well := once(s, fmt.Sprintf("probe %+v %s", p, to), func(ctx context.Context) bool {
 		ctx, cancel := context.WithTimeout(ctx, probeLimit)
 		defer cancel()
 		err := ask(ctx, p, to)
-		d.probed(p, err)
+		s.Source.Probed(p, err)
 		return err == nil
 	})
 	if !well {
 		w.WriteHeader(http.StatusServiceUnavailable)
-	}
-}
-
-// probed logs a probe whose outcome is another than before; the first, if it is not good.
-func (d *Daemon) probed(p schema.Probe, err error) {
-	was := false
-	d.locked(func() { was = d.noteOutcome(p, err) })
-	switch {
-	case err != nil && !was:
-		d.Log.Warn("a probe of the workload fails", "name", p.Name, "kind", p.Kind, "asks", p.String(), "error", err)
-	case err == nil && was:
-		d.Log.Info("a probe of the workload succeeds again", "name", p.Name)
 	}
 }
 

@@ -1,4 +1,4 @@
-package reconcile
+package status
 
 import (
 	"context"
@@ -40,23 +40,21 @@ func WriteMetrics(to io.Writer, s Status) error {
 
 func metricsFormat() expfmt.Format { return expfmt.NewFormat(expfmt.TypeTextPlain) }
 
-func (d *Daemon) serveMetrics(w http.ResponseWriter, r *http.Request) {
+func (s *Server) serveMetrics(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", string(metricsFormat()))
-	if err := WriteMetrics(w, seldom(d, r, "status", d.Status)); err != nil {
-		d.Log.Debug("the metrics were not written", "error", err) // to a client that is gone
+	if err := WriteMetrics(w, recent(s, r, "status", s.Source.Status)); err != nil {
+		s.Log.Debug("the metrics were not written", "error", err) // to a client that is gone
 	}
 }
 
 // serveStatistics passes on Envoy's own statistics. Nothing of the request goes to Envoy, whose admin interface can do more than tell.
-func (d *Daemon) serveStatistics(w http.ResponseWriter, r *http.Request) {
+func (s *Server) serveStatistics(w http.ResponseWriter, r *http.Request) {
 	type answer struct {
 		text []byte
 		err  error
 	}
-	said := seldom(d, r, "statistics", func(ctx context.Context) answer {
-		ctx, cancel := context.WithTimeout(ctx, checkLimit)
-		defer cancel()
-		text, err := d.Proxy.Statistics(ctx)
+	said := recent(s, r, "statistics", func(ctx context.Context) answer {
+		text, err := s.Source.Statistics(ctx)
 		return answer{text, err}
 	})
 	if said.err != nil {

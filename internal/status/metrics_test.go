@@ -1,4 +1,4 @@
-package reconcile
+package status
 
 import (
 	"bytes"
@@ -20,7 +20,7 @@ func full(t *testing.T) Status {
 	t.Helper()
 	var s Status
 	fill(reflect.ValueOf(&s).Elem())
-	s.Applies = applies{}.all()
+	s.Applies = []Applies{{Kind: ApplyRules, Within: make([]uint64, len(ApplySeconds()))}}
 	s.Epochs = append(s.Epochs, Epoch{Serving: true, Connections: new(int)})
 	return s
 }
@@ -87,7 +87,7 @@ func TestStatusIsDocumented(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	example, err := os.ReadFile("../examples/status.json")
+	example, err := os.ReadFile("../../examples/status.json")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -134,7 +134,7 @@ func fields(t *testing.T, text []byte) map[string]bool {
 func TestProblemCodes(t *testing.T) {
 	for _, check := range Checks() {
 		for _, text := range append(Reasons(), "something new") {
-			if p := (Reason{check, text + ": why"}).problem(); !slices.Contains(ProblemCodes(), p.Code) {
+			if p := (Reason{check, text + ": why"}).Problem(); !slices.Contains(ProblemCodes(), p.Code) {
 				t.Errorf("%s: %s has the code %q", check, text, p.Code)
 			}
 		}
