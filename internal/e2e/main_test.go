@@ -8,8 +8,10 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -94,7 +96,10 @@ func loadImages(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return load(ctx, i)
+	if err := load(ctx, i); err != nil {
+		return err
+	}
+	return load(ctx, contrastImage(i))
 }
 
 // mantletImage returns what the Containerfile makes, but for the distribution around Envoy, of which it has the libraries only.
@@ -109,6 +114,15 @@ func mantletImage() (image.Image, error) {
 		i.Files[library] = library
 	}
 	return i, err
+}
+
+// contrastImage returns the flavour of mantlet's image that takes the place of Contrast's sidecar, but for iptables: no guest's rule is here.
+func contrastImage(i image.Image) image.Image {
+	i.Name = "docker.io/library/mantlet-contrast:e2e"
+	i.Files = maps.Clone(i.Files)
+	i.Files["/usr/local/bin/test"] = *mantlet
+	i.Config.Env = append(slices.Clone(i.Config.Env), "MANTLET_READY_FILE=/ready", "MANTLET_LIFT_DEFAULT_DENY=true")
+	return i
 }
 
 // program returns an image of one program.

@@ -19,7 +19,7 @@ var first = []component{
 		"--service-cluster-ip-range=10.77.128.0/20,fd77:128::/112", "--cert-dir=/run/node/apiserver",
 		"--service-account-issuer=https://kubernetes.default.svc",
 		"--service-account-key-file=/run/node/key.pem", "--service-account-signing-key-file=/run/node/key.pem",
-		"--token-auth-file=/run/node/tokens.csv", "--authorization-mode=AlwaysAllow", "--anonymous-auth=false",
+		"--token-auth-file=/run/node/tokens.csv", "--authorization-mode=AlwaysAllow", "--anonymous-auth=false", "--allow-privileged=true",
 		"--kubelet-preferred-address-types=InternalIP", // nobody resolves the node's name
 	}},
 }

@@ -66,6 +66,9 @@ func NewAuthority(directory string) error {
 // Issue signs a certificate with these DNS names, and with a SPIFFE ID of the last one, by the CA of a directory, and writes
 // the three files of a TLS directory. The key comes last: readers have all once it is there.
 func Issue(authority, directory string, names ...string) error {
+	if err := os.MkdirAll(directory, 0o755); err != nil {
+		return err
+	}
 	signer, err := readKey(filepath.Join(authority, signerFile))
 	if err != nil {
 		return err

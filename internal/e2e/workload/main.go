@@ -2,6 +2,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -30,7 +31,7 @@ func run(command []string) error {
 	case "pause":
 		return pause()
 	case "initializer":
-		return initialize()
+		return initialize(cmp.Or(args[0], "/tls-config"))
 	case "web":
 		return web()
 	case "shop":
@@ -59,12 +60,12 @@ func pause() error {
 	return nil
 }
 
-// initialize writes the pod's mesh certificate. Its names are the pod's, and those of what the pod is a replica of.
-func initialize() error {
+// initialize writes the pod's mesh certificate to a directory. Its names are the pod's, and those of what the pod is a replica of.
+func initialize(directory string) error {
 	pod, err := os.Hostname()
 	if err != nil {
 		return err
 	}
 	app, _, _ := strings.Cut(pod, "-")
-	return pki.Issue("/ca", "/tls-config", pod, app+"-svc", app)
+	return pki.Issue("/ca", directory, pod, app+"-svc", app)
 }
