@@ -17,7 +17,7 @@ type process struct {
 	status map[string]string // /proc/PID/status, see proc_pid_status(5)
 }
 
-// processes returns those of a pod's container that have a name.
+// processes returns those of a pod's container that have a name, but for the kubelet's probes.
 func processes(t *testing.T, pod corev1.Pod, container, name string) []process {
 	t.Helper()
 	files, err := filepath.Glob("/proc/[0-9]*/cgroup")
@@ -41,7 +41,8 @@ func processes(t *testing.T, pod corev1.Pod, container, name string) []process {
 			key, value, _ := strings.Cut(line, ":")
 			p.status[key] = strings.TrimSpace(value)
 		}
-		if p.status["Name"] != name || strings.HasPrefix(p.status["State"], "Z") {
+		command, err := os.ReadFile(filepath.Join(directory, "cmdline"))
+		if err != nil || p.status["Name"] != name || strings.HasPrefix(p.status["State"], "Z") || strings.Contains(string(command), "\x00probe\x00") {
 			continue
 		}
 		if p.id, err = strconv.Atoi(filepath.Base(directory)); err != nil {
