@@ -17,8 +17,6 @@ import (
 	"mantlet/schema"
 )
 
-// What the kernel tells of Envoys.
-
 // Evict ends Envoys of this network namespace that this program did not start. A mantlet that was killed leaves one behind
 // where that was stopped: the signal that is to end it waits until it goes on. It would share the listeners' connections,
 // and let in what the configuration of then did. What they have in the runtime directory is removed. It is called before the

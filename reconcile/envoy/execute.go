@@ -1,0 +1,173 @@
+package envoy
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"time"
+
+	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
+	"google.golang.org/protobuf/proto"
+
+	"mantlet/internal/sandbox"
+	"mantlet/render"
+	"mantlet/schema"
+)
+
+// executeLimit bounds what has no limit of its own: writing a bootstrap, ending an Envoy that hangs, and execve.
+const executeLimit = 5 * time.Second
+
+func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Process) (*Process, error) {
+	p, err := r.next(parent)
+	if err != nil {
+		return nil, err
+	}
+	for _, old := range r.Running() {
+		if old.base == p.base && old.Epoch <= p.Epoch-epochs {
+			old.Kill() // it was told to end, and hangs
+			<-old.exited
+		}
+	}
+	p.Bootstrap = proto.CloneOf(state.Bootstrap)
+	render.SetEpoch(p.Bootstrap, r.RuntimeDirectory, p.Epoch)
+	if err := render.Limit(p.Bootstrap, r.Limits.Capacity(state.Cost)); err != nil {
+		return nil, err
+	}
+	if err := render.AddMesh(p.Bootstrap, state.Mesh); err != nil {
+		return nil, err
+	}
+	p.Digest, p.workers = state.Digest, settings.Concurrency
+	config, err := r.write(bootstrapFile(p.Epoch), p.Bootstrap)
+	if err != nil {
+		return nil, err
+	}
+	// An Envoy that has not ended yet could answer there for the new one.
+	socket := render.AdminSocket(r.RuntimeDirectory, p.Epoch)
+	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("removing the admin socket of an Envoy before this one: %w", err)
+	}
+	p.admin = newAdmin(socket)
+	p.trial = render.TrialSocket(r.RuntimeDirectory, p.Epoch)
+	p.logs = newLogs(r.Log.With("epoch", p.Epoch), &r.refused, r.Upstream)
+	p.exited = make(chan struct{})
+	p.spawner = &r.spawner
+	return p, r.start(p, arguments(config, r.socket(), p.base.id, p.Epoch, settings))
+}
+
+// write puts a bootstrap into the runtime directory and returns its path.
+func (r *Runner) write(name string, bootstrap *bootstrapv3.Bootstrap) (string, error) {
+	text, err := render.JSON(bootstrap)
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(r.RuntimeDirectory, name)
+	if err := writeFile(path, text); err != nil {
+		return "", fmt.Errorf("writing the bootstrap: %w", err)
+	}
+	return path, nil
+}
+
+func bootstrapFile(epoch int) string { return fmt.Sprintf("bootstrap-%d.json", epoch) }
+
+// start executes Envoy with arguments.
+func (r *Runner) start(p *Process, arguments []string) error {
+	stdout, stderr, dumpable, err := r.spawn(p, arguments)
+	if errors.Is(err, errUntraced) { // from now on it is not tried
+		stdout, stderr, dumpable, err = r.spawn(p, arguments)
+	}
+	if errors.Is(err, os.ErrPermission) {
+		err = cmp.Or(r.executable(), fmt.Errorf("%w: user %d must be allowed to execute it, where it was when mantlet started", err, r.UID))
+	}
+	if err != nil {
+		return fmt.Errorf("executing %q: %w", r.Path, err)
+	}
+	if dumpable != nil {
+		r.Log.Warn("other processes of Envoy's user can read its memory, and the key", "pid", p.PID(), "error", dumpable)
+	}
+	before, _ := r.kills()
+	go func() {
+		read := make(chan struct{})
+		go func() { defer close(read); p.logs.access(stdout) }()
+		p.logs.messages(stderr)
+		<-read
+		p.err = p.cmd.Wait()
+		p.killer = r.killer(before)
+		close(p.exited)
+	}()
+	return nil
+}
+
+// spawn makes the pipes too on the spawner's thread: Envoy opens /dev/stdout, and may only if its user made it. dumpable is why others
+// can look into the process, if they can.
+func (r *Runner) spawn(p *Process, arguments []string) (stdout, stderr io.ReadCloser, dumpable, err error) {
+	p.cmd = exec.Command(r.Path, arguments...)
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{
+		Setpgid: true, // a terminal's Ctrl-C is for mantlet, which ends Envoy when it is time
+		// Until Envoy asks for SIGTERM itself: an Envoy without mantlet would serve what nobody watches.
+		Pdeathsig: syscall.SIGKILL,
+	}
+	err = r.spawner.do(func() (err error) {
+		if p.cmd.SysProcAttr.AmbientCaps, err = sandbox.AmbientCapabilities(ports(p.Bootstrap)); err != nil {
+			return err
+		}
+		if stderr, err = p.cmd.StderrPipe(); err != nil {
+			return fmt.Errorf("opening its standard error: %w", err)
+		}
+		if stdout, err = p.cmd.StdoutPipe(); err != nil {
+			return fmt.Errorf("opening its standard output: %w", err)
+		}
+		dumpable, err = r.spawner.start(p.cmd)
+		return err
+	})
+	return stdout, stderr, dumpable, err
+}
+
+// arguments returns Envoy's command line.
+func arguments(config, socket string, base uint32, epoch int, settings schema.Envoy) []string {
+	seconds := func(d time.Duration) string { return strconv.Itoa(int(d / time.Second)) }
+	return []string{
+		"--config-path", config,
+		"--base-id", strconv.FormatUint(uint64(base), 10),
+		"--restart-epoch", strconv.Itoa(epoch),
+		"--socket-path", socket,
+		"--socket-mode", "600",
+		"--skip-hot-restart-parent-stats", // a child that polls a dead parent for them aborts
+		"--concurrency", strconv.Itoa(settings.Concurrency),
+		"--drain-time-s", seconds(settings.DrainTime),
+		"--parent-shutdown-time-s", seconds(settings.ParentShutdownTime),
+		"--log-level", string(settings.LogLevel),
+		"--log-format", logFormat,
+		"--log-format-escaped",
+		"--file-flush-interval-msec", "100", // the access log's; 10 s by default
+	}
+}
+
+// kills returns how many processes the kernel killed since they took too much memory; false where it does not tell.
+func (r *Runner) kills() (count uint64, ok bool) {
+	if r.Memory == nil {
+		return 0, false
+	}
+	count, err := r.Memory.Kills()
+	return count, err == nil
+}
+
+// killer says why a process was killed that mantlet did not kill, when before was what kills returned as it started.
+func (r *Runner) killer(before uint64) string {
+	switch now, ok := r.kills(); {
+	case !ok:
+		return "probably out of memory"
+	case now == before:
+		return "by another process"
+	}
+	limit, file := r.Memory.Limit()
+	if limit == 0 {
+		return "out of memory: the machine has no more"
+	}
+	return fmt.Sprintf("out of memory: %s is %d MiB", filepath.Base(file), limit>>20)
+}

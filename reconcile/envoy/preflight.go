@@ -1,0 +1,60 @@
+package envoy
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"time"
+
+	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
+
+	"mantlet/internal/bind"
+	"mantlet/internal/sandbox"
+	"mantlet/render"
+)
+
+// preflight tries what a new epoch could fail at: once it runs, a failure costs the old one its admin interface.
+func (r *Runner) preflight(ctx context.Context, state render.State) error {
+	config, err := r.write("preflight.json", state.Bootstrap)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = os.Remove(config) }()
+	ctx, cancel := context.WithTimeout(ctx, r.limit(state))
+	defer cancel()
+	var said bytes.Buffer
+	cmd := exec.CommandContext(ctx, r.Path, "--mode", "validate", "--config-path", config, "--log-level", "error")
+	cmd.Stdout, cmd.Stderr = &said, &said
+	cmd.WaitDelay = time.Second // for a script whose child holds the pipe
+	cmd.Cancel = func() error { return r.spawner.do(cmd.Process.Kill) }
+	if err = r.spawner.do(cmd.Start); err == nil {
+		err = cmd.Wait()
+	}
+	if err != nil {
+		return fmt.Errorf("Envoy does not accept the bootstrap: %w: %s", cmp.Or(ctx.Err(), err), &said)
+	}
+	return nil
+}
+
+// tryBinds returns why an Envoy could not listen at all addresses of a bootstrap.
+func (r *Runner) tryBinds(b *bootstrapv3.Bootstrap) error {
+	return r.spawner.do(func() error {
+		if _, err := sandbox.AmbientCapabilities(ports(b)); err != nil {
+			return err
+		}
+		return bind.Try(r.Processes, render.ListenAddresses(b)...)
+	})
+}
+
+// ports returns those of a bootstrap's listeners.
+func ports(b *bootstrapv3.Bootstrap) (ports []uint32) {
+	for _, l := range b.StaticResources.Listeners {
+		if address := l.GetAddress().GetSocketAddress(); address != nil {
+			ports = append(ports, address.GetPortValue())
+		}
+	}
+	return ports
+}
