@@ -1,0 +1,169 @@
+// Bench measures mantlet beside what users would take instead of it, and writes BENCHMARKS.md. `go tool task bench` runs it.
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"mantlet/internal/bench/load"
+	"mantlet/internal/bench/measured"
+	"mantlet/internal/bench/meter"
+	"mantlet/internal/bench/proxy"
+	"mantlet/internal/lab"
+)
+
+func main() {
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func run() error {
+	if len(os.Args) == 3 {
+		switch os.Args[1] {
+		case "load":
+			var job load.Job
+			if err := json.Unmarshal([]byte(os.Args[2]), &job); err != nil {
+				return err
+			}
+			return load.Run(job, os.Stdin, os.Stdout)
+		case "serve":
+			return serve(os.Args[2], nil)
+		case "serve-transparently":
+			return serve(os.Args[2], proxy.Transparent)
+		}
+	}
+	b := &bench{}
+	var only, subjects string
+	flag.StringVar(&only, "sections", strings.Join(sectionNames(), ","), "what to measure; the report has the rest as it was measured last")
+	flag.StringVar(&subjects, "subjects", "", "proxies to measure beside mantlet, of the section data; all, if empty")
+	flag.StringVar(&b.cases, "cases", "", "measure only cases whose name contains this, and write nothing")
+	flag.IntVar(&b.rounds, "rounds", 6, "how often each case is measured, by turns")
+	flag.DurationVar(&b.during, "during", 600*time.Millisecond, "how long a case is measured in each round")
+	flag.StringVar(&b.root, "root", ".", "directory of the repository")
+	flag.StringVar(&b.programs.Mantlet, "mantlet", "", "mantlet's binary")
+	flag.StringVar(&b.programs.Envoy, "envoy", "", "Envoy's binary")
+	flag.StringVar(&b.programs.HAProxy, "haproxy", "haproxy", "haproxy's binary")
+	flag.StringVar(&b.programs.Nginx, "nginx", "nginx", "nginx's binary")
+	flag.StringVar(&b.programs.NginxModules, "nginx-modules", "/usr/lib/nginx/modules", "directory of nginx's modules")
+	flag.StringVar(&b.programs.Stunnel, "stunnel", "stunnel", "stunnel's binary")
+	flag.StringVar(&b.programs.Ghostunnel, "ghostunnel", "ghostunnel", "ghostunnel's binary")
+	flag.StringVar(&b.programs.IPTables, "iptables", "iptables-legacy", "iptables' binary")
+	flag.Parse()
+	lab.Enter()
+	if subjects != "" {
+		b.subjects = strings.Split(subjects, ",")
+	}
+	if err := b.prepare(); err != nil {
+		return err
+	}
+	defer func() { _ = os.RemoveAll(b.scratch) }()
+	for _, name := range strings.FieldsFunc(only, func(r rune) bool { return r == ',' }) {
+		if err := b.measure(name); err != nil {
+			return err
+		}
+	}
+	if b.cases != "" {
+		return nil
+	}
+	return b.report()
+}
+
+// bench is a run of the benchmarks.
+type bench struct {
+	root     string // of the repository
+	cases    string
+	subjects []string
+	rounds   int
+	during   time.Duration
+	programs proxy.Programs
+	scratch  string
+}
+
+// section is a part of the benchmarks that is measured in one go.
+type section struct {
+	name string
+	run  func(*bench, *measured.Section) error
+}
+
+func sections() []section {
+	return []section{{"data", (*bench).data}, {"memory", (*bench).memory}, {"rules", (*bench).rules}}
+}
+
+func sectionNames() (all []string) {
+	for _, s := range sections() {
+		all = append(all, s.name)
+	}
+	return all
+}
+
+// file returns where a section is kept.
+func (b *bench) file(name string) string {
+	return filepath.Join(b.root, "internal/bench/results", name+".txt")
+}
+
+func (b *bench) prepare() (err error) {
+	if b.root, err = filepath.Abs(b.root); err != nil {
+		return err
+	}
+	if b.programs.Self, err = os.Executable(); err != nil {
+		return err
+	}
+	for _, program := range b.programs.All() {
+		if *program, err = exec.LookPath(*program); err != nil {
+			return err
+		}
+		if *program, err = filepath.Abs(*program); err != nil {
+			return err
+		}
+	}
+	// The lab's own memory: what mantlet keeps there is memory-backed in a pod, too.
+	b.scratch, err = os.MkdirTemp("/dev/shm", "bench")
+	return errors.Join(err, os.Chmod(b.scratch, 0o755))
+}
+
+// measure measures a section and keeps it, once it is complete.
+func (b *bench) measure(name string) error {
+	index := slices.IndexFunc(sections(), func(s section) bool { return s.name == name })
+	if index < 0 {
+		return fmt.Errorf("no such section: %q; there are %s", name, strings.Join(sectionNames(), ", "))
+	}
+	s := measured.New(map[string]string{
+		"date":    time.Now().UTC().Format(time.DateOnly),
+		"machine": fmt.Sprintf("%d cores of %s, Linux %s", runtime.NumCPU(), meter.Processor(), meter.Kernel()),
+		"load":    meter.Load(),
+		"during":  b.during.String(),
+		"rounds":  fmt.Sprint(b.rounds),
+	})
+	for program, version := range b.programs.Versions() {
+		s.Set(program, version)
+	}
+	began := time.Now()
+	if err := sections()[index].run(b, s); err != nil {
+		return fmt.Errorf("section %s: %w", name, err)
+	}
+	fmt.Fprintf(os.Stderr, "section %s took %v\n", name, time.Since(began).Round(time.Second))
+	if b.cases != "" {
+		return s.Print(os.Stdout)
+	}
+	return s.Write(b.file(name))
+}
+
+// chosen reports whether a case is to be measured.
+func (b *bench) chosen(name string) bool { return strings.Contains(name, b.cases) }
+
+// directory makes a fresh one.
+func (b *bench) directory(name string) (string, error) {
+	directory, err := os.MkdirTemp(b.scratch, name)
+	return directory, errors.Join(err, os.Chmod(directory, 0o755))
+}
