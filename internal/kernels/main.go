@@ -15,6 +15,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // kernel is one of Debian's.
@@ -70,6 +72,7 @@ func main() {
 	flag.StringVar(&l.envoy, "envoy", os.Getenv("MANTLET_ENVOY_PATH"), "the Envoy to test with")
 	flag.StringVar(&l.document, "document", "docs/kernels.md", "the document with the table")
 	flag.DurationVar(&l.limit, "limit", time.Hour, "how long a kernel may take")
+	flag.IntVar(&l.at, "at", 1, "how many kernels to run at a time; each takes a processor and up to 4 GiB")
 	only := flag.String("only", "", "the kernels to run, by their names, with commas between; all without it")
 	flag.StringVar(&l.run, "run", "", "only tests that match this regular expression; no table is written then")
 	flag.Parse()
@@ -86,6 +89,7 @@ func main() {
 type lane struct {
 	cache, envoy, document, run string
 	limit                       time.Duration
+	at                          int
 }
 
 func (l *lane) main(ctx context.Context, only string) error {
@@ -103,21 +107,15 @@ func (l *lane) main(ctx context.Context, only string) error {
 	if err != nil {
 		return fmt.Errorf("building the image: %w", err)
 	}
-	var results []result
+	results, err := l.all(ctx, only, base)
+	if err != nil {
+		return err
+	}
 	var failed []error
-	for _, k := range kernels {
-		if only != "" && !strings.Contains(","+only+",", ","+k.name+",") {
-			continue
-		}
-		r, err := l.try(ctx, k, base)
-		if err != nil {
-			return fmt.Errorf("kernel %s: %w", k.name, err)
-		}
-		fmt.Printf("%s (%s): %d tests passed, %d skipped, %d failed, in %s\n", k.name, r.release, r.passed, len(r.skipped), len(r.failed), r.took.Round(time.Second))
+	for _, r := range results {
 		for _, test := range r.failed {
-			failed = append(failed, fmt.Errorf("kernel %s: %s failed; the console is in %s", k.name, test, l.path("results", k.name+".log")))
+			failed = append(failed, fmt.Errorf("kernel %s: %s failed; the console is in %s", r.name, test, l.path("results", r.name+".log")))
 		}
-		results = append(results, r)
 	}
 	if l.run == "" && len(results) == len(kernels) {
 		if err := write(l.document, results); err != nil {
@@ -127,16 +125,47 @@ func (l *lane) main(ctx context.Context, only string) error {
 	return errors.Join(failed...)
 }
 
+// all tries the kernels that only names, l.at of them at a time, and returns the results in the order of kernels.
+func (l *lane) all(ctx context.Context, only, base string) ([]result, error) {
+	tried := make([]*result, len(kernels))
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(l.at)
+	for i, k := range kernels {
+		if only != "" && !strings.Contains(","+only+",", ","+k.name+",") {
+			continue
+		}
+		directory, err := l.fetch(ctx, k) // here, since apt-get takes a lock
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("kernel %s: fetching it: %w", k.name, err), group.Wait())
+		}
+		group.Go(func() error {
+			r, err := l.try(ctx, k, base, directory)
+			if err != nil {
+				return fmt.Errorf("kernel %s: %w", k.name, err)
+			}
+			fmt.Printf("%s (%s): %d tests passed, %d skipped, %d failed, in %s\n", k.name, r.release, r.passed, len(r.skipped), len(r.failed), r.took.Round(time.Second))
+			tried[i] = &r
+			return nil
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return nil, err
+	}
+	var results []result
+	for _, r := range tried {
+		if r != nil {
+			results = append(results, *r)
+		}
+	}
+	return results, nil
+}
+
 func (l *lane) path(elements ...string) string {
 	return filepath.Join(append([]string{l.cache}, elements...)...)
 }
 
-// try fetches a kernel, boots it and runs all suites.
-func (l *lane) try(ctx context.Context, k kernel, base string) (result, error) {
-	directory, err := l.fetch(ctx, k)
-	if err != nil {
-		return result{}, fmt.Errorf("fetching it: %w", err)
-	}
+// try boots a kernel that was unpacked into a directory, and runs all suites.
+func (l *lane) try(ctx context.Context, k kernel, base, directory string) (result, error) {
 	image, modules, err := l.modules(ctx, k, directory)
 	if err != nil {
 		return result{}, fmt.Errorf("packing its modules: %w", err)
