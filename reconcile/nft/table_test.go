@@ -446,7 +446,7 @@ func TestReplaceLeavesNoGap(t *testing.T) {
 	})
 }
 
-// besiege speaks plaintext to ports, by streams and by as many datagrams as fit, until the function that it returns is called: that
+// besiege speaks plaintext to ports, by streams and by a datagram in each millisecond, until the function that it returns is called: that
 // judges whether anything came through.
 func (p *place) besiege(ports ...uint16) func() {
 	p.t.Helper()
@@ -462,7 +462,10 @@ func (p *place) besiege(ports ...uint16) func() {
 	}
 	for _, target := range targets {
 		sending.Go(func() {
+			next := time.NewTicker(time.Millisecond) // a single processor would do nothing else otherwise
+			defer next.Stop()
 			for ctx.Err() == nil {
+				<-next.C
 				conn, err := p.outside.Dial(ctx, "udp", target.String()) // each time another connection to conntrack
 				if err != nil {
 					continue
