@@ -13,6 +13,9 @@ import (
 // boot runs all suites in a guest and returns its console.
 func (l *lane) boot(ctx context.Context, k kernel, image, base, modules string) ([]byte, error) {
 	initramfs, console := l.path("initramfs-"+k.name), l.path("results", k.name+".log")
+	if err := os.WriteFile(console, nil, 0o644); err != nil { // whatever becomes of the run, no earlier one's is read
+		return nil, err
+	}
 	if err := join(initramfs, base, modules); err != nil {
 		return nil, err
 	}

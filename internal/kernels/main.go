@@ -117,7 +117,7 @@ func (l *lane) main(ctx context.Context, only string) error {
 			failed = append(failed, fmt.Errorf("kernel %s: %s failed; the console is in %s", r.name, test, l.path("results", r.name+".log")))
 		}
 	}
-	if l.run == "" && len(results) == len(kernels) {
+	if l.run == "" && only == "" {
 		if err := write(l.document, results); err != nil {
 			return err
 		}

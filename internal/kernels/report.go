@@ -105,6 +105,9 @@ func table(results []result) string {
 		if len(failed) > 0 {
 			rules += ", failed: " + strings.Join(failed, ", ")
 		}
+		if !r.complete {
+			rules += ", then the run was ended"
+		}
 		fmt.Fprintf(&b, "| %s | %s |", r.release, rules)
 		for _, c := range claims {
 			fmt.Fprintf(&b, " %s |", r.shows(c))
