@@ -136,14 +136,16 @@ type renderer struct {
 	err   error
 
 	// What is the same for all entries is made once. It ends up packed, so that no two of them share a message.
-	ingressLog, egressLog []*accesslogv3.AccessLog
-	parameters            *tlsv3.TlsParameters
-	identity, meshCA      *tlsv3.SdsSecretConfig
+	ingressLog, egressLog              []*accesslogv3.AccessLog
+	connectedClient, connectedEndpoint *accesslogv3.AccessLog
+	parameters                         *tlsv3.TlsParameters
+	identity, meshCA                   *tlsv3.SdsSecretConfig
 }
 
 func newRenderer(mesh schema.Mesh, place Place) *renderer {
 	r := &renderer{mesh: mesh, place: place}
 	r.ingressLog, r.egressLog = r.accessLog("ingress", client), r.accessLog("egress", endpoint)
+	r.connectedClient, r.connectedEndpoint = r.connected(client), r.connected(endpoint)
 	r.parameters = tlsParameters(mesh.TLS.MinVersion)
 	r.identity, r.meshCA = r.secret(IdentitySecret), r.secret(MeshCASecret)
 	return r

@@ -2,12 +2,15 @@ package render
 
 import (
 	"net/netip"
+	"slices"
+	"strings"
 	"time"
 
 	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	dataaccesslogv3 "github.com/envoyproxy/go-control-plane/envoy/data/accesslog/v3"
 	celv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/filters/cel/v3"
 	streamv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/stream/v3"
 	originaldstv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_dst/v3"
@@ -87,7 +90,7 @@ func (r *renderer) ingressChain(name string, mode schema.Mode, allow, alpn []str
 		Name:                          name,
 		TransportSocket:               r.downstreamTLS(mode, allow, alpn),
 		TransportSocketConnectTimeout: durationpb.New(handshakeTimeout),
-		Filters: []*listenerv3.Filter{r.proxy(r.ingressLog, &tcpproxyv3.TcpProxy{
+		Filters: []*listenerv3.Filter{r.telling(allow != nil, r.connectedClient, r.ingressLog, &tcpproxyv3.TcpProxy{
 			StatPrefix:       name,
 			ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: workload},
 			// The default connects to the workload before any TLS: every silent client gave it a connection, and one
@@ -109,13 +112,22 @@ func (r *renderer) egress(e schema.Egress) *listenerv3.Listener {
 		TcpKeepalive:                  keepalive(),
 		FilterChains: []*listenerv3.FilterChain{{
 			Name: name,
-			Filters: []*listenerv3.Filter{r.proxy(r.egressLog, &tcpproxyv3.TcpProxy{
+			Filters: []*listenerv3.Filter{r.telling(e.ServerNames != nil, r.connectedEndpoint, r.egressLog, &tcpproxyv3.TcpProxy{
 				StatPrefix:         name,
 				ClusterSpecifier:   &tcpproxyv3.TcpProxy_Cluster{Cluster: name},
 				MaxConnectAttempts: wrapperspb.UInt32(connectAttempts),
 			})},
 		}},
 	}
+}
+
+// telling completes a TCP proxy that writes a line to the access log when it has made a connection, if who is connected matters.
+func (r *renderer) telling(matters bool, connected *accesslogv3.AccessLog, log []*accesslogv3.AccessLog, p *tcpproxyv3.TcpProxy) *listenerv3.Filter {
+	if !matters {
+		return r.proxy(log, p)
+	}
+	p.AccessLogOptions = &tcpproxyv3.TcpProxy_TcpAccessLogOptions{FlushAccessLogOnConnected: true}
+	return r.proxy(append(slices.Clip(log), connected), p)
 }
 
 // ageJitter is how much later than its age a connection may end, in percent.
@@ -148,7 +160,7 @@ func (r *renderer) accessLog(direction, peer string) []*accesslogv3.AccessLog {
 	if r.mesh.AccessLog == schema.AccessLogNone {
 		return nil
 	}
-	var filter *accesslogv3.AccessLogFilter
+	filter := onConnected(false)
 	if r.mesh.AccessLog == schema.AccessLogRefused {
 		filter = r.refused()
 	}
@@ -174,21 +186,52 @@ func (r *renderer) accessLog(direction, peer string) []*accesslogv3.AccessLog {
 	}, filter)
 }
 
+// Connected begins the lines of the access log that tell of a connection when it is made. ConnectedFields are what follows, each
+// behind a tab, in this order: the client and what it dialled, Envoy's own address towards the upstream and the upstream's, the TLS
+// version of the side that mutual TLS is spoken with, and the peer's certificate there, as PEM in URL encoding. None of them can contain
+// a tab or a line break.
+const (
+	Connected       = "connected"
+	ConnectedFields = 6
+)
+
+// connected tells of connections when they are made. Text costs Envoy less than JSON.
+func (r *renderer) connected(peer string) *accesslogv3.AccessLog {
+	line := strings.Join([]string{
+		Connected, "%DOWNSTREAM_REMOTE_ADDRESS%", "%DOWNSTREAM_LOCAL_ADDRESS%", "%UPSTREAM_LOCAL_ADDRESS%", "%UPSTREAM_REMOTE_ADDRESS%",
+		"%" + peer + "_TLS_VERSION%", "%" + peer + "_PEER_CERT%",
+	}, "\t") + "\n"
+	return r.stdout(&corev3.SubstitutionFormatString{Format: &corev3.SubstitutionFormatString_TextFormatSource{
+		TextFormatSource: &corev3.DataSource{Specifier: &corev3.DataSource_InlineString{InlineString: line}},
+	}}, onConnected(true))
+}
+
+// onConnected lets through what is written when a connection is made, or else all other lines.
+func onConnected(is bool) *accesslogv3.AccessLogFilter {
+	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_LogTypeFilter{LogTypeFilter: &accesslogv3.LogTypeFilter{
+		Types: []dataaccesslogv3.AccessLogType{dataaccesslogv3.AccessLogType_TcpUpstreamConnected}, Exclude: !is,
+	}}}
+}
+
 // logTo writes a line of JSON, with these fields, for each connection that a filter lets through, if there is one.
 func (r *renderer) logTo(operators map[string]string, filter *accesslogv3.AccessLogFilter) []*accesslogv3.AccessLog {
 	fields := &structpb.Struct{Fields: map[string]*structpb.Value{}}
 	for name, operator := range operators {
 		fields.Fields[name] = structpb.NewStringValue(operator)
 	}
-	return []*accesslogv3.AccessLog{{
+	return []*accesslogv3.AccessLog{r.stdout(&corev3.SubstitutionFormatString{
+		Format: &corev3.SubstitutionFormatString_JsonFormat{JsonFormat: fields},
+	}, filter)}
+}
+
+func (r *renderer) stdout(format *corev3.SubstitutionFormatString, filter *accesslogv3.AccessLogFilter) *accesslogv3.AccessLog {
+	return &accesslogv3.AccessLog{
 		Name:   "envoy.access_loggers.stdout",
 		Filter: filter,
 		ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: r.pack(&streamv3.StdoutAccessLog{
-			AccessLogFormat: &streamv3.StdoutAccessLog_LogFormat{LogFormat: &corev3.SubstitutionFormatString{
-				Format: &corev3.SubstitutionFormatString_JsonFormat{JsonFormat: fields},
-			}},
+			AccessLogFormat: &streamv3.StdoutAccessLog_LogFormat{LogFormat: format},
 		})},
-	}}
+	}
 }
 
 // refused lets connections through to the log that came to nothing: the client's TLS handshake failed or took too long,

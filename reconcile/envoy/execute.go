@@ -55,6 +55,7 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Proc
 	p.admin = newAdmin(socket)
 	p.trial = render.TrialSocket(r.RuntimeDirectory, p.Epoch)
 	p.logs = newLogs(r.Log.With("epoch", p.Epoch), &r.refused, r.Upstream)
+	p.logs.peers = &r.peers
 	p.exited = make(chan struct{})
 	p.spawner = &r.spawner
 	return p, r.start(p, arguments(config, r.socket(), p.base.id, p.Epoch, settings))

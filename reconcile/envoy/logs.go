@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"mantlet/internal/peers"
 	"mantlet/internal/status"
 	"mantlet/render"
 	"mantlet/schema"
@@ -24,6 +25,7 @@ type logs struct {
 	to       *slog.Logger
 	refused  *refusals
 	upstream func(listen string) status.Upstream // of an egress entry; may be nil
+	peers    *peers.Table                        // gets the connections that are made; may be nil
 
 	rejections chan string     // why Envoy did not take a secret
 	trials     chan accessLine // what failed in the trial
@@ -134,6 +136,10 @@ func (l *logs) lastError() string {
 // access relays the access log, which Envoy writes to standard output as JSON.
 func (l *logs) access(from io.Reader) {
 	for text := range lines(from, longestAccess) {
+		if made, ok := strings.CutPrefix(text, render.Connected+"\t"); ok {
+			l.connected(made)
+			continue
+		}
 		c, err := parseAccessLine(text)
 		if err != nil {
 			if leftOut, ok := l.refused.admit("", time.Now()); ok { // whoever makes lines that are too long must not fill the log
@@ -179,6 +185,17 @@ func (l *logs) access(from io.Reader) {
 			l.to.LogAttrs(context.Background(), slog.LevelWarn, "connection rejected", append(c.attrs(), slog.String("reason", refusal.Reason),
 				slog.String("code", refusal.Code), slog.String("detail", refusal.Detail), slog.Int("left_out_before", leftOut))...)
 		}
+	}
+}
+
+// connected passes on who is connected.
+func (l *logs) connected(line string) {
+	fields := strings.Split(line, "\t")
+	if l.peers == nil || len(fields) != render.ConnectedFields {
+		return
+	}
+	if err := l.peers.Note(fields); err != nil {
+		l.to.Debug("it is not known who is connected", "peer", fields[0], "destination", fields[1], "error", err)
 	}
 }
 

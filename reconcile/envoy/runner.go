@@ -15,6 +15,7 @@ import (
 
 	"mantlet/internal/bind"
 	"mantlet/internal/cgroup"
+	"mantlet/internal/peers"
 	"mantlet/internal/sandbox"
 	"mantlet/internal/status"
 	"mantlet/render"
@@ -42,6 +43,7 @@ type Runner struct {
 	bases    []*base // that Envoys were given
 
 	refused refusals
+	peers   peers.Table
 
 	liveLimit time.Duration // defaultLiveLimit where it is 0
 	failed    atomic.Uint64 // Envoys that were executed and did not get live
@@ -74,6 +76,9 @@ func (r *Runner) Start(ctx context.Context, state render.State, settings schema.
 func (r *Runner) restart(ctx context.Context, state render.State, settings schema.Envoy) (*Process, error) {
 	if err := r.spawner.do(func() error { return nil }); err != nil { // before anything is made that it would have to remove
 		return nil, err
+	}
+	if err := r.spawner.do(r.peers.Open); err != nil {
+		r.Log.Warn("it is not known who is connected: a change that forbids one client ends the connections of all", "error", err)
 	}
 	parent := r.serving()
 	// Where it drains already, the one after it died: nobody listens, and a failure can't make it worse.
@@ -243,7 +248,7 @@ func (r *Runner) Stop() {
 // Close ends the Runner and removes what its Envoys left behind. No Process may be running.
 func (r *Runner) Close() error {
 	r.standIns.Wait()
-	var errs []error
+	errs := []error{r.peers.Close()}
 	for _, b := range r.bases {
 		errs = append(errs, r.spawner.do(b.remove))
 	}

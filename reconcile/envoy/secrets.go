@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"mantlet/internal/peers"
 	"mantlet/internal/status"
 	"mantlet/schema"
 )
@@ -33,6 +34,7 @@ type Secrets struct {
 	untried *Certificates // that was published for the next Envoy to try
 	doubted *Certificates // that an Envoy did not start with, so that a placeholder is published for the next one
 	had     described     // what Envoy said last that it has
+	trust   peers.Trust   // that Envoy was given last
 
 	// The rest is Update's and Renew's alone.
 	judged  time.Time     // when the verdict was
@@ -157,6 +159,7 @@ func (s *Secrets) restrict(c *Certificates, now time.Time) {
 		return
 	}
 	s.cut, s.revoked = c, true
+	s.locked(func() { s.trust = left.trust() })
 	s.Log.Info("a mesh CA was taken away, before Envoy could try the certificates that came instead")
 }
 
@@ -202,7 +205,7 @@ func (s *Secrets) accept(ctx context.Context, c *Certificates, p *Process, now t
 	}
 	s.refused, s.cut, s.judged = nil, nil, now
 	s.revoked = s.revoked || s.last != nil && !c.trustsAllOf(s.last)
-	s.locked(func() { s.good, s.verdict, s.untried, s.doubted = c, v, nil, nil })
+	s.locked(func() { s.good, s.verdict, s.untried, s.doubted, s.trust = c, v, nil, nil, c.trust() })
 	s.Runner.refused.own.Store(c)
 	s.announce(c)
 	return nil
@@ -285,7 +288,7 @@ func (s *Secrets) publish(ctx context.Context, c *Certificates, p *Process) (err
 	}
 	if err == nil {
 		s.holder = p
-		s.locked(func() { s.version = version })
+		s.locked(func() { s.version, s.trust = version, c.trust() })
 	}
 	return err
 }
@@ -448,6 +451,17 @@ func (s *Secrets) Good() []status.Certificate {
 		return held{good.chain, good.anchors}.describe(good.longest())
 	}
 	return nil
+}
+
+// Trust returns the mesh CAs that Envoy was given last, and the intermediates of this workload's own chain.
+func (s *Secrets) Trust() peers.Trust {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.trust
+}
+
+func (c *Certificates) trust() peers.Trust {
+	return peers.Trust{Anchors: c.anchors, Intermediates: c.chain[1:]}
 }
 
 // Warnings implements reconcile.Secrets.

@@ -1,0 +1,94 @@
+package sockdiag
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"testing"
+
+	"mantlet/internal/lab"
+)
+
+func TestMain(m *testing.M) {
+	lab.Enter()
+	m.Run()
+}
+
+// TestCookies: a socket keeps its cookie, and the next one with the same addresses has another.
+func TestCookies(t *testing.T) {
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, listen := range []string{"127.0.0.1:0", "[::1]:0"} {
+		listener, err := net.Listen("tcp", listen)
+		must(err)
+		defer func() { _ = listener.Close() }()
+		finder, err := NewFinder()
+		must(err)
+		defer func() { _ = finder.Close() }()
+		at := listener.Addr().(*net.TCPAddr).AddrPort()
+		dialer := net.Dialer{}
+		var before Cookie
+		for range 2 {
+			client, err := dialer.DialContext(t.Context(), "tcp", at.String())
+			must(err)
+			server, err := listener.Accept()
+			must(err)
+			from := client.LocalAddr().(*net.TCPAddr)
+			dialer.LocalAddr = from
+			socket := Socket{Local: at, Remote: from.AddrPort()}
+			found, err := finder.Find(socket)
+			must(err)
+			all, err := List()
+			must(err)
+			if found == 0 || all[socket] != found || found == before {
+				t.Errorf("%v: cookie %d, in the list %d, that of the socket before %d", socket, found, all[socket], before)
+			}
+			if again, err := finder.Find(socket); err != nil || again != found {
+				t.Errorf("%v: cookie %d, then %d: %v", socket, found, again, err)
+			}
+			before = found
+			for _, conn := range []net.Conn{client, server} { // by a reset, so that nothing is left in TIME_WAIT
+				must(conn.(*net.TCPConn).SetLinger(0))
+				must(conn.Close())
+			}
+			must(lab.Until(t.Context(), func() bool {
+				gone, err := finder.Find(socket)
+				must(err)
+				return gone == 0
+			}))
+		}
+		nobody := Socket{Local: at, Remote: netip.AddrPortFrom(at.Addr(), 1)}
+		if found, err := finder.Find(nobody); found != 0 || err != nil {
+			t.Errorf("%v: cookie %d, %v; want none, although somebody listens there", nobody, found, err)
+		}
+	}
+}
+
+// BenchmarkFind is what one look for a socket costs.
+func BenchmarkFind(b *testing.B) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() { _ = listener.Close() }()
+	client, err := (&net.Dialer{}).DialContext(context.Background(), "tcp", listener.Addr().String())
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() { _ = client.Close() }()
+	finder, err := NewFinder()
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() { _ = finder.Close() }()
+	socket := Socket{Local: client.LocalAddr().(*net.TCPAddr).AddrPort(), Remote: client.RemoteAddr().(*net.TCPAddr).AddrPort()}
+	for b.Loop() {
+		if found, err := finder.Find(socket); found == 0 || err != nil {
+			b.Fatal(found, err)
+		}
+	}
+}
