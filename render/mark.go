@@ -47,10 +47,16 @@ type Generation uint8
 // MaxGeneration is the last generation that fits the mark.
 const MaxGeneration Generation = 31
 
+// Next returns the generation that follows. Once all were in use it is the first again.
+func (g Generation) Next() Generation { return (g + 1) % (MaxGeneration + 1) }
+
 // Generations says which generation is in force at which port.
 type Generations struct {
 	Default Generation // at ports that none of Ports contains
 	Ports   []PortsGeneration
+	// Moving admits the next generation of each as well, while connections are moved there that a change does not forbid. Nothing new
+	// gets that one.
+	Moving bool
 }
 
 // PortsGeneration is the generation of a range of ports. Ranges are sorted and do not overlap.
@@ -74,8 +80,13 @@ func Admits(mesh schema.Mesh, generations Generations, port uint16, mark Mark) b
 	if mesh.IngressOff || port == mesh.StatusPort {
 		return true
 	}
-	p := policy{schema.PolicyOf(mesh.Ingress, port).Mode, generations.At(port)}
+	p := policy{schema.PolicyOf(mesh.Ingress, port).Mode, generations.At(port), generations.Moving}
 	return p.mode == schema.ModePassthrough || slices.ContainsFunc(p.admits(), func(one policy) bool { return one.mark() == mark&MarkMask })
+}
+
+// MarkOf returns the mark of connections that were let in under a mode in a generation.
+func MarkOf(mode schema.Mode, generation Generation) Mark {
+	return policy{mode: mode, generation: generation}.mark()
 }
 
 // ModeOf returns the mode under which a connection was let in; false where it was not from outside.

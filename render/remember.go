@@ -15,7 +15,7 @@ func (r Ruleset) Remembering(before Ruleset) Ruleset {
 	if !ok {
 		return r
 	}
-	standard := policy{schema.ModeMTLS, generations.Default}
+	standard := policy{mode: schema.ModeMTLS, generation: generations.Default}
 	former, all := Map{Name: formerMap}, parts(schema.Mesh{Ingress: ingress}, generations)
 	for _, part := range all {
 		former.Elements = append(former.Elements, Element{part.ports, goTo(part.in())})
@@ -79,7 +79,7 @@ func Denies(r Ruleset) bool {
 func parsePolicy(chain string) (policy, bool) {
 	for _, mode := range []schema.Mode{schema.ModeMTLS, schema.ModeTLS, schema.ModePassthrough} {
 		for generation := range MaxGeneration + 1 {
-			if p := (policy{mode, generation}); p.in() == chain {
+			if p := (policy{mode: mode, generation: generation}); p.in() == chain {
 				return p, true
 			}
 		}

@@ -28,6 +28,7 @@ func goTo(chain string) Verdict { return Verdict{Kind: Goto, Goto: chain} }
 type policy struct {
 	mode       schema.Mode
 	generation Generation
+	moving     bool // see Generations
 }
 
 // in and out name the chains: mtls_in and, in generation 3, mtls_in_3.
@@ -58,10 +59,16 @@ func (p policy) mark() Mark {
 // admits returns the policies under which connections were let in that pass, where Envoy stands between: beside its own the
 // stricter one, or a port that is loosened would lose what is open.
 func (p policy) admits() []policy {
+	all := []policy{p}
 	if p.mode == schema.ModeTLS {
-		return []policy{p, {schema.ModeMTLS, p.generation}}
+		all = append(all, policy{mode: schema.ModeMTLS, generation: p.generation})
 	}
-	return []policy{p}
+	if p.moving {
+		for _, one := range slices.Clone(all) {
+			all = append(all, policy{mode: one.mode, generation: one.generation.Next()})
+		}
+	}
+	return all
 }
 
 func (p policy) compare(other policy) int {
@@ -222,7 +229,7 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 	if mesh.IngressOff {
 		return onlyEgress(mesh)
 	}
-	standard, all := policy{schema.ModeMTLS, generations.Default}, parts(mesh, generations)
+	standard, all := policy{schema.ModeMTLS, generations.Default, generations.Moving}, parts(mesh, generations)
 	modes, answers := Map{Name: modesMap}, Map{Name: answersMap}
 	for _, part := range all {
 		in, out := part.in(), part.out()
@@ -376,7 +383,7 @@ func parts(mesh schema.Mesh, generations Generations) []part {
 	}
 	var all []part
 	for _, ports := range schema.Cut(ranges) {
-		p := policy{schema.PolicyOf(mesh.Ingress, ports.First).Mode, generations.At(ports.First)}
+		p := policy{schema.PolicyOf(mesh.Ingress, ports.First).Mode, generations.At(ports.First), generations.Moving}
 		if ports.First == mesh.StatusPort {
 			p = statusPolicy // by the time that it is the first, it is the only one
 		}

@@ -19,6 +19,7 @@ import (
 
 // Messages and attributes of conntrack (include/uapi/linux/netfilter/nfnetlink_conntrack.h, nf_conntrack_tcp.h).
 const (
+	conntrackNew      = unix.NFNL_SUBSYS_CTNETLINK << 8 // changes one that is there, without NLM_F_CREATE
 	conntrackGet      = unix.NFNL_SUBSYS_CTNETLINK<<8 | 1
 	conntrackGetStats = unix.NFNL_SUBSYS_CTNETLINK<<8 | 5
 
@@ -28,7 +29,7 @@ const (
 	protoSrcPort, protoDstPort = 2, 3
 	protoinfo, protoinfoTCP    = 4, 1
 	tcpState, stateEstablished = 1, 3
-	connectionMark             = 8
+	connectionMark, markMask   = 8, 21
 )
 
 // Inbound returns the connections from outside that are open, and how full conntrack's table is. It must be called on a

@@ -1,0 +1,85 @@
+package nft
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"mantlet/internal/sockdiag"
+	"mantlet/render"
+)
+
+// Clients returns the connections from outside that are open, with their marks, by the socket that the client dialled. It must be called
+// on a thread in the table's network namespace.
+func (t *Table) Clients() (map[sockdiag.Socket]render.Mark, error) {
+	all := map[sockdiag.Socket]render.Mark{}
+	err := ask(conntrackGet, netlink.Request|netlink.Dump, func(d *netlink.AttributeDecoder) error {
+		e, err := readEntry(d)
+		if _, isInbound := render.ModeOf(e.mark); isInbound && err == nil {
+			all[sockdiag.Socket{Local: e.to, Remote: e.from}] = e.mark & render.MarkMask
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("asking conntrack: %w", err)
+	}
+	return all, nil
+}
+
+// Move gives connections from outside other marks, and returns those that have theirs now: the others ended meanwhile. It must be called on a
+// thread in the table's network namespace.
+func (t *Table) Move(marks map[sockdiag.Socket]render.Mark) (moved []sockdiag.Socket, err error) {
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return nil, fmt.Errorf("connecting to conntrack: %w", err)
+	}
+	defer func() { _ = conn.Close() }()
+	for socket, mark := range marks {
+		family, data, err := moving(socket, mark)
+		if err != nil {
+			return nil, err
+		}
+		switch _, err := conn.Execute(message(conntrackNew, netlink.Request|netlink.Acknowledge, family, 0, data)); {
+		case err == nil:
+			moved = append(moved, socket)
+		case !errors.Is(err, unix.ENOENT):
+			return nil, fmt.Errorf("changing the mark of a connection: %w", err)
+		}
+	}
+	return moved, nil
+}
+
+// moving is the message that changes mantlet's bits of a connection's mark, and no others.
+func moving(s sockdiag.Socket, mark render.Mark) (family byte, data []byte, err error) {
+	family, source, destination := byte(unix.NFPROTO_IPV4), uint16(1), uint16(2) // CTA_IP_V4_SRC, CTA_IP_V4_DST
+	if s.Local.Addr().Is6() {
+		family, source, destination = unix.NFPROTO_IPV6, 3, 4
+	}
+	number := func(v uint32) []byte { return binary.BigEndian.AppendUint32(nil, v) }
+	e := netlink.NewAttributeEncoder()
+	e.ByteOrder = binary.BigEndian
+	e.Nested(tupleOriginal, func(e *netlink.AttributeEncoder) error {
+		e.Nested(tupleIP, func(e *netlink.AttributeEncoder) error {
+			e.Bytes(source, s.Remote.Addr().AsSlice())
+			e.Bytes(destination, s.Local.Addr().AsSlice())
+			return nil
+		})
+		e.Nested(tupleProto, func(e *netlink.AttributeEncoder) error {
+			e.Uint8(protoNumber, render.TCP)
+			e.Bytes(protoSrcPort, port(s.Remote.Port()))
+			e.Bytes(protoDstPort, port(s.Local.Port()))
+			return nil
+		})
+		return nil
+	})
+	e.Bytes(connectionMark, number(uint32(mark)))
+	e.Bytes(markMask, number(uint32(render.MarkMask)))
+	data, err = e.Encode()
+	return family, data, err
+}
+
+// protoNumber is CTA_PROTO_NUM.
+const protoNumber = 1
