@@ -102,7 +102,7 @@ func exported(t *testing.T) map[string]bool {
 		Inbound:      []status.Inbound{{Ports: "8080", Mode: schema.ModeTLS}},
 		Upstreams:    []status.Upstream{{Listen: "127.0.0.1:1"}},
 		Traffic:      status.Traffic{Ingress: []status.Handshakes{{Mode: schema.ModeTLS}}, Egress: []status.Dialled{{Listen: "127.0.0.1:1"}}},
-		Ended:        []status.Ended{{Direction: "ingress"}},
+		Ended:        []status.Ended{{Direction: "ingress", Reasons: []status.EndedReason{{}}}},
 		Refused:      []status.Refused{{By: "envoy", Direction: "ingress", Reason: "plaintext"}},
 	}); err != nil {
 		t.Fatal(err)

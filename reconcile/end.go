@@ -5,49 +5,222 @@ import (
 	"reflect"
 	"slices"
 
+	"mantlet/internal/peers"
+	"mantlet/internal/sockdiag"
+	"mantlet/internal/status"
 	"mantlet/render"
 	"mantlet/schema"
 )
 
-// end ends the connections that were let in or out before and that a state, whose rules are in force, forbids. The rules end those from
-// outside by themselves, at their next packet; here both ends are told at once. Where that fails the rules are what is left.
-func (d *Daemon) end(next *desired, revoked bool) {
-	var listeners []netip.AddrPort
-	if d.have != nil {
-		listeners = forbidden(d.have.mesh, next.mesh, revoked)
-		sameIngress := reflect.DeepEqual(d.have.generations, next.generations) && reflect.DeepEqual(d.have.closedPorts(), next.closedPorts())
-		if sameIngress && len(listeners) == 0 {
-			return
+// change is what a state forbids that the one before it let in.
+type change struct {
+	from, to *desired // from is nil where it is not known what was in force
+	raised   bool     // the TLS minimum
+	revoked  bool     // a mesh CA was taken away, which may have signed any peer's certificate
+	trust    peers.Trust
+	leads    map[*peers.Peer]bool
+	routes   map[netip.AddrPort]route // by listen address: egress entries that forbid something
+	known    map[sockdiag.Socket]peers.Connection
+}
+
+// route is what an egress entry came to.
+type route struct {
+	all      status.EndReason // why all of its connections are forbidden; empty if some may go on
+	narrowed bool             // it accepts fewer endpoints
+	names    []string
+}
+
+// tighten returns what a state forbids; nil if nothing.
+func (d *Daemon) tighten(next *desired, revoked bool) *change {
+	c := &change{from: d.have, to: next, revoked: revoked, leads: map[*peers.Peer]bool{}}
+	if d.have == nil {
+		return c
+	}
+	c.raised = next.enforced().TLS.MinVersion > d.have.enforced().TLS.MinVersion
+	c.routes = forbidden(d.have.mesh, next.mesh, revoked)
+	sameIngress := reflect.DeepEqual(d.have.generations, next.generations) && reflect.DeepEqual(d.have.closedPorts(), next.closedPorts())
+	if sameIngress && len(c.routes) == 0 {
+		return nil
+	}
+	c.trust = d.Secrets.Trust()
+	d.ask(c)
+	return c
+}
+
+// ask looks who is connected. Where that can't be told, it counts as not known.
+func (d *Daemon) ask(c *change) {
+	var err error
+	if c.known, err = d.Proxy.Peers(); err != nil {
+		d.Log.Warn("it can't be told who is connected: a change that forbids one client ends the connections of all at its port", "error", err)
+		c.known = nil
+	}
+}
+
+// forbidden returns the egress entries at which connections can be open that another mesh would not make: whose entry is gone or leads
+// elsewhere, whose endpoint may not be accepted any more, or who may use a TLS version that is too old. revoked tells that a mesh CA was
+// taken away, which may have signed any endpoint's certificate.
+func forbidden(from, to schema.Mesh, revoked bool) map[netip.AddrPort]route {
+	routes := map[netip.AddrPort]route{}
+	raised := to.TLS.MinVersion > from.TLS.MinVersion
+	for _, was := range from.Egress {
+		i, found := slices.BinarySearchFunc(to.Egress, was.Listen, func(is schema.Egress, at netip.AddrPort) int { return is.Listen.Compare(at) })
+		switch {
+		case !found:
+			routes[was.Listen] = route{all: status.EndEntry}
+		case to.Egress[i].Upstream != was.Upstream:
+			routes[was.Listen] = route{all: status.EndUpstream}
+		case revoked || raised || !was.Within(to.Egress[i]):
+			routes[was.Listen] = route{narrowed: !was.Within(to.Egress[i]), names: to.Egress[i].ServerNames}
 		}
 	}
-	mesh := next.enforced()
-	admits := func(port uint16, mark render.Mark) bool {
-		return !next.isClosed(schema.Ports{First: port, Last: port}) && render.Admits(mesh, next.generations, port, mark)
+	return routes
+}
+
+// judge returns why a connection may not go on; empty if it may. It implements the argument of Kernel.End.
+func (c *change) judge(s sockdiag.Socket, mark render.Mark) status.EndReason {
+	if mark == render.MarkNone {
+		return c.endpoint(s)
+	}
+	port, mesh := s.Local.Port(), c.to.enforced()
+	if c.to.isClosed(schema.Ports{First: port, Last: port}) {
+		return status.EndClosed
+	}
+	if render.Admits(mesh, c.to.generations, port, mark) {
+		return ""
+	}
+	if c.from == nil {
+		return status.EndOlder
+	}
+	if mode, _ := render.ModeOf(mark); mode != schema.PolicyOf(mesh.Ingress, port).Mode {
+		return status.EndMode
+	}
+	if reason := c.client(s); reason != "" {
+		return reason
+	}
+	return status.EndOlder // a change before this one forbade it, or it was made while this one was put in force
+}
+
+// client returns why a client at a port of ModeMTLS may not go on. Nobody may of whom it is not known who it is.
+func (c *change) client(s sockdiag.Socket) status.EndReason {
+	port := s.Local.Port()
+	was, is := schema.PolicyOf(c.from.enforced().Ingress, port), schema.PolicyOf(c.to.enforced().Ingress, port)
+	return c.peer(s, !was.Within(is), status.EndNotAllowed, func(p *peers.Peer) bool { return p.IsListed(is.Allow) })
+}
+
+// endpoint returns why a connection of the workload, to an egress entry or else to another address on loopback, may not go on.
+func (c *change) endpoint(s sockdiag.Socket) status.EndReason {
+	r, ok := c.routes[s.Local]
+	if !ok || r.all != "" {
+		return r.all
+	}
+	return c.peer(s, r.narrowed, status.EndServerNames, func(p *peers.Peer) bool { return p.Serves(r.names) })
+}
+
+func (c *change) peer(s sockdiag.Socket, narrowed bool, unlisted status.EndReason, listed func(*peers.Peer) bool) status.EndReason {
+	conn, known := c.known[s]
+	switch {
+	case narrowed && !(known && listed(conn.Peer)):
+		return unlisted
+	case c.revoked && !(known && c.isTrusted(conn.Peer)):
+		return status.EndCARemoved
+	case c.raised && !(known && conn.TLSVersion >= c.to.enforced().TLS.MinVersion):
+		return status.EndTLSVersion
+	default:
+		return ""
+	}
+}
+
+// isTrusted reports whether a peer's certificate leads to one of the mesh CAs that are left. It asks once for each certificate.
+func (c *change) isTrusted(p *peers.Peer) bool {
+	leads, asked := c.leads[p]
+	if !asked {
+		leads = p.Leads(c.trust)
+		c.leads[p] = leads
+	}
+	return leads
+}
+
+// spare moves those connections to the new generations of their ports that a change does not forbid, and returns how many there are. The
+// rules of before then admit both generations; those of after admit the new one alone. Whoever is not moved is ended by them.
+//
+// A connection is known by addresses, which another one can have the next moment. So whoever is moved is looked at again afterwards: a
+// connection that begins still later has the generation of before again.
+func (d *Daemon) spare(c *change) (spared int) {
+	if c == nil || c.from == nil || len(c.known) == 0 {
+		return 0
+	}
+	d.watchdog.begin(loop, "looking whom a change forbids", kernelLimit)
+	defer d.watchdog.begin(loop, "its turn", turnLimit)
+	to, err := d.candidates(c)
+	if err == nil && len(to) > 0 {
+		spared, err = d.moveAll(c, to)
+	}
+	if err != nil {
+		d.Log.Warn("a change ends all connections at the ports that it is about", "error", err)
+	}
+	return spared
+}
+
+// candidates returns the connections that are to be moved, and where to.
+func (d *Daemon) candidates(c *change) (map[sockdiag.Socket]render.Mark, error) {
+	clients, err := d.Kernel.Clients()
+	if err != nil {
+		return nil, err
+	}
+	to := map[sockdiag.Socket]render.Mark{}
+	for s, mark := range clients {
+		port := s.Local.Port()
+		was, is := c.from.generations.At(port), c.to.generations.At(port)
+		if _, known := c.known[s]; known && was != is && mark == render.MarkOf(schema.ModeMTLS, was) && c.client(s) == "" {
+			to[s] = render.MarkOf(schema.ModeMTLS, is)
+		}
+	}
+	return to, nil
+}
+
+// moveAll moves connections. Where the error is not nil, all that were moved are ended.
+func (d *Daemon) moveAll(c *change, to map[sockdiag.Socket]render.Mark) (spared int, err error) {
+	both := *d.have
+	both.generations.Moving = true
+	rules := render.Rules(both.enforced(), both.generations).Closed(both.closedPorts())
+	if err := d.Kernel.Replace(rules); err != nil {
+		return 0, err
+	}
+	both.generations.Moving, both.state.Ruleset = false, rules
+	d.locked(func() { d.have = &both })
+	back := map[sockdiag.Socket]render.Mark{}
+	moved, err := d.Kernel.Move(to)
+	if err == nil {
+		d.ask(c)
+	} else {
+		c.known, moved = nil, nil
+		for s := range to {
+			moved = append(moved, s)
+		}
+	}
+	for _, s := range moved {
+		if _, known := c.known[s]; !known || c.client(s) != "" {
+			back[s] = render.MarkOf(schema.ModeMTLS, c.from.generations.At(s.Local.Port()))
+		}
+	}
+	if _, failed := d.Kernel.Move(back); failed != nil {
+		d.spent = true
+		return len(to), failed
+	}
+	return len(moved) - len(back), err
+}
+
+// end ends the connections that were let in or out before and that a state, whose rules are in force, forbids. The rules end those from
+// outside by themselves, at their next packet; here both ends are told at once. Where that fails the rules are what is left.
+func (d *Daemon) end(c *change) {
+	if c == nil {
+		return
 	}
 	d.watchdog.begin(loop, "ending connections", kernelLimit)
-	inbound, egress, err := d.Kernel.End(admits, listeners)
+	ended, err := d.Kernel.End(c.judge)
 	d.watchdog.begin(loop, "its turn", turnLimit)
 	if err != nil {
 		d.Log.Warn("connections that are forbidden now end at their next packet, and those to egress entries with the Envoy that has them", "error", err)
 	}
-	if inbound+egress > 0 {
-		d.Log.Info("connections that are forbidden now were ended", "inbound", inbound, "egress", egress, "mesh_ca_removed", revoked)
-	}
-	d.locked(func() {
-		d.endedInbound += uint64(inbound)
-		d.endedEgress += uint64(egress)
-	})
-}
-
-// forbidden returns the listen addresses of egress entries at which connections can be open that another mesh would not make: whose
-// entry is gone or leads elsewhere, whose endpoint may not be accepted any more, or who may use a TLS version that is too old. revoked
-// tells that a mesh CA was taken away, which may have signed any endpoint's certificate.
-func forbidden(from, to schema.Mesh, revoked bool) (listeners []netip.AddrPort) {
-	for _, was := range from.Egress {
-		i, found := slices.BinarySearchFunc(to.Egress, was.Listen, func(is schema.Egress, at netip.AddrPort) int { return is.Listen.Compare(at) })
-		if !found || revoked || to.TLS.MinVersion > from.TLS.MinVersion || to.Egress[i].Upstream != was.Upstream || !was.Within(to.Egress[i]) {
-			listeners = append(listeners, was.Listen)
-		}
-	}
-	return listeners
+	d.tell(c, ended)
 }

@@ -24,13 +24,13 @@ func advance(have render.Generations, from, to schema.Mesh, revoked bool) render
 	}
 	next := render.Generations{Default: have.Default}
 	if revoked || raised {
-		next.Default = after(have.Default)
+		next.Default = have.Default.Next()
 	}
 	for _, part := range schema.Cut(append(ranges, schema.Parts(from.Ingress, to.Ingress)...)) {
 		was, is := schema.PolicyOf(from.Ingress, part.First), schema.PolicyOf(to.Ingress, part.First)
 		generation := have.At(part.First)
 		if raised || revoked && was.Mode != schema.ModeTLS || !was.Within(is) {
-			generation = after(generation)
+			generation = generation.Next()
 		}
 		if generation != next.Default {
 			next.Ports = append(next.Ports, render.PortsGeneration{Ports: part, Generation: generation})
@@ -53,9 +53,6 @@ func loosest(found render.Ruleset, want schema.Mesh) (schema.Mesh, render.Genera
 	return schema.Mesh{Ingress: ingress, TLS: schema.TLS{MinVersion: schema.TLS12}}, generations, len(found.Chains) > 0
 }
 
-// after returns the generation that follows a port's. Once all were in use it is the first again.
-func after(g render.Generation) render.Generation { return (g + 1) % (render.MaxGeneration + 1) }
-
 // raises are the changes of generations that are not longer than silence ago.
 type raises []raise
 
@@ -70,6 +67,8 @@ const (
 	silence = 3 * time.Minute
 	// maxRaises bounds what is kept, and looked through.
 	maxRaises = 500
+	// maxRaisesOfPort leaves out the generation that a port is in, and the one that connections are moved to: see render.Generations.
+	maxRaisesOfPort = int(render.MaxGeneration) - 1
 )
 
 // add takes note of a change. It reports whether some port has had so many that the next one could bring back a generation
@@ -80,7 +79,7 @@ func (r *raises) add(now time.Time, from, to render.Generations) bool {
 	}
 	*r = append(slices.DeleteFunc(*r, func(old raise) bool { return now.Sub(old.at) > silence }), raise{now, from, to})
 	exhausted := len(*r) >= maxRaises
-	if len(*r) >= int(render.MaxGeneration) {
+	if len(*r) >= maxRaisesOfPort {
 		ports := []uint16{0} // which no entry contains, as most ports
 		var ranges []schema.Ports
 		for _, one := range *r {
@@ -98,7 +97,7 @@ func (r *raises) add(now time.Time, from, to render.Generations) bool {
 					count++
 				}
 			}
-			return count >= int(render.MaxGeneration)
+			return count >= maxRaisesOfPort
 		})
 	}
 	if exhausted {

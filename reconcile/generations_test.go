@@ -86,7 +86,7 @@ func TestRaises(t *testing.T) {
 		return exhausted
 	}
 	same := func(int) uint16 { return 8080 }
-	if got := all(62, time.Second, same); !slices.Equal(got, []int{31, 62}) {
+	if got := all(60, time.Second, same); !slices.Equal(got, []int{30, 60}) {
 		t.Errorf("one port, each second: exhausted at changes %v", got)
 	}
 	if got := all(100, 10*time.Second, same); got != nil {

@@ -18,8 +18,8 @@ const (
 	cutsAtOnce = 2
 	cutsWithin = 30 * time.Second
 	// After raisesAtOnce new generations within silence, the next one waits for raisesEvery. Together they stay below
-	// render.MaxGeneration, from which on all of Envoy's connections would have to end.
-	raisesAtOnce = 12
+	// maxRaisesOfPort, from which on all of Envoy's connections would have to end.
+	raisesAtOnce = 11
 	raisesEvery  = 10 * time.Second
 )
 

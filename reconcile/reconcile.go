@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"net/netip"
 	"reflect"
 	"slices"
 	"sync"
@@ -15,6 +14,8 @@ import (
 	"time"
 
 	"mantlet/internal/bind"
+	"mantlet/internal/peers"
+	"mantlet/internal/sockdiag"
 	"mantlet/internal/status"
 	"mantlet/render"
 	"mantlet/schema"
@@ -33,10 +34,14 @@ type Kernel interface {
 	Refused() (map[string]uint64, error)
 	// Inbound returns the connections from outside that are open, and how full conntrack's table is.
 	Inbound() (open []status.Inbound, entries, most int, err error)
-	// End ends open connections at once, and tells both of their ends by resets: those from outside that admits, which gets their
-	// port and mark, does not let go on, and those of the workload to the addresses of egress listeners. It returns how many it
-	// ended of each.
-	End(admits func(port uint16, mark render.Mark) bool, listeners []netip.AddrPort) (inbound, egress int, err error)
+	// Clients returns the connections from outside that are open, with their marks, by the socket that the client dialled.
+	Clients() (map[sockdiag.Socket]render.Mark, error)
+	// Move gives connections from outside other marks, and returns those that have theirs now: the others ended meanwhile.
+	Move(marks map[sockdiag.Socket]render.Mark) (moved []sockdiag.Socket, err error)
+	// End ends open connections at once, and tells both of their ends by resets: of those from outside, and of those of the workload to
+	// addresses on loopback, the ones that judge has a reason to end. It gets the socket that was dialled, and the connection's mark,
+	// MarkNone where it is not from outside. End returns what it ended, and why.
+	End(judge func(sockdiag.Socket, render.Mark) status.EndReason) (ended map[sockdiag.Socket]status.EndReason, err error)
 	// Undermining returns what there is in other tables that would undermine the rules, a line each. Nothing of it is touched.
 	Undermining() ([]string, error)
 	// Watch sends a note when another process changed rules in the kernel, until ctx ends: its name where it changed the
@@ -62,6 +67,8 @@ type Secrets interface {
 	Valid(now time.Time) error
 	// Held returns an error if Envoy says that it does not have what it was given.
 	Held(ctx context.Context) error
+	// Trust returns the mesh CAs that Envoy was given last, and the intermediates that are known.
+	Trust() peers.Trust
 	// Good returns what Envoy accepted last, without LeftSeconds.
 	Good() []status.Certificate
 	// Certificates returns what Envoy says that it has, or said last, without LeftSeconds. It may be called at any time.
@@ -97,6 +104,9 @@ type Proxy interface {
 	Joined() error
 	// Stop ends all that Start made, and returns when they are gone.
 	Stop()
+	// Peers returns who is connected, by the socket that was dialled, where that is known: at ports with a list of clients, and through
+	// egress entries with server names.
+	Peers() (map[sockdiag.Socket]peers.Connection, error)
 	// Refusals returns the connections that came to nothing last, the newest last, and how many there were since the start.
 	Refusals() ([]status.Refusal, []status.RefusalCount)
 }
@@ -180,15 +190,14 @@ type Daemon struct {
 	badConfig, badCertificates, expiring, down error
 
 	// What Status tells beside that.
-	since        time.Time // it runs
-	accepted     uint64    // how many configurations were
-	lastError    *status.Failure
-	unserved     error // why the status address is not served
-	ungated      error // why the gate's socket is not served
-	applies      applies
-	envoys       status.Envoys
-	endedInbound uint64 // connections that changes ended
-	endedEgress  uint64
+	since     time.Time // it runs
+	accepted  uint64    // how many configurations were
+	lastError *status.Failure
+	unserved  error // why the status address is not served
+	ungated   error // why the gate's socket is not served
+	applies   applies
+	envoys    status.Envoys
+	endings   endings // connections that changes ended
 }
 
 // desired is a desired state and what it was rendered from.
@@ -359,13 +368,16 @@ func (d *Daemon) enforce(want *desired) (err error) {
 		next.generations = advance(generations, before, mesh, revoked)
 	}
 	next.state.Ruleset = render.Rules(mesh, next.generations).Closed(want.closedPorts())
+	change := d.tighten(&next, revoked)
 	if d.have == nil || next.state.Ruleset.Text() != d.have.state.Ruleset.Text() {
+		spared := d.spare(change)
 		if err := d.replace(next.state.Ruleset); err != nil {
+			d.spent = d.spent || spared > 0 // the next attempt may forbid what has a mark of the future already
 			return err
 		}
 		d.Log.Info("rules are in force", "ingress_entries", len(want.mesh.Ingress), "egress_entries", len(want.mesh.Egress))
 	}
-	d.end(&next, revoked)
+	d.end(change)
 	d.spent = d.spent || d.have != nil && d.raises.add(time.Now(), d.have.generations, next.generations)
 	d.locked(func() { d.have = &next })
 	d.follow()
@@ -391,7 +403,7 @@ func (d *Daemon) renew() {
 		return
 	}
 	d.spent = false
-	d.Log.Warn("one port came to forbid what is open there so often that its generations are used up: Envoy is started anew")
+	d.Log.Warn("the rules can't tell what is forbidden from what is not any more, as after too many changes of one port: Envoy is started anew")
 	d.watchdog.begin(loop, "stopping Envoy", stopLimit)
 	d.Proxy.Stop()
 	d.watchdog.begin(loop, "its turn", turnLimit)

@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,6 +21,8 @@ import (
 
 	"go.uber.org/goleak"
 
+	"mantlet/internal/peers"
+	"mantlet/internal/sockdiag"
 	"mantlet/internal/status"
 	"mantlet/render"
 	"mantlet/schema"
@@ -220,8 +221,16 @@ func (w *world) Traffic(context.Context) status.Traffic { return status.Traffic{
 
 func (w *world) Statistics(context.Context) ([]byte, error) { return nil, nil }
 
-func (w *world) End(func(uint16, render.Mark) bool, []netip.AddrPort) (int, int, error) {
-	return 0, 0, nil
+func (w *world) Clients() (map[sockdiag.Socket]render.Mark, error) { return nil, nil }
+
+func (w *world) Move(map[sockdiag.Socket]render.Mark) ([]sockdiag.Socket, error) { return nil, nil }
+
+func (w *world) Peers() (map[sockdiag.Socket]peers.Connection, error) { return nil, nil }
+
+func (w *world) Trust() peers.Trust { return peers.Trust{} }
+
+func (w *world) End(func(sockdiag.Socket, render.Mark) status.EndReason) (map[sockdiag.Socket]status.EndReason, error) {
+	return nil, nil
 }
 
 func (w *world) Inbound() ([]status.Inbound, int, int, error) { return nil, 0, 0, nil }
@@ -591,14 +600,14 @@ func TestGenerationsRunOut(t *testing.T) {
 		w := newWorld(t)
 		w.run(t)
 		expect(t, w, "start Envoy", "rules")
-		for revocation := range render.MaxGeneration {
+		for revocation := range maxRaisesOfPort {
 			if did := w.done(); len(did) > 0 {
 				t.Fatalf("before revocation %d, the daemon did %q", revocation+1, did)
 			}
 			w.set(func() { w.revoked = true })
 			time.Sleep(pollMissing)
 			synctest.Wait()
-			if did := w.done(); len(did) == 0 || did[0] != "rules" || slices.Contains(did, "stop Envoy") != (revocation+1 == render.MaxGeneration) {
+			if did := w.done(); len(did) == 0 || did[0] != "rules" || slices.Contains(did, "stop Envoy") != (revocation+1 == maxRaisesOfPort) {
 				t.Fatalf("upon revocation %d, the daemon did %q", revocation+1, did)
 			}
 		}

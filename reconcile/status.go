@@ -236,9 +236,7 @@ func (d *Daemon) count(ctx context.Context, s *status.Status) {
 			s.Refused = append(s.Refused, status.Refused{By: "envoy", Direction: direction, Reason: connectionLimit, Count: n})
 		}
 	}
-	d.locked(func() {
-		s.Ended = []status.Ended{{Direction: "ingress", Count: d.endedInbound}, {Direction: "egress", Count: d.endedEgress}}
-	})
+	d.locked(func() { s.Ended, s.Endings = d.endings.ended(), append([]status.Ending{}, d.endings.last...) })
 	s.Capacity = d.capacity()
 	open, entries, most, err := d.Kernel.Inbound()
 	if err != nil {

@@ -37,10 +37,14 @@ func (p policy) in() string { return p.chain("_in") }
 func (p policy) out() string { return p.chain("_out") }
 
 func (p policy) chain(direction string) string {
-	if p.generation == 0 {
+	last := p.generation // that connections can have which the chain admits
+	if p.moving {
+		last = last.Next()
+	}
+	if last == 0 {
 		return string(p.mode) + direction
 	}
-	return fmt.Sprintf("%s%s_%d", p.mode, direction, p.generation)
+	return fmt.Sprintf("%s%s_%d", p.mode, direction, last)
 }
 
 // mark is none of a generation in mode passthrough, which admits those of all. Its generation is the port's all the same: the

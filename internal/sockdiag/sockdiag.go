@@ -110,12 +110,12 @@ func answered(data []byte) error {
 }
 
 // Destroy ends the sockets that match, as tcp_abort does: the peer gets a reset, and the owner's next call fails with ECONNABORTED. It
-// returns how many it ended. A socket that ends by itself meanwhile is no error. The error wraps EOPNOTSUPP or ENOENT where the kernel
+// returns those that it ended. A socket that ends by itself meanwhile is no error. The error wraps EOPNOTSUPP or ENOENT where the kernel
 // can't do it, see Supported.
-func Destroy(match func(Socket) bool) (ended int, err error) {
+func Destroy(match func(Socket) bool) (ended []Socket, err error) {
 	conn, err := netlink.Dial(unix.NETLINK_SOCK_DIAG, nil)
 	if err != nil {
-		return 0, fmt.Errorf("connecting to sock_diag: %w", err)
+		return nil, fmt.Errorf("connecting to sock_diag: %w", err)
 	}
 	defer func() { _ = conn.Close() }()
 	var errs []error
@@ -132,7 +132,7 @@ func Destroy(match func(Socket) bool) (ended int, err error) {
 			}
 			switch _, err := conn.Execute(message(unix.SOCK_DESTROY, netlink.Request|netlink.Acknowledge, request(family, ^uint32(0), id))); {
 			case err == nil:
-				ended++
+				ended = append(ended, socket)
 			case !errors.Is(err, unix.ENOENT):
 				errs = append(errs, fmt.Errorf("ending the connection of %s with %s: %w", socket.Local, socket.Remote, err))
 			}

@@ -100,7 +100,10 @@ func (m metrics) Collect(to chan<- prometheus.Metric) {
 	c.applies(s.Applies)
 	c.counter("rules_repairs_total", "How often rules that somebody had changed were put back.", float64(s.Repaired))
 	for _, e := range s.Ended {
-		c.counter("connections_ended_total", "Open connections that changes of the configuration, or of the mesh CAs, ended.", float64(e.Count), "direction", e.Direction)
+		for _, r := range e.Reasons {
+			c.counter("connections_ended_total", "Open connections that changes of the configuration, or of the mesh CAs, ended.", float64(r.Count),
+				"direction", e.Direction, "reason", string(r.Code))
+		}
 	}
 	c.counter("log_lines_dropped_total", "Lines of the log that were dropped, since nobody read standard error.", float64(s.LogDropped))
 	c.envoys(s)

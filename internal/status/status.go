@@ -39,6 +39,7 @@ type Status struct {
 	Refusals []Refusal `json:"refusals"` // the last ones, the newest last
 	// Ended counts the connections that changes of the configuration, or of the mesh CAs, ended at once.
 	Ended     []Ended   `json:"ended"`
+	Endings   []Ending  `json:"endings"`  // the last ones, the newest last
 	Repairs   []Repair  `json:"repairs"`  // of the rules: the last ones, the newest last
 	Repaired  int       `json:"repaired"` // how many there were
 	Conntrack Conntrack `json:"conntrack"`
@@ -264,12 +265,6 @@ type RefusalCount struct {
 	Direction string `json:"direction"`
 	Code      string `json:"code"`
 	Count     int    `json:"count"`
-}
-
-// Ended counts the connections that changes of the configuration or of the mesh CAs ended.
-type Ended struct {
-	Direction string `json:"direction"` // ingress, egress
-	Count     uint64 `json:"count"`
 }
 
 // Repair is one time that somebody changed the rules in the kernel, and they were put back.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"slices"
 	"syscall"
 
 	"github.com/mdlayher/netlink"
@@ -78,35 +77,27 @@ type entry struct {
 	established bool
 }
 
-// End ends open connections at once: those from outside that admits does not let go on, and those of the workload to egress
-// listeners. It must be called on a thread in the table's network namespace.
-func (t *Table) End(admits func(port uint16, mark render.Mark) bool, listeners []netip.AddrPort) (inbound, egress int, err error) {
-	forbidden := map[sockdiag.Socket]bool{}
-	err = ask(conntrackGet, netlink.Request|netlink.Dump, func(d *netlink.AttributeDecoder) error {
-		e, err := readEntry(d)
-		if _, isInbound := render.ModeOf(e.mark); err == nil && isInbound && !admits(e.to.Port(), e.mark) {
-			forbidden[sockdiag.Socket{Local: e.to, Remote: e.from}] = true
-		}
-		return err
-	})
+// End ends open connections at once: of those from outside, and of those of the workload to egress listeners, the ones that judge has
+// a reason to end. It must be called on a thread in the table's network namespace.
+func (t *Table) End(judge func(sockdiag.Socket, render.Mark) status.EndReason) (ended map[sockdiag.Socket]status.EndReason, err error) {
+	clients, err := t.Clients()
 	if err != nil {
-		return 0, 0, fmt.Errorf("asking conntrack: %w", err)
+		return nil, err
 	}
-	if len(forbidden) == 0 && len(listeners) == 0 {
-		return 0, 0, nil
-	}
-	_, err = sockdiag.Destroy(func(s sockdiag.Socket) bool {
-		switch {
-		case forbidden[s]:
-			inbound++
-		case slices.Contains(listeners, s.Local):
-			egress++
-		default:
+	reasons := map[sockdiag.Socket]status.EndReason{}
+	done, err := sockdiag.Destroy(func(s sockdiag.Socket) bool {
+		mark, inbound := clients[s]
+		if !inbound && !s.Local.Addr().IsLoopback() {
 			return false
 		}
-		return true
+		reasons[s] = judge(s, mark)
+		return reasons[s] != ""
 	})
-	return inbound, egress, err
+	ended = map[sockdiag.Socket]status.EndReason{}
+	for _, s := range done {
+		ended[s] = reasons[s]
+	}
+	return ended, err
 }
 
 // readEntry reads an entry of conntrack.
