@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -17,21 +16,21 @@ func build(r *report, process Process, layers ...layer) (Config, error) {
 		return Config{}, err
 	}
 	c := Config{merged: merged}
-	text := func(path string) string { return merged.scalar(path).text }
+	at := merged.scalar
 	c.Mesh = Mesh{
 		Ingress: c.ingress(r),
 		Egress:  c.egress(r),
 		Probes:  c.probes(r),
-		TLS:     TLS{MinVersion: TLSVersion(text("tls.minVersion"))},
+		TLS:     TLS{MinVersion: valueOf[TLSVersion](at("tls.minVersion"))},
 		Envoy: Envoy{
-			Concurrency:        number(text("envoy.concurrency")),
-			DrainTime:          duration(text("envoy.drainTime")),
-			ParentShutdownTime: duration(text("envoy.parentShutdownTime")),
-			LogLevel:           EnvoyLogLevel(text("envoy.logLevel")),
+			Concurrency:        valueOf[int](at("envoy.concurrency")),
+			DrainTime:          time.Duration(valueOf[period](at("envoy.drainTime"))),
+			ParentShutdownTime: time.Duration(valueOf[period](at("envoy.parentShutdownTime"))),
+			LogLevel:           valueOf[EnvoyLogLevel](at("envoy.logLevel")),
 		},
-		OtherProtocols:   OtherProtocols(text("otherProtocols")),
-		AccessLog:        AccessLog(text("accessLog")),
-		MaxConnectionAge: age(text("maxConnectionAge")),
+		OtherProtocols:   valueOf[OtherProtocols](at("otherProtocols")),
+		AccessLog:        valueOf[AccessLog](at("accessLog")),
+		MaxConnectionAge: time.Duration(valueOf[age](at("maxConnectionAge"))),
 		Outbound:         c.outbound(r),
 	}
 	c.Mesh.StatusPort = process.statusPort(c.Mesh.Ingress)
@@ -50,7 +49,7 @@ func (c *Config) switchOff(variable string, r *report) {
 	for key, e := range c.merged.entries("ingress") {
 		r.add(e.origin, "ingress["+key+"]", "", without)
 	}
-	if other := c.merged.scalar("otherProtocols"); other.overrode != nil && other.text == string(OtherProtocolsDrop) {
+	if other := c.merged.scalar("otherProtocols"); other.overrode != nil && valueOf[OtherProtocols](other) == OtherProtocolsDrop {
 		r.add(other.origin, "otherProtocols", other.value(), without)
 	}
 	c.ingressOff = variable
@@ -62,48 +61,12 @@ func timings(merged layer, r *report) {
 	const longer, shorter = "envoy.parentShutdownTime", "envoy.drainTime"
 	long, short := merged.scalar(longer), merged.scalar(shorter)
 	switch {
-	case duration(long.text) > duration(short.text) || r.has(longer) || r.has(shorter):
+	case valueOf[period](long) > valueOf[period](short) || r.has(longer) || r.has(shorter):
 	case long.overrode == nil:
 		r.add(short.origin, shorter, short.text, fmt.Sprintf("must be less than %s, which is %s (%s)", longer, long.text, long.origin))
 	default:
 		r.add(long.origin, longer, long.text, fmt.Sprintf("must be more than %s, which is %s (%s)", shorter, short.text, short.origin))
 	}
-}
-
-// number, duration and ports read canonical texts, which their parsers made.
-func number(text string) int {
-	n, err := strconv.Atoi(text)
-	return must(n, err)
-}
-
-// age is of text that ageText has parsed.
-func age(text string) time.Duration {
-	if text == noAge || text == "" {
-		return 0
-	}
-	return duration(text)
-}
-
-func duration(text string) time.Duration {
-	d, err := time.ParseDuration(text)
-	return must(d, err)
-}
-
-func ports(text string) Ports {
-	first, last, isRange := strings.Cut(text, "-")
-	p := Ports{First: uint16(number(first))}
-	p.Last = p.First
-	if isRange {
-		p.Last = uint16(number(last))
-	}
-	return p
-}
-
-func must[T any](v T, err error) T {
-	if err != nil {
-		panic(err)
-	}
-	return v
 }
 
 func (c *Config) ingress(r *report) []Ingress {
@@ -113,7 +76,7 @@ func (c *Config) ingress(r *report) []Ingress {
 		if e.removed() {
 			continue
 		}
-		in := Ingress{Name: e.text("name"), Ports: ports(e.key), Mode: Mode(e.text("mode")), Allow: sorted(e.list("allow")), ALPN: e.list("alpn")}
+		in := Ingress{Name: e.text("name"), Ports: keyOf[Ports]("ingress", e), Mode: valueOf[Mode](e.fields["mode"]), Allow: sorted(e.list("allow")), ALPN: e.list("alpn")}
 		if in.Mode == "" {
 			in.Mode = ModeMTLS
 		}
@@ -159,9 +122,9 @@ func (in Ingress) checkAllow(e *entry, r *report) {
 func (c *Config) egress(r *report) []Egress {
 	all := c.merged.entries("egress")
 	own := listeners{}
-	for key, e := range all {
+	for _, e := range all {
 		if !e.removed() {
-			listen := netip.MustParseAddrPort(key)
+			listen := keyOf[netip.AddrPort]("egress", e)
 			own[listen.Port()] = append(own[listen.Port()], listen)
 		}
 	}
@@ -172,19 +135,18 @@ func (c *Config) egress(r *report) []Egress {
 		}
 		out := Egress{
 			Name:        e.text("name"),
-			Listen:      netip.MustParseAddrPort(e.key),
+			Listen:      keyOf[netip.AddrPort]("egress", e),
 			ServerNames: e.list("serverNames"),
 			ALPN:        e.list("alpn"),
 		}
-		switch text := e.text("upstream"); {
-		case text == "" && e.mayMean("upstream"):
-		case text == "":
+		switch s := e.fields["upstream"]; {
+		case s == nil && e.mayMean("upstream"):
+		case s == nil:
 			r.add(e.origin, "egress["+e.key+"].upstream", "", "is missing: a new entry needs it")
 		default:
-			host, port, _ := cutPort(text)
-			out.Upstream = Upstream{Host: host, Port: uint16(number(port))}
+			out.Upstream = valueOf[Upstream](s)
 			if to := own.loop(out); to != "" {
-				r.add(e.fields["upstream"].origin, "egress["+e.key+"].upstream", text,
+				r.add(s.origin, "egress["+e.key+"].upstream", s.text,
 					fmt.Sprintf("is %s: connections would loop back to mantlet", to))
 			}
 		}
@@ -200,16 +162,13 @@ func (c *Config) probes(r *report) []Probe {
 		if e.removed() {
 			continue
 		}
-		p := Probe{Name: e.key}
+		var p Probe
 		for _, kind := range probeKinds {
-			if text := e.text(kind); text != "" {
-				p.Kind = ProbeKind(kind)
-				p.Port, p.Target, _ = cutTarget(text)
+			if s := e.fields[kind]; s != nil {
+				p = valueOf[Probe](s)
 			}
 		}
-		if p.Kind == ProbeGRPC {
-			p.Target = strings.TrimPrefix(p.Target, "/")
-		}
+		p.Name = e.key
 		if p.Kind == "" && !e.mayMean(probeKinds...) {
 			r.add(e.origin, "probes["+e.key+"]", "", "needs one of http, tcp and grpc, for example http: 8080/healthz")
 		}

@@ -121,7 +121,7 @@ func (p *Process) variables() map[string]processVariable {
 		"MANTLET_TLS_CA":            {&p.TLS.CA, tlsFile},
 		"MANTLET_RUNTIME_DIRECTORY": {&p.RuntimeDirectory, absolute},
 		"MANTLET_LOG_LEVEL": {&p.LogLevel, func(text string) (string, string) {
-			return oneOf(text, []string{"debug", "info", "warn", "error"})
+			return oneOf[string](text, []string{"debug", "info", "warn", "error"})
 		}},
 		"MANTLET_READY_FILE":        {&p.ReadyFile, absolute},
 		"MANTLET_LIFT_DEFAULT_DENY": {new(string), p.liftDefaultDeny},
@@ -132,13 +132,13 @@ func (p *Process) variables() map[string]processVariable {
 		fileVariable:                {&p.ConfigFile, absolute},
 		digestVariable:              {&p.ConfigDigest, digest},
 		overridesVariable: {(*string)(&p.Overrides), func(text string) (string, string) {
-			return oneOf(text, []string{string(OverridesAll), string(OverridesTighten), string(OverridesNone)})
+			return oneOf[string](text, []string{string(OverridesAll), string(OverridesTighten), string(OverridesNone)})
 		}},
 	}
 }
 
 func (p *Process) liftDefaultDeny(text string) (string, string) {
-	canonical, reason := oneOf(text, []string{"true", "false"})
+	canonical, reason := oneOf[string](text, []string{"true", "false"})
 	if reason != "" {
 		reason += spelledOut(text)
 	}
@@ -152,7 +152,7 @@ type processVariable struct {
 	parse func(text string) (canonical, reason string)
 }
 
-func anyText(text string) (string, string) { return text, "" }
+func anyText(text string) (any, string) { return text, "" }
 
 // program reads a path, or a name that is looked up on PATH.
 func program(text string) (string, string) {
@@ -214,8 +214,8 @@ func listenAnywhere(text string) (string, string) {
 // status returns the status address, with the zero Addr where it is all of the pod's, and false where there is none.
 func (p Process) status() (netip.AddrPort, bool) {
 	host, port, _ := strings.Cut(p.StatusAddress, ":")
-	if host == "" && port != "" {
-		return netip.AddrPortFrom(netip.Addr{}, uint16(number(port))), true
+	if n, reason := parsePort(port); host == "" && reason == "" {
+		return netip.AddrPortFrom(netip.Addr{}, n), true
 	}
 	addr, err := netip.ParseAddrPort(p.StatusAddress)
 	return addr, err == nil
@@ -357,8 +357,8 @@ func isDirectory(path string) bool {
 
 func defaultLayer() layer {
 	l := layer{}
-	for path, text := range defaults {
-		l.set(path, &setting{text: text, origin: Origin{Source: "default"}})
+	for path, value := range defaults {
+		l.set(path, newSetting(value, Origin{Source: "default"}))
 	}
 	for _, v := range listVariables {
 		l.set(v.path, &setting{list: []string{}, origin: Origin{Source: "default"}})
@@ -397,42 +397,48 @@ func (p *parser) variables() layer {
 		if p.values[name] == "" {
 			continue
 		}
-		canonical, reason := parse(v.kind.parse, p.values[name])
+		value, reason := parse(v.kind.parse, p.values[name])
 		if reason != "" {
 			p.report.add(Origin{Source: name}, v.path, p.values[name], reason)
 			continue
 		}
-		l.set(v.path, &setting{text: canonical, origin: Origin{Source: name}})
+		l.set(v.path, newSetting(value, Origin{Source: name}))
 	}
 	for name, v := range listVariables {
-		if list, ok := p.list(name, v.path, v.kind); ok {
-			l.set(v.path, &setting{list: list, origin: Origin{Source: name}})
+		if list := p.list(name, v.path, v.kind); list != nil {
+			l.set(v.path, list)
 		}
 	}
 	return l
 }
 
-// list reads the items of a variable, which commas separate; false where it is empty, or where one of them is wrong. Blanks around an
-// item, and empty ones, are left out.
-func (p *parser) list(name, path string, kind leaf) (list []string, ok bool) {
+// list reads the items of a variable, which commas separate; it returns nil where the variable is empty, or where one of them is wrong.
+// Blanks around an item, and empty ones, are left out.
+func (p *parser) list(name, path string, kind leaf) *setting {
 	if p.values[name] == "" {
-		return nil, false
+		return nil
 	}
-	list, ok = []string{}, true
+	var items []any
+	all, good := &setting{list: []string{}, origin: Origin{Source: name}}, true
 	for text := range strings.SplitSeq(p.values[name], ",") {
 		if text = strings.TrimSpace(text); text == "" {
 			continue
 		}
-		canonical, reason := parse(kind.parse, text)
-		switch {
-		case reason != "":
+		item, reason := parse(kind.parse, text)
+		if reason != "" {
 			p.report.add(Origin{Source: name}, path, text, reason)
-			ok = false
-		case !slices.Contains(list, canonical):
-			list = append(list, canonical)
+			good = false
+			continue
+		}
+		if text := canonical(item); !slices.Contains(all.list, text) {
+			items, all.list = append(items, item), append(all.list, text)
 		}
 	}
-	return list, ok
+	if !good {
+		return nil
+	}
+	all.parsed = items
+	return all
 }
 
 // spelled returns the value of a variable that has two spellings, and the name of the one that holds it.
@@ -487,20 +493,20 @@ func (p *parser) ingress() entries {
 	}
 	return p.entries("ingress", value, source, "name#port#disableTLS", []field{
 		{"name", "name", anyText},
-		{"port", "port", func(text string) (string, string) {
+		{"port", "port", func(text string) (any, string) {
 			if _, reason := parsePort(text); reason != "" {
-				return "", reason
+				return nil, reason
 			}
 			return portsText("").parse(text)
 		}},
-		{"disableTLS", "mode", func(text string) (string, string) {
+		{"disableTLS", "mode", func(text string) (any, string) {
 			switch text {
 			case "true":
-				return string(ModePassthrough), ""
+				return ModePassthrough, ""
 			case "false":
-				return string(ModeTLS), ""
+				return ModeTLS, ""
 			default:
-				return "", `must be "true" (passthrough, no TLS) or "false" (TLS without client certificates)` + spelledOut(text)
+				return nil, `must be "true" (passthrough, no TLS) or "false" (TLS without client certificates)` + spelledOut(text)
 			}
 		}},
 	})
@@ -528,7 +534,7 @@ func (p *parser) egress() entries {
 type field struct {
 	words string // what it is called to people
 	name  string // in the override file
-	parse func(text string) (canonical, reason string)
+	parse func(text string) (value any, reason string)
 }
 
 // entries reads a variable's entries, which ## separates. Empty ones are left out, but count.
@@ -551,13 +557,13 @@ func (p *parser) entries(list, value, source, form string, fields []field) entri
 		}
 		e := &entry{origin: origin, fields: make(map[string]*setting, len(fields)), bad: map[string]bool{}}
 		for i, f := range fields {
-			canonical, reason := parse(f.parse, values[i])
+			value, reason := parse(f.parse, values[i])
 			if reason != "" {
 				p.report.add(origin, fmt.Sprintf("%s of %s", f.words, quote(text)), values[i], reason)
 				e.bad[f.name] = true
 				continue
 			}
-			e.fields[f.name] = &setting{text: canonical, origin: origin}
+			e.fields[f.name] = newSetting(value, origin)
 		}
 		if e.key = e.text(listKeys[list]); e.key == "" {
 			p.report.lose(list)

@@ -63,9 +63,11 @@ func (e *entry) explain(key, path string) []Explained {
 
 // compareKeys sorts as the mesh is sorted. Entries that were removed may overlap others.
 var compareKeys = map[string]func(a, b *entry) int{
-	"ingress": func(a, b *entry) int { return ports(a.key).compare(ports(b.key)) },
-	"egress":  func(a, b *entry) int { return netip.MustParseAddrPort(a.key).Compare(netip.MustParseAddrPort(b.key)) },
-	"probes":  func(a, b *entry) int { return strings.Compare(a.key, b.key) },
+	"ingress": func(a, b *entry) int { return keyOf[Ports]("ingress", a).compare(keyOf[Ports]("ingress", b)) },
+	"egress": func(a, b *entry) int {
+		return keyOf[netip.AddrPort]("egress", a).Compare(keyOf[netip.AddrPort]("egress", b))
+	},
+	"probes": func(a, b *entry) int { return strings.Compare(a.key, b.key) },
 }
 
 func (s *setting) explain(path string) Explained {

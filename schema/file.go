@@ -1,5 +1,7 @@
 package schema
 
+import "time"
+
 // The types of this file are the form of the override file: `mantlet schema` prints the JSON Schema that is generated from
 // them, and the YAML reader walks them. Everything is optional except the key of an entry.
 
@@ -82,14 +84,14 @@ var listVariables = map[string]struct {
 }
 
 // defaults are what the scalar fields are where no source sets them.
-var defaults = map[string]string{
-	"tls.minVersion":           string(TLS12),
-	"envoy.concurrency":        "2",
-	"envoy.drainTime":          "10s",
-	"envoy.parentShutdownTime": "10m",
-	"envoy.logLevel":           "warning",
-	"otherProtocols":           string(OtherProtocolsDrop),
-	"accessLog":                string(AccessLogRefused),
-	"maxConnectionAge":         noAge,
-	outboundMode:               string(OutboundAccept),
+var defaults = map[string]any{
+	"tls.minVersion":           TLS12,
+	"envoy.concurrency":        2,
+	"envoy.drainTime":          period(10 * time.Second),
+	"envoy.parentShutdownTime": period(10 * time.Minute),
+	"envoy.logLevel":           EnvoyLogLevel("warning"),
+	"otherProtocols":           OtherProtocolsDrop,
+	"accessLog":                AccessLogRefused,
+	"maxConnectionAge":         age(0),
+	outboundMode:               OutboundAccept,
 }

@@ -13,10 +13,23 @@ import (
 
 // setting is one value of one source, or for allow, serverNames and alpn a list of them.
 type setting struct {
-	text     string
+	parsed   any      // what its parser returned; of a list []any
+	text     string   // canonical
 	list     []string // canonical; nil where the value is one text
 	origin   Origin
 	overrode *setting // the value of an earlier source
+}
+
+func newSetting(parsed any, origin Origin) *setting {
+	return &setting{parsed: parsed, text: canonical(parsed), origin: origin}
+}
+
+// valueOf returns what a setting holds; the zero value where there is none, or one of another type.
+func valueOf[T any](s *setting) (v T) {
+	if s != nil {
+		v, _ = s.parsed.(T)
+	}
+	return v
 }
 
 func (s *setting) value() string {
@@ -41,6 +54,9 @@ func (e *entry) text(field string) string {
 	}
 	return ""
 }
+
+// keyOf returns the key of an entry of a list.
+func keyOf[T any](list string, e *entry) T { return valueOf[T](e.fields[listKeys[list]]) }
 
 func (e *entry) list(field string) []string {
 	if s := e.fields[field]; s != nil {
@@ -242,7 +258,7 @@ func (all entries) over(old entries) entries {
 }
 
 func (s *setting) over(old *setting) *setting {
-	return &setting{text: s.text, list: s.list, origin: s.origin, overrode: old}
+	return &setting{parsed: s.parsed, text: s.text, list: s.list, origin: s.origin, overrode: old}
 }
 
 // over returns the entry with what it says over what an earlier source said. An entry that was removed says nothing any

@@ -3,6 +3,7 @@ package schema
 import (
 	"cmp"
 	"net/netip"
+	"slices"
 	"strconv"
 	"time"
 )
@@ -164,6 +165,11 @@ const (
 	TLS12 TLSVersion = "1.2"
 	TLS13 TLSVersion = "1.3"
 )
+
+// Compare returns a negative number where v is the older version, a positive one where other is, and 0 where they are the same.
+func (v TLSVersion) Compare(other TLSVersion) int {
+	return cmp.Compare(slices.Index(v.choices(), string(v)), slices.Index(v.choices(), string(other)))
+}
 
 // Envoy holds the settings of the data plane that a user has a reason to change.
 type Envoy struct {

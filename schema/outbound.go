@@ -96,18 +96,14 @@ func (o Outbound) list() []string {
 
 // outbound makes an Outbound of what is merged.
 func (c *Config) outbound(r *report) Outbound {
-	o := Outbound{Mode: OutboundMode(c.merged.scalar(outboundMode).text)}
+	o := Outbound{Mode: valueOf[OutboundMode](c.merged.scalar(outboundMode))}
 	allow := c.merged.scalar(outboundAllow)
-	for _, text := range allow.list {
-		if text == allowDNS {
+	for _, item := range valueOf[[]any](allow) {
+		if d, ok := item.(Destination); ok {
+			o.Allow = append(o.Allow, d)
+		} else {
 			o.DNS = true
-			continue
 		}
-		d, reason := parseDestination(text)
-		if reason != "" {
-			panic("schema: " + text + " was parsed before")
-		}
-		o.Allow = append(o.Allow, d)
 	}
 	slices.SortFunc(o.Allow, Destination.compare)
 	o.Allow = slices.Compact(o.Allow)
@@ -134,18 +130,14 @@ type allowText string
 
 func (allowText) scalar() yamlType { return yamlString }
 
-func (allowText) parse(text string) (string, string) {
+func (allowText) parse(text string) (any, string) {
 	if text == allowDNS {
-		return text, ""
+		return allowDNS, ""
 	}
 	if strings.EqualFold(text, allowDNS) {
-		return "", "must be in lower case; did you mean dns?"
+		return nil, "must be in lower case; did you mean dns?"
 	}
-	d, reason := parseDestination(text)
-	if reason != "" {
-		return "", reason
-	}
-	return d.String(), ""
+	return parseDestination(text)
 }
 
 // parseDestination reads what Destination.String writes.

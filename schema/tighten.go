@@ -30,7 +30,7 @@ func (e *Environment) tighten(config Config, r *report) {
 	base, environment := e.partial, report{problems: e.problems}
 	for path := range defaults {
 		was, is := base.merged.scalar(path), config.merged.scalar(path)
-		stricter := path == "tls.minVersion" && is.text > was.text || path == outboundMode // see tightenOutbound
+		stricter := valueOf[TLSVersion](is).Compare(valueOf[TLSVersion](was)) > 0 || path == outboundMode // see tightenOutbound
 		if is.text != was.text && !stricter && !environment.has(path) {
 			r.add(is.origin, path, is.value(), fmt.Sprintf("%s=tighten does not let the file change this; it is %s (%s)",
 				overridesVariable, was.text, was.origin))

@@ -17,11 +17,12 @@ const (
 	IngressTLSPort  = 15007
 )
 
-// leaf is a kind of value. Whatever source a value comes from, it is read by the one parser of its kind, and the JSON
-// Schema of the override file is made of the same types.
+// leaf is a kind of value. Whatever source a value comes from, the one parser of its kind reads it, once, and the JSON Schema of the
+// override file is made of the same types.
 type leaf interface {
-	// parse returns the text in its canonical form, or the reason why it is wrong and what would be right.
-	parse(text string) (canonical, reason string)
+	// parse returns what the text means, or the reason why it is wrong and what would be right. Two texts mean the same where their
+	// values have one canonical text.
+	parse(text string) (value any, reason string)
 	// scalar names the YAML types that may hold it.
 	scalar() yamlType
 }
@@ -40,12 +41,25 @@ var (
 	yamlProbe  = yamlType{"a port, or a string that starts with one", []string{"!!int", "!!str"}}
 )
 
-// parse reads a text by a parser. Where only what surrounds the value is wrong, the reason says so.
-func parse(parser func(string) (string, string), text string) (canonical, reason string) {
-	canonical, reason = parser(text)
-	if reason == "" {
-		return canonical, ""
+// canonical returns the text of a value that a parser returned.
+func canonical(value any) string {
+	switch v := value.(type) {
+	case string:
+		return v
+	case fmt.Stringer:
+		return v.String()
+	default: // numbers, true, and the enumerations
+		return fmt.Sprint(v)
 	}
+}
+
+// parse reads a text by a parser. Where only what surrounds the value is wrong, the reason says so.
+func parse[V any](parser func(string) (V, string), text string) (value V, reason string) {
+	value, reason = parser(text)
+	if reason == "" {
+		return value, ""
+	}
+	var none V
 	bare := strings.TrimSpace(text)
 	isGood := func(text string) bool {
 		_, reason := parser(text)
@@ -53,11 +67,11 @@ func parse(parser func(string) (string, string), text string) (canonical, reason
 	}
 	switch unquoted := strings.Trim(bare, `"'`); {
 	case bare != text && isGood(bare):
-		return "", surrounded(text)
+		return none, surrounded(text)
 	case unquoted != bare && isGood(unquoted):
-		return "", "the quotes are part of the value: remove them"
+		return none, "the quotes are part of the value: remove them"
 	}
-	return "", reason
+	return none, reason
 }
 
 // surrounded says what blanks are at the ends of a text.
@@ -106,26 +120,26 @@ type portsText string
 
 func (portsText) scalar() yamlType { return yamlPorts }
 
-func (portsText) parse(text string) (string, string) {
+func (portsText) parse(text string) (any, string) {
 	const right = "must be a port from 1 to 65535 or a range, for example 8000-8099"
 	first, last, isRange := strings.Cut(text, "-")
 	p, reason := parsePort(first)
 	if reason != "" {
-		return "", right
+		return nil, right
 	}
 	ports := Ports{p, p}
 	if isRange {
 		if ports.Last, reason = parsePort(last); reason != "" {
-			return "", right
+			return nil, right
 		}
 	}
 	if ports.First > ports.Last {
-		return "", "ends before it starts; " + right
+		return nil, "ends before it starts; " + right
 	}
 	if ports.Contains(IngressMTLSPort) || ports.Contains(IngressTLSPort) {
-		return "", reservedPorts()
+		return nil, reservedPorts()
 	}
-	return ports.String(), ""
+	return ports, ""
 }
 
 // reservedPorts is the reason against mantlet's own ports.
@@ -138,9 +152,9 @@ type nameText string
 
 func (nameText) scalar() yamlType { return yamlString }
 
-func (nameText) parse(text string) (string, string) {
+func (nameText) parse(text string) (any, string) {
 	if strings.Contains(text, "#") {
-		return "", "must not contain #"
+		return nil, "must not contain #"
 	}
 	return text, ""
 }
@@ -152,26 +166,26 @@ var loopback4 = netip.MustParsePrefix("127.0.0.0/8")
 
 func (listenText) scalar() yamlType { return yamlString }
 
-func (listenText) parse(text string) (string, string) {
+func (listenText) parse(text string) (any, string) {
 	const right = "must be a loopback address and a port, for example 127.137.0.1:8081 or [::1]:8081"
 	host, port, ok := cutPort(text)
 	addr, err := netip.ParseAddr(host)
 	switch {
 	case !ok || err != nil:
-		return "", right
+		return nil, right
 	case !loopback4.Contains(addr) && addr != netip.IPv6Loopback():
-		return "", "is outside 127.0.0.0/8 and [::1], so others than the workload could connect to it; " + right
+		return nil, "is outside 127.0.0.0/8 and [::1], so others than the workload could connect to it; " + right
 	case addr == netip.AddrFrom4([4]byte{127, 255, 255, 255}):
-		return "", "is the broadcast address of loopback, which nothing can connect to; " + right
+		return nil, "is the broadcast address of loopback, which nothing can connect to; " + right
 	}
 	p, reason := parsePort(port)
 	switch {
 	case reason != "":
-		return "", right
+		return nil, right
 	case p == IngressMTLSPort || p == IngressTLSPort:
-		return "", reservedPorts()
+		return nil, reservedPorts()
 	}
-	return netip.AddrPortFrom(addr, p).String(), ""
+	return netip.AddrPortFrom(addr, p), ""
 }
 
 // upstreamText is a host name or an IP address, and a port.
@@ -179,23 +193,23 @@ type upstreamText string
 
 func (upstreamText) scalar() yamlType { return yamlString }
 
-func (upstreamText) parse(text string) (string, string) {
+func (upstreamText) parse(text string) (any, string) {
 	host, port, ok := cutPort(text)
 	if !ok {
-		return "", "must be a host and a port, for example billing-svc:8080, 192.0.2.7:8080 or [2001:db8::7]:8080"
+		return nil, "must be a host and a port, for example billing-svc:8080, 192.0.2.7:8080 or [2001:db8::7]:8080"
 	}
 	p, reason := parsePort(port)
 	if reason != "" {
-		return "", fmt.Sprintf("the port %s %s", quote(port), reason)
+		return nil, fmt.Sprintf("the port %s %s", quote(port), reason)
 	}
 	addr, err := netip.ParseAddr(host)
 	switch {
 	case err != nil:
-		return Upstream{host, p}.String(), hostReason(host)
+		return Upstream{host, p}, hostReason(host)
 	case addr.IsUnspecified() || addr.IsMulticast() || addr.Zone() != "":
-		return "", "must be the address of a single host, without a zone"
+		return nil, "must be the address of a single host, without a zone"
 	default:
-		return Upstream{addr.Unmap().String(), p}.String(), ""
+		return Upstream{addr.Unmap().String(), p}, ""
 	}
 }
 
@@ -250,10 +264,10 @@ func IsURI(san string) bool { return strings.Contains(san, "://") }
 
 func (sanText) scalar() yamlType { return yamlString }
 
-func (sanText) parse(text string) (string, string) {
+func (sanText) parse(text string) (any, string) {
 	if IsURI(text) {
 		if !uri.MatchString(text) {
-			return "", "is not a valid URI SAN; write it like spiffe://mesh/ns/shop/sa/cart"
+			return nil, "is not a valid URI SAN; write it like spiffe://mesh/ns/shop/sa/cart"
 		}
 		return text, ""
 	}
@@ -262,7 +276,7 @@ func (sanText) parse(text string) (string, string) {
 		return text, ""
 	}
 	if reason := hostReason(name); reason != "" || strings.HasSuffix(name, ".") {
-		return "", "must be a SAN: a DNS name, for example frontend or *.shop.svc, or a URI, for example spiffe://mesh/ns/shop/sa/cart"
+		return nil, "must be a SAN: a DNS name, for example frontend or *.shop.svc, or a URI, for example spiffe://mesh/ns/shop/sa/cart"
 	}
 	return text, ""
 }
@@ -272,9 +286,9 @@ type serverNameText string
 
 func (serverNameText) scalar() yamlType { return yamlString }
 
-func (serverNameText) parse(text string) (string, string) {
+func (serverNameText) parse(text string) (any, string) {
 	if strings.Contains(text, "*") && !IsURI(text) {
-		return "", "must name one endpoint, without a wildcard; a wildcard in the endpoint's certificate matches it"
+		return nil, "must name one endpoint, without a wildcard; a wildcard in the endpoint's certificate matches it"
 	}
 	return sanText.parse("", text)
 }
@@ -289,17 +303,17 @@ var misnamedALPN = map[string]string{
 
 func (alpnText) scalar() yamlType { return yamlString }
 
-func (alpnText) parse(text string) (string, string) {
+func (alpnText) parse(text string) (any, string) {
 	const right = "must be a protocol identifier of ALPN, for example h2 or http/1.1"
 	if !alpn.MatchString(text) {
-		return "", right
+		return nil, right
 	}
 	lower := strings.ToLower(text)
 	if id := misnamedALPN[lower]; id != "" {
-		return "", right + "; did you mean " + id + "?"
+		return nil, right + "; did you mean " + id + "?"
 	}
 	if lower != text && (lower == "h2" || lower == "http/1.1") {
-		return "", right + "; did you mean " + lower + "?"
+		return nil, right + "; did you mean " + lower + "?"
 	}
 	return text, ""
 }
@@ -317,9 +331,9 @@ type probeName string
 
 func (probeName) scalar() yamlType { return yamlString }
 
-func (probeName) parse(text string) (string, string) {
+func (probeName) parse(text string) (any, string) {
 	if len(text) < 1 || len(text) > 63 || !consists(text, lower+digits+"-") || strings.Trim(text, "-") != text {
-		return "", "must be a DNS label: 1 to 63 lower-case letters, digits or hyphens, with no hyphen at either end"
+		return nil, "must be a DNS label: 1 to 63 lower-case letters, digits or hyphens, with no hyphen at either end"
 	}
 	return text, ""
 }
@@ -364,21 +378,21 @@ type httpProbeText string
 
 func (httpProbeText) scalar() yamlType { return yamlProbe }
 
-func (httpProbeText) parse(text string) (string, string) {
+func (httpProbeText) parse(text string) (any, string) {
 	port, target, reason := cutTarget(text)
 	switch {
 	case port == 0:
-		return "", "must be a port, or a port and a path, for example 8080/healthz"
+		return nil, "must be a port, or a port and a path, for example 8080/healthz"
 	case reason != "":
-		return "", reason
+		return nil, reason
 	case target == "":
 		target = "/"
 	case !isPath(target):
-		return "", "its path has characters that a URL must escape, for example a space as %20"
+		return nil, "its path has characters that a URL must escape, for example a space as %20"
 	case len(target) > maxPath:
-		return "", fmt.Sprintf("its path is longer than %d bytes", maxPath)
+		return nil, fmt.Sprintf("its path is longer than %d bytes", maxPath)
 	}
-	return Probe{Kind: ProbeHTTP, Port: port, Target: target}.String(), ""
+	return Probe{Kind: ProbeHTTP, Port: port, Target: target}, ""
 }
 
 // portText is one port.
@@ -386,12 +400,12 @@ type portText string
 
 func (portText) scalar() yamlType { return yamlProbe }
 
-func (portText) parse(text string) (string, string) {
+func (portText) parse(text string) (any, string) {
 	port, target, reason := cutTarget(text)
 	if target != "" {
 		reason = "must be a port and nothing else, for example 5432"
 	}
-	return Probe{Kind: ProbeTCP, Port: port}.String(), reason
+	return Probe{Kind: ProbeTCP, Port: port}, reason
 }
 
 // grpcProbeText is a port, and the service to ask after.
@@ -399,16 +413,16 @@ type grpcProbeText string
 
 func (grpcProbeText) scalar() yamlType { return yamlProbe }
 
-func (grpcProbeText) parse(text string) (string, string) {
+func (grpcProbeText) parse(text string) (any, string) {
 	port, target, reason := cutTarget(text)
 	service := strings.TrimPrefix(target, "/")
 	switch {
 	case reason != "" && port != 0:
-		return "", reason
+		return nil, reason
 	case port == 0 || target == "/" || len(service) > maxService || !consists(service, alphabet+"._-"):
-		return "", "must be a port, or a port and a service, for example 9000/my.Service"
+		return nil, "must be a port, or a port and a service, for example 9000/my.Service"
 	}
-	return Probe{Kind: ProbeGRPC, Port: port, Target: service}.String(), ""
+	return Probe{Kind: ProbeGRPC, Port: port, Target: service}, ""
 }
 
 // threadsText is a number of worker threads.
@@ -419,11 +433,12 @@ const maxThreads = 256
 
 func (threadsText) scalar() yamlType { return yamlNumber }
 
-func (threadsText) parse(text string) (string, string) {
-	if n, ok := parseNumber(text); !ok || n > maxThreads {
-		return "", fmt.Sprintf("must be a number of worker threads from 1 to %d", maxThreads)
+func (threadsText) parse(text string) (any, string) {
+	n, ok := parseNumber(text)
+	if !ok || n > maxThreads {
+		return nil, fmt.Sprintf("must be a number of worker threads from 1 to %d", maxThreads)
 	}
-	return text, ""
+	return int(n), ""
 }
 
 // durationText is a duration that Envoy's command line can carry: whole seconds in 32 bits; a day bounds it long before.
@@ -435,17 +450,20 @@ var wholeSeconds = regexp.MustCompile(durationPattern)
 
 func (durationText) scalar() yamlType { return yamlString }
 
-func (durationText) parse(text string) (string, string) {
+func (durationText) parse(text string) (any, string) {
 	d, err := time.ParseDuration(text)
 	if err != nil || d < time.Second || d > 24*time.Hour || !wholeSeconds.MatchString(text) {
-		return "", "must be a duration from 1s to 24h in hours, minutes and seconds, for example 10s or 1h30m"
+		return nil, "must be a duration from 1s to 24h in hours, minutes and seconds, for example 10s or 1h30m"
 	}
-	return shortDuration(d), ""
+	return period(d), ""
 }
 
-// shortDuration is a duration in whole seconds, without units that are zero at its end.
-func shortDuration(d time.Duration) string {
-	text := d.String() // with all of its units
+// period is a duration in whole seconds.
+type period time.Duration
+
+// String returns the duration without units that are zero at its end.
+func (p period) String() string {
+	text := time.Duration(p).String() // with all of its units
 	if strings.HasSuffix(text, "m0s") {
 		text = strings.TrimSuffix(text, "0s")
 	}
@@ -462,15 +480,25 @@ const noAge = "none"
 
 func (ageText) scalar() yamlType { return yamlString }
 
-func (ageText) parse(text string) (string, string) {
+func (ageText) parse(text string) (any, string) {
 	if text == noAge {
-		return text, ""
+		return age(0), ""
 	}
 	d, err := time.ParseDuration(text)
 	if err != nil || d < time.Minute || !wholeSeconds.MatchString(text) {
-		return "", "must be none, or a duration of 1m at least in hours, minutes and seconds, for example 24h or 1h30m"
+		return nil, "must be none, or a duration of 1m at least in hours, minutes and seconds, for example 24h or 1h30m"
 	}
-	return shortDuration(d), ""
+	return age(d), ""
+}
+
+// age is a duration, or 0 for one without an end.
+type age time.Duration
+
+func (a age) String() string {
+	if a == 0 {
+		return noAge
+	}
+	return period(a).String()
 }
 
 // removeText is the word that takes an entry of an earlier source away.
@@ -478,18 +506,18 @@ type removeText string
 
 func (removeText) scalar() yamlType { return yamlBool }
 
-func (removeText) parse(text string) (string, string) {
+func (removeText) parse(text string) (any, string) {
 	if text != "true" {
-		return "", "must be true; to keep the entry, remove this key"
+		return nil, "must be true; to keep the entry, remove this key"
 	}
-	return text, ""
+	return true, ""
 }
 
 // The enumerations: Mode, TLSVersion, EnvoyLogLevel, OtherProtocols, AccessLog and OutboundMode.
 
-func oneOf(text string, choices []string) (string, string) {
+func oneOf[T ~string](text string, choices []string) (T, string) {
 	if slices.Contains(choices, text) {
-		return text, ""
+		return T(text), ""
 	}
 	return "", "must be one of " + strings.Join(choices, ", ") + didYouMean(text, choices)
 }
@@ -518,11 +546,15 @@ func (OutboundMode) choices() []string {
 	return []string{string(OutboundAccept), string(OutboundObserve), string(OutboundDrop)}
 }
 
-func (m Mode) parse(text string) (string, string)           { return oneOf(text, m.choices()) }
-func (m OutboundMode) parse(text string) (string, string)   { return oneOf(text, m.choices()) }
-func (l EnvoyLogLevel) parse(text string) (string, string)  { return oneOf(text, l.choices()) }
-func (o OtherProtocols) parse(text string) (string, string) { return oneOf(text, o.choices()) }
-func (a AccessLog) parse(text string) (string, string)      { return oneOf(text, a.choices()) }
+func (m Mode) parse(text string) (any, string)         { return oneOf[Mode](text, m.choices()) }
+func (m OutboundMode) parse(text string) (any, string) { return oneOf[OutboundMode](text, m.choices()) }
+func (l EnvoyLogLevel) parse(text string) (any, string) {
+	return oneOf[EnvoyLogLevel](text, l.choices())
+}
+func (o OtherProtocols) parse(text string) (any, string) {
+	return oneOf[OtherProtocols](text, o.choices())
+}
+func (a AccessLog) parse(text string) (any, string) { return oneOf[AccessLog](text, a.choices()) }
 
 func (Mode) scalar() yamlType           { return yamlString }
 func (OutboundMode) scalar() yamlType   { return yamlString }
@@ -532,9 +564,9 @@ func (OtherProtocols) scalar() yamlType { return yamlString }
 func (AccessLog) scalar() yamlType      { return yamlString }
 
 // parse suggests no other number: a version that does not exist says nothing about which one was meant.
-func (v TLSVersion) parse(text string) (string, string) {
+func (v TLSVersion) parse(text string) (any, string) {
 	if slices.Contains(v.choices(), text) {
-		return text, ""
+		return TLSVersion(text), ""
 	}
 	reason := "must be one of " + strings.Join(v.choices(), ", ")
 	for _, choice := range v.choices() {
@@ -542,5 +574,5 @@ func (v TLSVersion) parse(text string) (string, string) {
 			reason += "; did you mean " + choice + "?"
 		}
 	}
-	return "", reason
+	return nil, reason
 }

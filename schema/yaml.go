@@ -285,14 +285,15 @@ func (r *reader) plain(node *yaml.Node, path string) bool {
 // scalar returns nil where the node holds no such value.
 func (r *reader) scalar(node *yaml.Node, kind leaf, path string) *setting {
 	want := kind.scalar()
-	var text, reason string
+	var value any
+	var reason string
 	switch {
 	case node.Kind != yaml.ScalarNode:
 		reason = "must be " + want.words
 	case node.Tag == "!!null":
 		reason = "has no value; it must be " + want.words
 	default:
-		if text, reason = parse(kind.parse, node.Value); reason == "" && !slices.Contains(want.tags, node.Tag) {
+		if value, reason = parse(kind.parse, node.Value); reason == "" && !slices.Contains(want.tags, node.Tag) {
 			reason = "is " + yamlWords(node.Tag) + " in YAML and must be " + want.words
 			if node.Tag == "!!str" {
 				reason += "; remove the quotes"
@@ -305,7 +306,7 @@ func (r *reader) scalar(node *yaml.Node, kind leaf, path string) *setting {
 		r.add(node, path, reason)
 		return nil
 	}
-	return &setting{text: text, origin: r.origin(node)}
+	return newSetting(value, r.origin(node))
 }
 
 // yamlWords says in words what YAML takes a value for.
@@ -361,6 +362,7 @@ func (r *reader) texts(node *yaml.Node, kind leaf, path string) *setting {
 		all.origin = r.origin(node.Content[0])
 	}
 	seen := make(map[string]bool, len(node.Content))
+	items := make([]any, 0, len(node.Content))
 	for i, n := range node.Content {
 		itemPath := path + "[" + strconv.Itoa(i) + "]"
 		var s *setting
@@ -372,12 +374,13 @@ func (r *reader) texts(node *yaml.Node, kind leaf, path string) *setting {
 			good = false
 		case !seen[s.text]:
 			seen[s.text] = true
-			all.list = append(all.list, s.text)
+			items, all.list = append(items, s.parsed), append(all.list, s.text)
 		}
 	}
 	if !good {
 		return nil
 	}
+	all.parsed = items
 	return all
 }
 
@@ -386,8 +389,8 @@ func (r *reader) itemKey(item *yaml.Node, form reflect.Type, i int) string {
 	key := r.fields(form)[0]
 	for k := 0; k+1 < len(item.Content); k += 2 {
 		if item.Content[k].Value == key.name {
-			if canonical, reason := key.kind.parse(item.Content[k+1].Value); reason == "" {
-				return canonical
+			if value, reason := key.kind.parse(item.Content[k+1].Value); reason == "" {
+				return canonical(value)
 			}
 		}
 	}
