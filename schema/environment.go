@@ -357,11 +357,12 @@ func isDirectory(path string) bool {
 
 func defaultLayer() layer {
 	l := layer{}
-	for path, value := range defaults {
-		l.set(path, newSetting(value, Origin{Source: "default"}))
-	}
-	for _, v := range listVariables {
-		l.set(v.path, &setting{list: []string{}, origin: Origin{Source: "default"}})
+	for _, f := range fields {
+		s := &setting{list: []string{}, origin: Origin{Source: "default"}}
+		if !f.isList {
+			s = newSetting(f.preset, s.origin)
+		}
+		l.set(f.path, s)
 	}
 	return l
 }
@@ -393,31 +394,33 @@ func (p *parser) process(variables map[string]processVariable) {
 // variables reads the layer of all variables but the inline text.
 func (p *parser) variables() layer {
 	l := layer{"ingress": hide(p.ingress()), "egress": hide(p.egress())}
-	for name, v := range scalarVariables {
-		if p.values[name] == "" {
+	for _, f := range fields {
+		if p.values[f.variable] == "" {
 			continue
 		}
-		value, reason := parse(v.kind.parse, p.values[name])
-		if reason != "" {
-			p.report.add(Origin{Source: name}, v.path, p.values[name], reason)
-			continue
-		}
-		l.set(v.path, newSetting(value, Origin{Source: name}))
-	}
-	for name, v := range listVariables {
-		if list := p.list(name, v.path, v.kind); list != nil {
-			l.set(v.path, list)
+		if s := p.field(f.variable, f.path, f.kind, f.isList); s != nil {
+			l.set(f.path, s)
 		}
 	}
 	return l
 }
 
-// list reads the items of a variable, which commas separate; it returns nil where the variable is empty, or where one of them is wrong.
-// Blanks around an item, and empty ones, are left out.
-func (p *parser) list(name, path string, kind leaf) *setting {
-	if p.values[name] == "" {
+// field reads a variable that sets a field. It returns nil where the value is wrong.
+func (p *parser) field(name, path string, kind leaf, isList bool) *setting {
+	if isList {
+		return p.list(name, path, kind)
+	}
+	value, reason := parse(kind.parse, p.values[name])
+	if reason != "" {
+		p.report.add(Origin{Source: name}, path, p.values[name], reason)
 		return nil
 	}
+	return newSetting(value, Origin{Source: name})
+}
+
+// list reads the items of a variable, which commas separate. Blanks around an item, and empty ones, are left out. It returns nil where an
+// item is wrong.
+func (p *parser) list(name, path string, kind leaf) *setting {
 	var items []any
 	all, good := &setting{list: []string{}, origin: Origin{Source: name}}, true
 	for text := range strings.SplitSeq(p.values[name], ",") {
@@ -565,7 +568,7 @@ func (p *parser) entries(list, value, source, form string, fields []field) entri
 			}
 			e.fields[f.name] = newSetting(value, origin)
 		}
-		if e.key = e.text(listKeys[list]); e.key == "" {
+		if e.key = e.text(lists[list].key); e.key == "" {
 			p.report.lose(list)
 			continue
 		}

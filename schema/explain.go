@@ -2,7 +2,6 @@ package schema
 
 import (
 	"maps"
-	"net/netip"
 	"slices"
 	"strings"
 )
@@ -26,16 +25,16 @@ type Overruled struct {
 func (c Config) Explain() []Explained {
 	var all []Explained
 	for _, list := range []string{"ingress", "egress", "probes"} {
-		for _, e := range slices.SortedFunc(maps.Values(c.merged.entries(list)), compareKeys[list]) {
-			all = append(all, e.explain(listKeys[list], list+"["+e.key+"].")...)
+		for _, e := range slices.SortedFunc(maps.Values(c.merged.entries(list)), lists[list].compare) {
+			all = append(all, e.explain(list)...)
 			if list == "ingress" && e.fields["mode"] == nil && !e.removed() {
 				all = append(all, Explained{Path: list + "[" + e.key + "].mode", Value: string(ModeMTLS), Origin: "default"})
 			}
 		}
 	}
-	paths := slices.Collect(maps.Keys(defaults))
-	for _, v := range listVariables {
-		paths = append(paths, v.path)
+	var paths []string
+	for _, f := range fields {
+		paths = append(paths, f.path)
 	}
 	slices.Sort(paths)
 	for _, path := range paths {
@@ -44,11 +43,12 @@ func (c Config) Explain() []Explained {
 	return all
 }
 
-func (e *entry) explain(key, path string) []Explained {
+func (e *entry) explain(list string) []Explained {
 	var all []Explained
-	for _, field := range []string{"name", "mode", "allow", "upstream", "serverNames", "alpn", "http", "tcp", "grpc"} {
-		if s := e.fields[field]; s != nil && field != key {
-			all = append(all, s.explain(path+field))
+	path := list + "[" + e.key + "]."
+	for _, f := range fieldsOf(lists[list].form) {
+		if s := e.fields[f.name]; s != nil && f.name != lists[list].key && f.name != "remove" {
+			all = append(all, s.explain(path+f.name))
 		}
 	}
 	if !e.removed() {
@@ -59,15 +59,6 @@ func (e *entry) explain(key, path string) []Explained {
 		remove.Overrides = append(remove.Overrides, Overruled{strings.TrimPrefix(was.Path, path) + ": " + was.Value, was.Origin})
 	}
 	return []Explained{remove}
-}
-
-// compareKeys sorts as the mesh is sorted. Entries that were removed may overlap others.
-var compareKeys = map[string]func(a, b *entry) int{
-	"ingress": func(a, b *entry) int { return keyOf[Ports]("ingress", a).compare(keyOf[Ports]("ingress", b)) },
-	"egress": func(a, b *entry) int {
-		return keyOf[netip.AddrPort]("egress", a).Compare(keyOf[netip.AddrPort]("egress", b))
-	},
-	"probes": func(a, b *entry) int { return strings.Compare(a.key, b.key) },
 }
 
 func (s *setting) explain(path string) Explained {

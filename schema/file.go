@@ -59,39 +59,23 @@ type envoyForm struct {
 	LogLevel           EnvoyLogLevel `json:"logLevel,omitempty" jsonschema:"default=warning" jsonschema_description:"The log level of Envoy."`
 }
 
-// scalarVariables names the variable of each field that the environment can set as well.
-var scalarVariables = map[string]struct {
-	path string
-	kind leaf
+// fields are the fields of the override file outside of the lists of entries: the kind of their values, or of the items of one that is a
+// list, the variable that sets them in the environment, where commas separate items, and the value where no source sets them. A list is
+// empty then.
+var fields = []struct {
+	path, variable string
+	kind           leaf
+	isList         bool
+	preset         any
 }{
-	"MANTLET_TLS_MIN_VERSION":            {"tls.minVersion", TLSVersion("")},
-	"MANTLET_ENVOY_CONCURRENCY":          {"envoy.concurrency", threadsText("")},
-	"MANTLET_ENVOY_DRAIN_TIME":           {"envoy.drainTime", durationText("")},
-	"MANTLET_ENVOY_PARENT_SHUTDOWN_TIME": {"envoy.parentShutdownTime", durationText("")},
-	LogLevelVariable:                     {"envoy.logLevel", EnvoyLogLevel("")},
-	"MANTLET_OTHER_PROTOCOLS":            {"otherProtocols", OtherProtocols("")},
-	"MANTLET_ACCESS_LOG":                 {"accessLog", AccessLog("")},
-	"MANTLET_MAX_CONNECTION_AGE":         {"maxConnectionAge", ageText("")},
-	"MANTLET_OUTBOUND":                   {outboundMode, OutboundMode("")},
-}
-
-// listVariables names the variable of each list of texts that the environment can set as well, with commas between the items.
-var listVariables = map[string]struct {
-	path string
-	kind leaf
-}{
-	"MANTLET_OUTBOUND_ALLOW": {outboundAllow, allowText("")},
-}
-
-// defaults are what the scalar fields are where no source sets them.
-var defaults = map[string]any{
-	"tls.minVersion":           TLS12,
-	"envoy.concurrency":        2,
-	"envoy.drainTime":          period(10 * time.Second),
-	"envoy.parentShutdownTime": period(10 * time.Minute),
-	"envoy.logLevel":           EnvoyLogLevel("warning"),
-	"otherProtocols":           OtherProtocolsDrop,
-	"accessLog":                AccessLogRefused,
-	"maxConnectionAge":         age(0),
-	outboundMode:               OutboundAccept,
+	{path: "tls.minVersion", variable: "MANTLET_TLS_MIN_VERSION", kind: TLSVersion(""), preset: TLS12},
+	{path: "envoy.concurrency", variable: "MANTLET_ENVOY_CONCURRENCY", kind: threadsText(""), preset: 2},
+	{path: "envoy.drainTime", variable: "MANTLET_ENVOY_DRAIN_TIME", kind: durationText(""), preset: period(10 * time.Second)},
+	{path: "envoy.parentShutdownTime", variable: "MANTLET_ENVOY_PARENT_SHUTDOWN_TIME", kind: durationText(""), preset: period(10 * time.Minute)},
+	{path: "envoy.logLevel", variable: LogLevelVariable, kind: EnvoyLogLevel(""), preset: EnvoyLogLevel("warning")},
+	{path: "otherProtocols", variable: "MANTLET_OTHER_PROTOCOLS", kind: OtherProtocols(""), preset: OtherProtocolsDrop},
+	{path: "accessLog", variable: "MANTLET_ACCESS_LOG", kind: AccessLog(""), preset: AccessLogRefused},
+	{path: "maxConnectionAge", variable: "MANTLET_MAX_CONNECTION_AGE", kind: ageText(""), preset: age(0)},
+	{path: outboundMode, variable: "MANTLET_OUTBOUND", kind: OutboundMode(""), preset: OutboundAccept},
+	{path: outboundAllow, variable: "MANTLET_OUTBOUND_ALLOW", kind: allowText(""), isList: true},
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"reflect"
 	"slices"
 	"strings"
@@ -56,7 +57,7 @@ func (e *entry) text(field string) string {
 }
 
 // keyOf returns the key of an entry of a list.
-func keyOf[T any](list string, e *entry) T { return valueOf[T](e.fields[listKeys[list]]) }
+func keyOf[T any](list string, e *entry) T { return valueOf[T](e.fields[lists[list].key]) }
 
 func (e *entry) list(field string) []string {
 	if s := e.fields[field]; s != nil {
@@ -133,8 +134,21 @@ func cutPath(path string) (section, field string) {
 	return section, field
 }
 
-// The lists, and the field that is the key of each.
-var listKeys = map[string]string{"ingress": "port", "egress": "listen", "probes": "name"}
+// lists are the lists of entries: the form of an entry, the field that is its key, and how the mesh is sorted. Entries that were removed
+// may overlap others.
+var lists = map[string]struct {
+	form    reflect.Type
+	key     string
+	compare func(a, b *entry) int
+}{
+	"ingress": {reflect.TypeFor[ingressForm](), "port", func(a, b *entry) int {
+		return valueOf[Ports](a.fields["port"]).compare(valueOf[Ports](b.fields["port"]))
+	}},
+	"egress": {reflect.TypeFor[egressForm](), "listen", func(a, b *entry) int {
+		return valueOf[netip.AddrPort](a.fields["listen"]).Compare(valueOf[netip.AddrPort](b.fields["listen"]))
+	}},
+	"probes": {reflect.TypeFor[probeForm](), "name", func(a, b *entry) int { return strings.Compare(a.key, b.key) }},
+}
 
 // probeKinds are the fields of a probe of which it has one.
 var probeKinds = []string{string(ProbeHTTP), string(ProbeTCP), string(ProbeGRPC)}
@@ -170,9 +184,9 @@ func entriesOf(list string, objects []*object, report *report) entries {
 		for name, v := range o.fields() {
 			e.fields[name] = v.(*setting)
 		}
-		if e.key = e.text(listKeys[list]); e.key == "" {
-			if !e.unknown && !e.bad[listKeys[list]] {
-				report.add(o.origin, list, "", fmt.Sprintf("an entry needs the key %q", listKeys[list]))
+		if e.key = e.text(lists[list].key); e.key == "" {
+			if !e.unknown && !e.bad[lists[list].key] {
+				report.add(o.origin, list, "", fmt.Sprintf("an entry needs the key %q", lists[list].key))
 			}
 			report.lose(list)
 			continue
@@ -202,12 +216,14 @@ func (all entries) add(list string, e *entry, report *report) {
 	}
 }
 
-// means reports whether both mean the same, as far as they are right. Names do not count.
+// means reports whether both, which have one key, mean the same as far as they are right. Names are informational.
 func (e *entry) means(other *entry) bool {
-	for _, field := range []string{"mode", "upstream", "http", "tcp", "grpc", "remove", "allow", "serverNames", "alpn"} {
-		same := e.text(field) == other.text(field) && slices.Equal(e.list(field), other.list(field))
-		if !same && !e.bad[field] && !other.bad[field] {
-			return false
+	for _, having := range []*entry{e, other} {
+		for field := range having.fields {
+			same := e.text(field) == other.text(field) && slices.Equal(e.list(field), other.list(field))
+			if !same && field != "name" && !e.bad[field] && !other.bad[field] {
+				return false
+			}
 		}
 	}
 	return true

@@ -17,8 +17,9 @@ var serviceLink = regexp.MustCompile(`_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|
 // ignored, and what it says with it.
 func (p *parser) checkNames(variables map[string]processVariable) {
 	known := slices.Sorted(maps.Keys(variables))
-	known = slices.AppendSeq(known, maps.Keys(scalarVariables))
-	known = slices.AppendSeq(known, maps.Keys(listVariables))
+	for _, f := range fields {
+		known = append(known, f.variable)
+	}
 	known = append(known, inlineVariable)
 	slices.Sort(known)
 	entries := []string{ingressVariable, egressVariable, ingressVariableNew, egressVariableNew, adminVariable, adminVariableNew}

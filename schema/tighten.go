@@ -28,7 +28,11 @@ func (e *Environment) tighten(config Config, r *report) {
 	e.tightenProbes(config, r)
 	e.tightenOutbound(config, r)
 	base, environment := e.partial, report{problems: e.problems}
-	for path := range defaults {
+	for _, f := range fields {
+		path := f.path
+		if f.isList {
+			continue // see tightenOutbound
+		}
 		was, is := base.merged.scalar(path), config.merged.scalar(path)
 		stricter := valueOf[TLSVersion](is).Compare(valueOf[TLSVersion](was)) > 0 || path == outboundMode // see tightenOutbound
 		if is.text != was.text && !stricter && !environment.has(path) {

@@ -24,7 +24,7 @@ const maxFile = 4 << 20
 type reader struct {
 	source string
 	report *report
-	forms  map[reflect.Type][]formField // what fields has found out
+	forms  map[reflect.Type][]formField // see fields
 }
 
 // object is what a mapping holds: for each field of its form a *setting, an *object, a list of these, or nil.
@@ -229,17 +229,22 @@ func fieldOf(name string, form reflect.Type) formField {
 	return formField{name, form, kind}
 }
 
-// fields returns those of a struct.
-func (r *reader) fields(form reflect.Type) []formField {
-	if known, ok := r.forms[form]; ok {
-		return known
-	}
-	var all []formField
+// fieldsOf returns the fields of a form that is a struct.
+func fieldsOf(form reflect.Type) (all []formField) {
 	for f := range form.Fields() {
 		name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
 		all = append(all, fieldOf(name, f.Type))
 	}
-	r.forms[form] = all
+	return all
+}
+
+// fields is fieldsOf, which takes its time, once for each form.
+func (r *reader) fields(form reflect.Type) []formField {
+	all, ok := r.forms[form]
+	if !ok {
+		all = fieldsOf(form)
+		r.forms[form] = all
+	}
 	return all
 }
 
