@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"sync"
 	"time"
 
@@ -66,7 +65,7 @@ func (d *Daemon) readConfig() {
 		d.settle(&d.badConfig, "configuration accepted again")
 		return
 	}
-	if !d.configured {
+	if !d.configuring.configured {
 		if last, restoreErr := d.restore(); restoreErr == nil {
 			d.Log.Warn("going on with the last good override file, of a mantlet before this one")
 			d.offer(last)
@@ -75,7 +74,7 @@ func (d *Daemon) readConfig() {
 		}
 	}
 	what := "the override file was rejected; the last good state stays in force"
-	if !d.configured {
+	if !d.configuring.configured {
 		what = status.WaitingForConfiguration
 	}
 	if d.complain(&d.badConfig, "configuration rejected", what, err) {
@@ -97,24 +96,24 @@ func (d *Daemon) load() error {
 		return err
 	}
 	now := parsed{digest: sha256.Sum256(content.Text), link: content.Link}
-	if d.parsed != nil && d.parsed.digest == now.digest && d.parsed.link == now.link {
-		return d.parsed.err
+	if d.configuring.parsed != nil && d.configuring.parsed.digest == now.digest && d.configuring.parsed.link == now.link {
+		return d.configuring.parsed.err
 	}
 	var next *desired
 	if next, now.err = d.merge(content); now.err == nil {
 		d.offer(next)
 		d.locked(func() { d.unkept = content.Text })
-		notify(d.keeps)
+		notify(d.notes.keeps)
 	}
-	d.parsed = &now
+	d.configuring.parsed = &now
 	return now.err
 }
 
 // offer leaves a good configuration to the loop. One that it has not taken yet is replaced.
 func (d *Daemon) offer(next *desired) {
-	d.configured = true
+	d.configuring.configured = true
 	d.locked(func() { d.offered = next })
-	notify(d.news)
+	notify(d.notes.news)
 }
 
 // take makes the configuration that was offered last, if there is one, the wanted one.
@@ -154,7 +153,7 @@ func (d *Daemon) render(config schema.Config, err error) (*desired, error) {
 // accept makes a good configuration the wanted one, unless it means the same.
 func (d *Daemon) accept(next *desired) {
 	if d.want != nil {
-		if d.want.state.Digest == next.state.Digest && d.want.state.Ruleset.Text() == next.state.Ruleset.Text() && slices.Equal(d.want.mesh.Probes, next.mesh.Probes) {
+		if d.want.same(next) {
 			d.locked(func() {
 				if d.have != nil && d.have.number == d.want.number {
 					d.have.sourceDigest = next.sourceDigest
@@ -167,7 +166,7 @@ func (d *Daemon) accept(next *desired) {
 			d.Log.Info("configuration changed", "step", step.What, "needs", step.Need)
 		}
 	}
-	d.pause, d.notBefore = backoff{}, time.Time{} // what failed was another state
+	d.loop.pause, d.loop.notBefore = backoff{}, time.Time{} // what failed was another state
 	d.locked(func() {
 		d.accepted++
 		next.number = d.accepted
@@ -203,7 +202,7 @@ func (d *Daemon) keepAll(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-d.keeps:
+		case <-d.notes.keeps:
 		case <-retry:
 		}
 		d.keep()
@@ -218,10 +217,10 @@ func (d *Daemon) keep() {
 		return
 	}
 	err := d.write(content)
-	if err != nil && !same(err, d.notKept) {
+	if err != nil && !same(err, d.configuring.notKept) {
 		d.Log.Warn("the override file could not be kept for a restart of mantlet; it is tried again", "error", err)
 	}
-	d.notKept = err
+	d.configuring.notKept = err
 	d.locked(func() {
 		if err == nil && bytes.Equal(content, d.unkept) { // else there is a newer one already
 			d.unkept = nil

@@ -181,12 +181,10 @@ func (d *Daemon) candidates(c *change) (map[sockdiag.Socket]render.Mark, error) 
 // moveAll moves connections. Where the error is not nil, all that were moved are ended.
 func (d *Daemon) moveAll(c *change, to map[sockdiag.Socket]render.Mark) (spared int, err error) {
 	both := *d.have
-	both.generations.Moving = true
-	rules := render.Rules(both.enforced(), both.generations).Closed(both.closedPorts())
-	if err := d.Kernel.Replace(rules); err != nil {
+	both.moving = true
+	if err := d.Kernel.Replace(both.rules()); err != nil {
 		return 0, err
 	}
-	both.generations.Moving, both.state.Ruleset = false, rules
 	d.locked(func() { d.have = &both })
 	back := map[sockdiag.Socket]render.Mark{}
 	moved, err := d.Kernel.Move(to)
@@ -204,7 +202,7 @@ func (d *Daemon) moveAll(c *change, to map[sockdiag.Socket]render.Mark) (spared 
 		}
 	}
 	if _, failed := d.Kernel.Move(back); failed != nil {
-		d.spent = true
+		d.loop.spent = true
 		return len(to), failed
 	}
 	return len(moved) - len(back), err

@@ -2,25 +2,18 @@ package reconcile
 
 import (
 	"context"
-	"fmt"
-	"maps"
-	"slices"
 	"sync"
 	"time"
 
-	"mantlet/internal/status"
-
 	"golang.org/x/time/rate"
+
+	"mantlet/internal/status"
 )
 
 const (
 	// resync is how often the rules are looked at although no event came. Where nothing changed it costs one question to the
 	// kernel.
 	resync = time.Second
-	// keptRepairs is how many of the last repairs are kept.
-	keptRepairs = 20
-	// maxFound is how many lines of what differed, or of what undermines the rules, are kept: a map can have 65,536 elements.
-	maxFound = 20
 	// changesAtOnce and changesEvery bound what the log tells of other processes' rules: some may change them all the time.
 	changesAtOnce = 30
 	changesEvery  = 10 * time.Second
@@ -46,13 +39,6 @@ func (v *valve) admit() (leftOut int, ok bool) {
 	return leftOut, true
 }
 
-// Repairs returns the last repairs, the newest last, and how many there were in all.
-func (d *Daemon) Repairs() (last []status.Repair, count int) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return slices.Clone(d.repairs), d.repaired
-}
-
 // guard keeps the rules as they were put last until ctx ends. Nothing holds it up: a start of Envoy may take long, and
 // deny-all is to be kept too.
 func (d *Daemon) guard(ctx context.Context) {
@@ -61,7 +47,7 @@ func (d *Daemon) guard(ctx context.Context) {
 		for range changes { // it is closed once Watch has ended
 		}
 	}()
-	d.repairLog = newValve()
+	d.guarding.log = newValve()
 	var surveying sync.WaitGroup // beside: other software may have many rules
 	surveying.Go(func() { d.surveyAll(ctx) })
 	defer surveying.Wait()
@@ -84,72 +70,19 @@ func (d *Daemon) guard(ctx context.Context) {
 	}
 }
 
-// tables is what was said of other tables.
-type tables struct {
-	log    *valve
-	warned map[string]bool // what undermines the rules now
-}
-
-// surveyAll looks at other tables from time to time, until ctx ends. It takes a tenth of a processor at most.
-func (d *Daemon) surveyAll(ctx context.Context) {
-	t := tables{log: newValve(), warned: map[string]bool{}}
-	for pause := resync; ; {
-		if sleep(ctx, pause); ctx.Err() != nil {
-			return
-		}
-		began := time.Now()
-		d.survey(&t)
-		d.watchdog.idle(surveyor)
-		pause = max(resync, 10*time.Since(began))
-	}
-}
-
-// survey warns of what undermines the rules from other tables when it comes, and says when nothing does any more. They are their
-// owners' business.
-func (d *Daemon) survey(t *tables) {
-	d.watchdog.begin(surveyor, "looking at other tables", surveyLimit)
-	found, err := d.Kernel.Undermining()
-	if err != nil {
-		return // mend can't look at the rules either, and says so
-	}
-	if d.Environment.Process.IngressOff != "" {
-		found = nil // there is nothing that they could undermine
-	}
-	if more := len(found) - maxFound; more > 0 {
-		found = append(slices.Clone(found[:maxFound]), fmt.Sprintf("%d more rules of other tables undermine mantlet's", more))
-	}
-	had := len(t.warned) > 0
-	maps.DeleteFunc(t.warned, func(line string, _ bool) bool { return !slices.Contains(found, line) })
-	for _, line := range found {
-		if t.warned[line] {
-			continue
-		}
-		t.warned[line] = true
-		if leftOut, ok := t.log.admit(); ok {
-			d.Log.Warn("rules of another table undermine mantlet's; they are left alone", "found", line, "left_out_before", leftOut)
-		}
-	}
-	if had && len(found) == 0 {
-		if leftOut, ok := t.log.admit(); ok {
-			d.Log.Info("no rules of other tables undermine mantlet's any more", "left_out_before", leftOut)
-		}
-	}
-	d.locked(func() { d.foreign = found })
-}
-
 // heed says, once each, that peers do not accept the certificates any more, and that they do again: no input changes when a
 // certificate expires.
 func (d *Daemon) heed(now time.Time) {
 	err := d.Secrets.Valid(now)
 	switch {
-	case err != nil && d.invalid == nil:
+	case err != nil && d.guarding.invalid == nil:
 		err = about(status.CertificatesNotValid, err)
 		d.Log.Error("mantlet is not ready", "reason", err)
 		d.failed(status.CheckCertificates, err)
-	case err == nil && d.invalid != nil:
+	case err == nil && d.guarding.invalid != nil:
 		d.Log.Info("peers accept the certificates again")
 	}
-	d.invalid = err
+	d.guarding.invalid = err
 }
 
 // lookAtListeners says, once each, that another process joined Envoy's listeners, and that it left them.
@@ -157,7 +90,7 @@ func (d *Daemon) lookAtListeners() {
 	d.watchdog.begin(guard, "looking at Envoy's listeners", kernelLimit)
 	joined, known := d.tryListeners()
 	switch {
-	case !known || joined == nil && d.joined == nil || same(joined, d.joined):
+	case !known || joined == nil && d.guarding.joined == nil || same(joined, d.guarding.joined):
 		return
 	case joined != nil:
 		err := about(status.EnvoyListenerJoined, joined)
@@ -166,7 +99,7 @@ func (d *Daemon) lookAtListeners() {
 	default:
 		d.Log.Info("no other process listens where Envoy does any more")
 	}
-	d.joined = joined
+	d.guarding.joined = joined
 }
 
 // tryListeners returns which listeners another process has joined. While an Envoy starts that is not known: it may have more threads.
@@ -182,43 +115,4 @@ func (d *Daemon) tryListeners() (joined error, known bool) {
 	joined = d.Proxy.Joined()
 	after, starting := starts()
 	return joined, !starting && before == after
-}
-
-// mend puts the rules back where somebody changed them.
-func (d *Daemon) mend(who string) {
-	d.watchdog.begin(guard, "looking at the rules", kernelLimit)
-	found, err := d.Kernel.Mend()
-	if len(found) == 0 {
-		if err != nil && !same(err, d.unmended) {
-			d.Log.Error("the rules can't be looked at", "error", err)
-		}
-		d.unmended = err
-		return
-	}
-	r := status.Repair{Time: time.Now(), By: who, Found: found}
-	if len(found) > maxFound {
-		r.Found = found[:maxFound]
-	}
-	switch {
-	case err != nil && same(err, d.unmended):
-		return // it is said already
-	case err != nil:
-		r.Error = err.Error()
-	}
-	if leftOut, ok := d.repairLog.admit(); ok {
-		about := []any{"by", who, "found", r.Found, "differences", len(found), "left_out_before", leftOut}
-		if err == nil {
-			d.Log.Warn("rules were changed from outside and are put back", about...)
-		} else {
-			d.Log.Error("rules were changed from outside and could not be put back", append(about, "error", err)...)
-		}
-	}
-	d.unmended = err
-	d.locked(func() {
-		d.repairs = append(d.repairs, r)
-		d.repairs = d.repairs[max(0, len(d.repairs)-keptRepairs):]
-		if err == nil {
-			d.repaired++
-		}
-	})
 }

@@ -7,17 +7,7 @@ import (
 	"slices"
 	"strings"
 	"time"
-
-	"mantlet/internal/status"
 )
-
-// Legacy is iptables-legacy in the pod's network namespace. Its rules apply beside mantlet's, and nft does not show them.
-type Legacy interface {
-	// Read returns what is to be said of its rules for IPv4. It changes nothing.
-	Read() (status.LegacyRules, error)
-	// Lift removes one of Denies, and touches nothing else.
-	Lift(ctx context.Context, rule string) error
-}
 
 // liftLimit is more than a removal takes where iptables-legacy waits for its lock.
 const liftLimit = 10 * time.Second
@@ -33,7 +23,7 @@ func (d *Daemon) followLegacy(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-d.enforced:
+		case <-d.notes.enforced:
 		case <-time.After(resync):
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"mantlet/internal/status"
+	"mantlet/render"
 	"mantlet/schema"
 )
 
@@ -26,22 +27,22 @@ const (
 // hold returns how long a state has to wait: for the back-off, because a hot restart would cut the connections of the epoch
 // before the one that serves, or because changes that tighten come too often.
 func (d *Daemon) hold(now time.Time, want *desired) time.Duration {
-	wait := d.raises.pause(now)
+	wait := d.loop.raises.pause(now)
 	if d.have == nil || want.sameRules(d.have) {
 		wait = 0
 	}
 	if d.isServing(want) {
 		return wait
 	}
-	wait = max(wait, d.notBefore.Sub(now))
-	if d.process == nil || d.have == nil || !now.Before(d.drained) {
+	wait = max(wait, d.loop.notBefore.Sub(now))
+	if d.serving.process == nil || d.have == nil || !now.Before(d.serving.drained) {
 		return wait
 	}
 	if !tightens(d.have.mesh, want.mesh) {
-		return max(wait, d.drained.Sub(now))
+		return max(wait, d.serving.drained.Sub(now))
 	}
-	if len(d.cuts) == cutsAtOnce {
-		wait = max(wait, min(d.drained.Sub(now), d.cuts[0].Add(cutsWithin).Sub(now)))
+	if len(d.loop.cuts) == cutsAtOnce {
+		wait = max(wait, min(d.serving.drained.Sub(now), d.loop.cuts[0].Add(cutsWithin).Sub(now)))
 	}
 	return wait
 }
@@ -72,6 +73,13 @@ func (s *desired) enforced() schema.Mesh {
 		return s.closed.mesh
 	}
 	return s.mesh
+}
+
+// rules returns the rules that are in force with the state.
+func (s *desired) rules() render.Ruleset {
+	generations := s.generations
+	generations.Moving = s.moving
+	return render.Rules(s.enforced(), generations).Closed(s.closedPorts())
 }
 
 func (s *desired) closedPorts() []schema.Ports {

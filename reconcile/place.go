@@ -15,7 +15,7 @@ func (d *Daemon) look() render.Place {
 	if without != d.Place.NoIPv6 {
 		d.Place.NoIPv6 = without
 		d.Log.Info("IPv6 was switched on or off: Envoy listens on its loopback address, or not", "ipv6", !without)
-		notify(d.news)
+		notify(d.notes.news)
 	}
 	return d.Place
 }
@@ -33,7 +33,6 @@ func (d *Daemon) move() error {
 		if err != nil {
 			return err
 		}
-		rendered.Ruleset = before.state.Ruleset
 		after := *before
 		after.place, after.state = place, rendered
 		d.locked(func() { *state = &after })

@@ -187,7 +187,7 @@ func (w *world) Held(context.Context) error { return nil }
 
 func (w *world) Warnings() []string { return nil }
 
-func (w *world) Expires() time.Time {
+func (w *world) expires() time.Time {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.expiry
@@ -196,7 +196,7 @@ func (w *world) Expires() time.Time {
 func (w *world) Connections(ctx context.Context) (int, error) { return w.open(ctx) }
 
 func (w *world) Valid(now time.Time) error {
-	if expiry := w.Expires(); !expiry.IsZero() && now.After(expiry) {
+	if expiry := w.expires(); !expiry.IsZero() && now.After(expiry) {
 		return fmt.Errorf("certificate 1 expired at %s", expiry)
 	}
 	return nil
@@ -205,7 +205,7 @@ func (w *world) Valid(now time.Time) error {
 func (w *world) Certificates(context.Context) []status.Certificate { return w.Good() }
 
 func (w *world) Good() []status.Certificate {
-	expiry := w.Expires()
+	expiry := w.expires()
 	if expiry.IsZero() {
 		return nil
 	}
@@ -558,8 +558,7 @@ func TestForesightOfPaths(t *testing.T) {
 		"an intermediate of no path, later": {[]status.Certificate{leaf, certificate(status.RoleIntermediate, "CN=cross", time.Hour, false)}, "CN=cross) expires at "},
 	} {
 		w := newWorld(t)
-		w.given = c.given
-		w.foresee(now)
+		w.foresee(c.given, now)
 		if said := fmt.Sprint(w.expiring); c.says == "" && w.expiring != nil || !strings.Contains(said, c.says) {
 			t.Errorf("%s: %s; want %q", name, said, c.says)
 		}
@@ -771,7 +770,7 @@ func TestFlips(t *testing.T) {
 					t.Fatal(err)
 				}
 				w := newWorld(t)
-				w.Environment, w.Place, w.supplied, w.expires = env, render.Place{RuntimeDirectory: directory}, true, w.expiry
+				w.Environment, w.Place, w.supplied, w.certified = env, render.Place{RuntimeDirectory: directory}, true, true
 				envoys, pause := 0, time.Duration(0)
 				step := func(text string) {
 					if err := os.WriteFile(file, []byte(calm+", "+text+"]"), 0o600); err != nil {
@@ -790,7 +789,7 @@ func TestFlips(t *testing.T) {
 							t.Fatalf("what is forbidden at %v is let in", forbidden)
 						}
 					}
-					if w.have.closed != nil && !strings.Contains(w.have.state.Ruleset.Text(), " : drop") {
+					if w.have.closed != nil && !strings.Contains(w.have.rules().Text(), " : drop") {
 						t.Fatal("no port is closed")
 					}
 				}
@@ -805,7 +804,7 @@ func TestFlips(t *testing.T) {
 					time.Sleep(pause)
 					step(c.flips[1])
 				}
-				if w.have.closed != nil || w.have.number != w.want.number || w.serves != w.want.state.Digest {
+				if w.have.closed != nil || w.have.number != w.want.number || w.serving.digest != w.want.state.Digest {
 					t.Errorf("what is wanted is not served in the end: %+v", w.have.closed)
 				}
 			})
@@ -1002,7 +1001,7 @@ func TestOfferedMeanwhile(t *testing.T) {
 			t.Fatal(err)
 		}
 		w.locked(func() { w.offered = next })
-		notify(w.news)
+		notify(w.notes.news)
 		expect(t, w)
 		close(until)
 		expect(t, w, "rules")
@@ -1136,8 +1135,8 @@ func TestLastGood(t *testing.T) {
 		t.Fatalf("a good file is not taken: %v", first.badConfig)
 	}
 	before := first.want.sourceDigest
-	parsed := first.parsed
-	if read(first); first.parsed != parsed {
+	parsed := first.configuring.parsed
+	if read(first); first.configuring.parsed != parsed {
 		t.Error("the same bytes are parsed again")
 	}
 	write("ingress: [{port: 8080, mode: tls}] # the same")
@@ -1201,7 +1200,7 @@ func TestNext(t *testing.T) {
 		t.Fatal(err)
 	}
 	w := newWorld(t)
-	w.Environment, w.Place, w.supplied, w.expires = env, render.Place{RuntimeDirectory: directory}, true, w.expiry
+	w.Environment, w.Place, w.supplied, w.certified = env, render.Place{RuntimeDirectory: directory}, true, true
 	for _, step := range []struct {
 		text string
 		does []string
@@ -1218,9 +1217,9 @@ func TestNext(t *testing.T) {
 		}
 		w.readConfig()
 		for w.converge(t.Context()) > 0 {
-			w.drained = time.Time{}
+			w.serving.drained = time.Time{}
 		}
-		if w.have.state.Digest != w.want.state.Digest || w.have.number != w.want.number || w.serves != w.want.state.Digest {
+		if w.have.state.Digest != w.want.state.Digest || w.have.number != w.want.number || w.serving.digest != w.want.state.Digest {
 			t.Errorf("%s: what is in force is not what is wanted", step.text)
 		}
 		if did := w.done(); !slices.Equal(did, step.does) {

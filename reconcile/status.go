@@ -38,7 +38,7 @@ const checkLimit = 2 * time.Second
 // that is not good does not count while a good one is in force.
 func (d *Daemon) Unready(ctx context.Context) []status.Reason {
 	d.mu.Lock()
-	process, have, handover := d.process, d.have, d.handover
+	process, have, handover := d.serving.process, d.have, d.handover
 	var reasons []status.Reason
 	because := func(check string, err error) {
 		if err != nil {
@@ -51,7 +51,7 @@ func (d *Daemon) Unready(ctx context.Context) []status.Reason {
 	if d.want == nil {
 		because(status.CheckConfig, d.badConfig)
 	}
-	if d.expires.IsZero() {
+	if !d.certified {
 		because(status.CheckCertificates, d.badCertificates)
 	}
 	if process == nil || have == nil {
@@ -84,7 +84,7 @@ func (d *Daemon) Unready(ctx context.Context) []status.Reason {
 	}
 	checks.Wait()
 	d.locked(func() {
-		if d.handover || d.process != nil && d.process != process {
+		if d.handover || d.serving.process != nil && d.serving.process != process {
 			envoy = nil
 		}
 	})

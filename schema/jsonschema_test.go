@@ -259,7 +259,8 @@ func TestSchemaAgreesOnTexts(t *testing.T) {
 		"upstream": {egress("upstream"), append(names, "192.0.2.1", "255.1.", "256.", "[::1]", "[2001:db8::7]", "[::ffff:1.2.3.4]", "[::g]"), ports, `one host|own listen address|"\[`},
 		"outbound": {
 			func(value any) any { return map[string]any{"outbound": map[string]any{"allow": []any{value}}} },
-			[]string{"dns", "10.0.0.0", "/8", "/32", "/33", "10.0.0.1", "[fd00::]", "[fd00::1]", "/128", "/129", "/08", "x", "/", "127.0.0.1", " "}, append(ports, ":443", ":15007"),
+			[]string{"dns", "10.0.0.0", "/8", "/32", "/33", "10.0.0.1", "[fd00::]", "[fd00::1]", "/128", "/129", "/08", "x", "/", "127.0.0.1", " "},
+			append(ports, ":443", ":15007"),
 			`bits beyond|is loopback|must be dns, or an address|"\[`,
 		},
 		"probe": {probe("name"), []string{"a", "b7", "-", "0", "A", ".", "_", " ", "é", "", strings.Repeat("c", 61)}, nil, ""},

@@ -14,9 +14,9 @@ import (
 	"testing"
 	"time"
 
-	"mantlet/internal/status"
-
 	"golang.org/x/sys/unix"
+
+	"mantlet/internal/status"
 )
 
 // reader is a writer that takes one line each time it is let.

@@ -17,10 +17,10 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"mantlet/internal/bind"
 	"mantlet/internal/status"
-
-	"golang.org/x/time/rate"
 )
 
 // Reason is why a connection came to nothing: a name for metrics, that stays.

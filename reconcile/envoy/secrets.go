@@ -369,14 +369,6 @@ func (s *Secrets) Offered() bool {
 	return s.good != nil || s.untried != nil || s.doubted != nil
 }
 
-// Expires implements reconcile.Secrets.
-func (s *Secrets) Expires() time.Time {
-	if good := s.isGood(); good != nil {
-		return good.expires()
-	}
-	return time.Time{}
-}
-
 // Valid implements reconcile.Secrets.
 func (s *Secrets) Valid(now time.Time) error {
 	s.mu.Lock()

@@ -168,11 +168,11 @@ func TestTrial(t *testing.T) {
 	if _, err := s.Update(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if !s.Expires().IsZero() || !s.Offered() {
+	if !expires(s).IsZero() || !s.Offered() {
 		t.Error("what no Envoy has tried passes for good, or is not offered")
 	}
 	p := started(t, r)
-	if _, err := s.Update(t.Context()); err != nil || s.Expires().IsZero() {
+	if _, err := s.Update(t.Context()); err != nil || expires(s).IsZero() {
 		t.Fatalf("the first generation: %v", err)
 	}
 
@@ -423,8 +423,8 @@ func TestEndsAtStart(t *testing.T) {
 					t.Errorf("%v", err)
 				}
 				has := must[held](t)(must[secretTexts](t)(p.admin.secretTexts(t.Context())).parse())
-				if isKept != has.chain[0].Equal(good.Certificate) || isKept == s.Expires().IsZero() {
-					t.Errorf("Envoy has %s, and what is good expires %s", nameOf(has.chain[0]), s.Expires())
+				if isKept != has.chain[0].Equal(good.Certificate) || isKept == expires(s).IsZero() {
+					t.Errorf("Envoy has %s, and what is good expires %s", nameOf(has.chain[0]), expires(s))
 				}
 				p.Stop()
 			}
@@ -434,8 +434,8 @@ func TestEndsAtStart(t *testing.T) {
 			}
 			p := must[*Process](t)(r.Start(t.Context(), wanted, settings))
 			t.Cleanup(p.Stop)
-			if _, err := s.Update(t.Context()); err != nil || !s.Expires().Equal(good.NotAfter) {
-				t.Errorf("good ones: %v, they expire %s", err, s.Expires())
+			if _, err := s.Update(t.Context()); err != nil || !expires(s).Equal(good.NotAfter) {
+				t.Errorf("good ones: %v, they expire %s", err, expires(s))
 			}
 		})
 	}

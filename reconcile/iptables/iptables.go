@@ -12,10 +12,10 @@ import (
 	"time"
 	"unsafe"
 
-	"mantlet/internal/status"
-
 	"github.com/google/nftables/xt"
 	"golang.org/x/sys/unix"
+
+	"mantlet/internal/status"
 )
 
 // Tables are those of IPv4 in the calling thread's network namespace.

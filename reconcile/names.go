@@ -9,17 +9,6 @@ import (
 	"mantlet/schema"
 )
 
-// Names resolves the names of upstreams, and tells Envoy their addresses.
-type Names interface {
-	// Follow makes these the upstreams whose names are looked up again and again; those that are addresses are passed over. It
-	// waits for no lookup: until the first one is done, there are no addresses.
-	Follow(upstreams []schema.Upstream)
-	// Refresh looks all names up now.
-	Refresh()
-	// Resolved returns what is known of a name; the zero value where nothing is yet.
-	Resolved(host string) status.Resolved
-}
-
 // follow follows the names that the wanted state and the one in force have.
 func (d *Daemon) follow() {
 	if d.Names == nil {

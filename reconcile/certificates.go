@@ -1,0 +1,139 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"reflect"
+	"sync"
+	"syscall"
+	"time"
+
+	"mantlet/internal/status"
+)
+
+// ticketLife bounds how long a client can resume a TLS session after its certificate expired: publishing anew ends all
+// tickets. An hour costs each client one full handshake an hour.
+const ticketLife = time.Hour
+
+// certify reads and publishes certificates, again whenever they may have changed or there is a note on reread, until ctx ends.
+func (d *Daemon) certify(ctx context.Context, reread <-chan struct{}) {
+	changed := make(chan struct{}, 1)
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	for _, directory := range d.Environment.Process.TLS.Directories() {
+		watching.Go(func() { watch(ctx, directory, changed, d.Log) })
+	}
+	tickets := time.NewTicker(ticketLife)
+	defer tickets.Stop()
+	defer d.watchdog.idle(certificates)
+	for {
+		d.watchdog.begin(certificates, "publishing certificates", certificateLimit)
+		d.readCertificates(ctx)
+		d.watchdog.idle(certificates)
+		var retry <-chan time.Time
+		if d.badCertificates != nil || d.certifying.unread {
+			retry = time.After(retryInputs)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
+		case <-reread:
+		case <-retry:
+		case <-d.notes.started:
+		case <-tickets.C:
+			d.watchdog.begin(certificates, "renewing session tickets", certificateLimit)
+			if err := d.Secrets.Renew(ctx); err != nil {
+				d.Log.Error("session tickets live on", "error", err)
+			}
+		}
+	}
+}
+
+// readCertificates passes on a new generation of certificates. A bad one is reported, and the last good one stays.
+func (d *Daemon) readCertificates(ctx context.Context) {
+	began := time.Now()
+	before := d.starting()
+	had := d.Secrets.Good()
+	revoked, err := d.Secrets.Update(ctx)
+	d.certifying.unread = errors.Is(err, status.ErrUntried) && (before.now || d.starting() != before)
+	has := d.Secrets.Good()
+	if !reflect.DeepEqual(has, had) {
+		d.applied(status.ApplyCertificates, time.Since(began), nil)
+	}
+	if err != nil && !d.certifying.unread {
+		what := "the certificates were rejected; the last good ones stay in use"
+		if len(has) == 0 {
+			what = status.WaitingForCertificates
+		}
+		event := "certificates rejected"
+		if unwritable(err) {
+			event, what = "certificates not published", status.RuntimeDirectoryNotWritable
+		}
+		if d.complain(&d.badCertificates, event, what, err) {
+			d.failed(status.CheckCertificates, err)
+			d.applied(status.ApplyCertificates, time.Since(began), err)
+		}
+	}
+	var isNew bool
+	d.locked(func() {
+		supplied, certified := d.Secrets.Offered(), len(has) > 0
+		isNew = revoked || supplied != d.supplied || certified != d.certified
+		d.supplied, d.certified, d.revoked = supplied, certified, d.revoked || revoked
+	})
+	if isNew {
+		notify(d.notes.news)
+	}
+	if err == nil {
+		d.settle(&d.badCertificates, "certificates accepted again")
+	}
+	d.foresee(has, time.Now())
+}
+
+// starting is whether an Envoy starts, and how many starts there were.
+type starting struct {
+	now   bool
+	count int
+}
+
+func (d *Daemon) starting() (s starting) {
+	d.locked(func() { s = starting{d.handover, d.starts} })
+	return s
+}
+
+// unwritable reports whether an error is that a file system takes no more. Reading gives none of these.
+func unwritable(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EROFS)
+}
+
+// foresee warns while there is time left to mend it: what expires should have been replaced by the last fifth of its life. What is
+// on the path of this workload comes before what only peers may need.
+func (d *Daemon) foresee(has []status.Certificate, now time.Time) {
+	var needed, other error
+	for _, c := range has {
+		verb := "expires"
+		if now.After(c.NotAfter) {
+			verb = "expired"
+		}
+		text := fmt.Sprintf("%s (%s) %s at %s", c.Role, c.Subject, verb, c.NotAfter.Format(time.RFC3339))
+		switch {
+		case now.Before(c.NotAfter.Add(-c.NotAfter.Sub(c.NotBefore) / 5)):
+		case c.Needed && needed == nil:
+			needed = fmt.Errorf("%s, and there is no new one", text)
+		case !c.Needed && c.Role != status.RoleMeshCA && other == nil: // a bundle may hold a CA of before
+			other = fmt.Errorf("%s; the certificate is valid without it: if no peer needs it, take it out", text)
+		}
+	}
+	err := needed
+	if err == nil {
+		err = other
+	}
+	if err == nil {
+		d.locked(func() { d.expiring = nil })
+		return
+	}
+	if d.complain(&d.expiring, "certificates expire soon", "the certificates should be replaced", err) {
+		d.failed(status.CheckCertificates, d.expiring)
+	}
+}

@@ -1,0 +1,138 @@
+package reconcile
+
+import (
+	"fmt"
+
+	"mantlet/internal/status"
+	"mantlet/render"
+	"mantlet/schema"
+)
+
+// Live is what is there, as the kernel and Envoy say.
+type Live struct {
+	Rules        render.Ruleset
+	Fit          func(render.Ruleset) render.Ruleset // the rules as this mantlet and kernel have them; nil for as they are
+	Envoy        status.Envoy
+	Certificates []string // what Envoy has otherwise than the TLS directory, a line each
+}
+
+// Difference is what there is otherwise than wanted.
+type Difference struct {
+	Steps   []Step   `json:"steps"`             // that lead to what is wanted, in the words of the configuration; none if it is what is wanted
+	Details []string `json:"details,omitempty"` // the rules in the kernel, and the fields of Envoy's bootstrap, that differ
+}
+
+// Diff returns what leads from what is there to a mesh in a place. Rules are compared in the generations that are in force.
+func Diff(mesh schema.Mesh, place render.Place, have Live) (Difference, error) {
+	state, err := render.Render(mesh, place)
+	if err != nil {
+		return Difference{}, err
+	}
+	var d Difference
+	add := func(need Need, format string, args ...any) {
+		d.Steps = append(d.Steps, Step{fmt.Sprintf(format, args...), need})
+	}
+	live, told := inForce(mesh, place, have)
+	d.Steps = Compare(live, mesh)
+	_, generations, known := render.ReadBack(have.Rules)
+	d.Details = have.diffRules(mesh, generations)
+	switch rest := have.diffRules(live, generations); {
+	case render.Denies(have.Rules):
+		add(NoRestart, "nothing is let in -> what the configuration says")
+	case !known && len(rest) == 1: // it is not there
+		add(NoRestart, "%s", rest[0])
+	case len(rest) > 0:
+		add(NoRestart, "rules: the kernel has others than the configuration makes; -v lists them")
+	}
+	for _, line := range have.Certificates {
+		add(SDS, "%s", line)
+	}
+	steps, details := diffEnvoy(state, mesh.Envoy, have.Envoy, told)
+	d.Steps, d.Details = append(d.Steps, steps...), append(d.Details, details...)
+	return d, nil
+}
+
+// diffRules returns what the rules have otherwise than those of a mesh, a line each.
+func (l Live) diffRules(mesh schema.Mesh, generations render.Generations) []string {
+	want := render.Rules(mesh, generations)
+	if l.Fit != nil {
+		want = l.Fit(want)
+	}
+	return render.Diff(want, l.Rules)
+}
+
+// inForce returns the mesh that kernel and Envoy have, as far as they tell; all else is taken from a wanted one. It reports whether
+// Envoy tells.
+func inForce(mesh schema.Mesh, place render.Place, have Live) (live schema.Mesh, told bool) {
+	live = mesh
+	if before, ok := render.MeshOf(have.Envoy.Bootstrap, have.Envoy.Digest, place); ok {
+		before.Probes, before.OtherProtocols, before.StatusPort = mesh.Probes, mesh.OtherProtocols, mesh.StatusPort
+		live, told = before, true
+	}
+	modes, generations, ok := render.ReadBack(have.Rules)
+	if !ok || render.Denies(have.Rules) {
+		live.Ingress = mesh.Ingress
+		return live, told
+	}
+	live.Ingress = withModes(modes, live.Ingress)
+	differ := func(other schema.OtherProtocols) int {
+		mesh := live
+		mesh.OtherProtocols = other
+		return len(have.diffRules(mesh, generations))
+	}
+	if differ(schema.OtherProtocolsAccept) < differ(schema.OtherProtocolsDrop) {
+		live.OtherProtocols = schema.OtherProtocolsAccept
+	} else {
+		live.OtherProtocols = schema.OtherProtocolsDrop
+	}
+	return live, told
+}
+
+// withModes returns entries, which are sorted, with the lists of clients that others have.
+func withModes(modes, lists []schema.Ingress) (all []schema.Ingress) {
+	rest := modes
+	for _, ports := range schema.Parts(modes, lists) {
+		for len(rest) > 0 && rest[0].Ports.Last < ports.First {
+			rest = rest[1:]
+		}
+		if len(rest) == 0 || !rest[0].Ports.Contains(ports.First) {
+			continue
+		}
+		in := schema.Ingress{Ports: ports, Mode: rest[0].Mode}
+		if in.Mode == schema.ModeMTLS {
+			in.Allow = schema.PolicyOf(lists, ports.First).Allow
+		}
+		all = append(all, in)
+	}
+	return all
+}
+
+// diffEnvoy compares a running Envoy with a state. Where the Envoy told which mesh it was started for, steps to another one are known
+// already.
+func diffEnvoy(state render.State, settings schema.Envoy, have status.Envoy, told bool) (steps []Step, details []string) {
+	add := func(format string, args ...any) {
+		steps = append(steps, Step{fmt.Sprintf(format, args...), HotRestart})
+	}
+	switch {
+	case have.State == "":
+		return []Step{{"Envoy: none runs", Start}}, nil
+	case have.State != "LIVE":
+		add("Envoy: epoch %d is %s, not LIVE", have.Epoch, have.State)
+	}
+	if have.Digest == state.Digest {
+		for _, l := range state.Bootstrap.StaticResources.Listeners {
+			if !have.Listeners[l.Name] {
+				add("Envoy: epoch %d has no listener %s", have.Epoch, l.Name)
+			}
+		}
+		return steps, nil
+	}
+	for _, line := range render.DiffBootstraps(state.Bootstrap, have.Bootstrap) {
+		details = append(details, "Envoy: "+line)
+	}
+	if !told {
+		compareSettings(have.Settings, settings, add)
+		add("Envoy: epoch %d runs the state %.12s, not %.12s; -v lists what differs", have.Epoch, have.Digest, state.Digest)
+	}
+	return steps, details
+}

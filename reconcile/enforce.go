@@ -1,0 +1,75 @@
+package reconcile
+
+import (
+	"time"
+
+	"mantlet/internal/status"
+	"mantlet/render"
+)
+
+// enforce puts a state's rules in force, in generations that end what it does not let in any more.
+func (d *Daemon) enforce(want *desired) (err error) {
+	var revoked bool
+	d.locked(func() { revoked, d.revoked = d.revoked, false })
+	defer func() {
+		d.locked(func() { d.revoked = d.revoked || revoked && err != nil })
+	}()
+	next, mesh := *want, want.enforced()
+	if d.have != nil {
+		next.generations = advance(d.have.generations, d.have.enforced(), mesh, revoked)
+	} else if before, generations, ok := loosest(d.Found, mesh); ok {
+		next.generations = advance(generations, before, mesh, revoked)
+	}
+	next.moving = false
+	change := d.tighten(&next, revoked)
+	if rules := next.rules(); d.have == nil || rules.Text() != d.have.rules().Text() {
+		spared := d.spare(change)
+		if err := d.replace(rules); err != nil {
+			d.loop.spent = d.loop.spent || spared > 0 // the next attempt may forbid what has a mark of the future already
+			return err
+		}
+		d.Log.Info("rules are in force", "ingress_entries", len(want.mesh.Ingress), "egress_entries", len(want.mesh.Egress))
+	}
+	d.end(change)
+	d.loop.spent = d.loop.spent || d.have != nil && d.loop.raises.add(time.Now(), d.have.generations, next.generations)
+	d.locked(func() { d.have = &next })
+	d.follow()
+	notify(d.notes.enforced)
+	return nil
+}
+
+// revoke ends the connections by a mesh CA that was taken away. It waits for no Envoy.
+func (d *Daemon) revoke() {
+	var revoked bool
+	d.locked(func() { revoked = d.revoked })
+	if !revoked || d.have == nil {
+		return
+	}
+	if err := d.enforce(d.have); err != nil {
+		d.Log.Error("connections by a mesh CA that was taken away live on", "error", err)
+	}
+}
+
+// renew ends all connections where the generations of a port are used up: the next one could bring back what it ended.
+func (d *Daemon) renew() {
+	if !d.loop.spent {
+		return
+	}
+	d.loop.spent = false
+	d.Log.Warn("the rules can't tell what is forbidden from what is not any more, as after too many changes of one port: Envoy is started anew")
+	d.watchdog.begin(loop, "stopping Envoy", stopLimit)
+	d.Proxy.Stop()
+	d.watchdog.begin(loop, "its turn", turnLimit)
+}
+
+func (d *Daemon) replace(rules render.Ruleset) error {
+	began := time.Now()
+	d.watchdog.begin(loop, "putting the rules in force", kernelLimit)
+	err := d.Kernel.Replace(rules)
+	d.watchdog.begin(loop, "its turn", turnLimit)
+	d.applied(status.ApplyRules, time.Since(began), err)
+	if err != nil {
+		return located{status.CheckRules, about(status.RulesNotInForce, err)}
+	}
+	return nil
+}

@@ -1,0 +1,52 @@
+package reconcile
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+)
+
+// surveyAll looks at other tables from time to time, until ctx ends. It takes a tenth of a processor at most.
+func (d *Daemon) surveyAll(ctx context.Context) {
+	log := newValve()
+	for pause := resync; ; {
+		if sleep(ctx, pause); ctx.Err() != nil {
+			return
+		}
+		began := time.Now()
+		d.survey(log)
+		d.watchdog.idle(surveyor)
+		pause = max(resync, 10*time.Since(began))
+	}
+}
+
+// survey warns of what undermines the rules from other tables when it comes, and says when nothing does any more. They are their
+// owners' business.
+func (d *Daemon) survey(log *valve) {
+	d.watchdog.begin(surveyor, "looking at other tables", surveyLimit)
+	found, err := d.Kernel.Undermining()
+	if err != nil {
+		return // mend can't look at the rules either, and says so
+	}
+	if d.Environment.Process.IngressOff != "" {
+		found = nil // there is nothing that they could undermine
+	}
+	if more := len(found) - maxFound; more > 0 {
+		found = append(slices.Clone(found[:maxFound]), fmt.Sprintf("%d more rules of other tables undermine mantlet's", more))
+	}
+	for _, line := range found {
+		if slices.Contains(d.foreign, line) {
+			continue
+		}
+		if leftOut, ok := log.admit(); ok {
+			d.Log.Warn("rules of another table undermine mantlet's; they are left alone", "found", line, "left_out_before", leftOut)
+		}
+	}
+	if len(d.foreign) > 0 && len(found) == 0 {
+		if leftOut, ok := log.admit(); ok {
+			d.Log.Info("no rules of other tables undermine mantlet's any more", "left_out_before", leftOut)
+		}
+	}
+	d.locked(func() { d.foreign = found })
+}
