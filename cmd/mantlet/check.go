@@ -404,7 +404,7 @@ func tryCertificates(files schema.TLSFiles) finding {
 			"init container write them; mantlet waits for them. MANTLET_TLS_DIRECTORY names another place, MANTLET_TLS_CERTIFICATE, _KEY and _CA other files"
 	}
 	if err == nil {
-		doubt, certain := certificates.Doubt(time.Now())
+		doubt, certain := certificates.Unverified(time.Now())
 		if doubt != nil && !certain {
 			return wanted("certificates", "", doubt, "Envoy decides whether it accepts them")
 		}

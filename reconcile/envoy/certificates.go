@@ -31,11 +31,11 @@ type Certificates struct {
 	paths [3]string // of the files: chain, key, mesh CAs
 	text  [3][]byte // of the files
 
-	chain   []*x509.Certificate // the leaf first
-	key     *pem.Block
-	anchors []*x509.Certificate   // the mesh CAs
-	ways    [][]*x509.Certificate // from the leaf to a mesh CA, as Go verifies; each begins with the leaf
-	doubt   error                 // why there is none
+	chain          []*x509.Certificate // the leaf first
+	key            *pem.Block
+	anchors        []*x509.Certificate   // the mesh CAs
+	verifiedChains [][]*x509.Certificate // from the leaf to a mesh CA, as Go verifies; each begins with the leaf
+	verifyErr      error                 // why there is none
 }
 
 // placeholder returns certificates that every Envoy starts with, and that nobody accepts or is accepted by: the CA's key is gone.
@@ -102,7 +102,7 @@ func readCertificates(files schema.TLSFiles) (*Certificates, error) {
 		text, err := schema.ReadFile(path, maxTLSFile)
 		switch {
 		case err != nil:
-			err = unreadable(path, err)
+			err = explainUnreadable(path, err)
 		case len(text) > maxTLSFile:
 			err = fmt.Errorf("%s: is larger than %d bytes", path, maxTLSFile)
 		}
@@ -133,18 +133,18 @@ func (c *Certificates) check(now time.Time) (err error) {
 	case owner > 0:
 		return in(paths[0], fmt.Errorf("the key is that of certificate %d; the leaf must come first, and then what signed it", owner+1))
 	}
-	if err := usable(key); err != nil {
+	if err := checkKey(key); err != nil {
 		return in(paths[1], err)
 	}
-	if client, server := ends(c.chain[0]); !client && !server {
+	if client, server := allowedUsages(c.chain[0]); !client && !server {
 		return in(paths[0], fmt.Errorf("the leaf (%s) is good for neither end of a connection: its extended key usage is %s; "+
-			"it should have serverAuth and clientAuth, or no such extension", nameOf(c.chain[0]), usages(c.chain[0])))
+			"it should have serverAuth and clientAuth, or no such extension", nameOf(c.chain[0]), usageNames(c.chain[0])))
 	}
-	if err := c.inTime(c.chain[0], now); err != nil {
+	if err := c.checkValidity(c.chain[0], now); err != nil {
 		return in(paths[0], err)
 	}
-	if c.ways, err = c.verify(now); err != nil {
-		c.doubt = in(paths[0], err)
+	if c.verifiedChains, err = c.verify(now); err != nil {
+		c.verifyErr = in(paths[0], err)
 	}
 	return nil
 }
@@ -155,9 +155,9 @@ func isKeyOf(key crypto.Signer, cert *x509.Certificate) bool {
 	return ok && public.Equal(key.Public())
 }
 
-// usable refuses keys with which Envoy would be live and no handshake of the mesh succeed: it refuses small ones itself,
+// checkKey refuses keys with which Envoy would be live and no handshake of the mesh succeed: it refuses small ones itself,
 // and P-521 and Ed25519 where peers show them.
-func usable(key any) error {
+func checkKey(key any) error {
 	const right = "Envoy wants ECDSA with P-256 or P-384, or RSA with 2048 bits at least"
 	switch key := key.(type) {
 	case *ecdsa.PrivateKey:
@@ -174,17 +174,17 @@ func usable(key any) error {
 	return nil
 }
 
-// ends tells at which ends of a connection peers may accept a leaf, by its own extended key usage. BoringSSL does not take
+// allowedUsages tells at which ends of a connection peers may accept a leaf, by its own extended key usage. BoringSSL does not take
 // anyExtendedKeyUsage for either.
-func ends(leaf *x509.Certificate) (client, server bool) {
+func allowedUsages(leaf *x509.Certificate) (client, server bool) {
 	if len(leaf.ExtKeyUsage)+len(leaf.UnknownExtKeyUsage) == 0 {
 		return true, true
 	}
 	return slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageClientAuth), slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageServerAuth)
 }
 
-// usages are a leaf's extended key usages in words.
-func usages(leaf *x509.Certificate) string {
+// usageNames are a leaf's extended key usages in words.
+func usageNames(leaf *x509.Certificate) string {
 	var names []string
 	for _, u := range leaf.ExtKeyUsage {
 		names = append(names, u.String())
@@ -235,10 +235,10 @@ func (c *Certificates) verify(now time.Time) ([][]*x509.Certificate, error) {
 // good, so it looks at times alone, and costs little: readiness asks often. A certificate that no way leads over does not
 // count.
 func (c *Certificates) valid(now time.Time) error {
-	if err := c.inTime(c.chain[0], now); err != nil || c.doubt != nil {
+	if err := c.checkValidity(c.chain[0], now); err != nil || c.verifyErr != nil {
 		return err
 	}
-	if slices.ContainsFunc(c.ways, func(way []*x509.Certificate) bool {
+	if slices.ContainsFunc(c.verifiedChains, func(way []*x509.Certificate) bool {
 		return !slices.ContainsFunc(way, func(cert *x509.Certificate) bool { return now.Before(cert.NotBefore) || now.After(cert.NotAfter) })
 	}) {
 		return nil
@@ -247,8 +247,8 @@ func (c *Certificates) valid(now time.Time) error {
 	return err
 }
 
-// turns reports whether a certificate of the generation comes to be valid, or ceases to be, between two times.
-func (c *Certificates) turns(from, to time.Time) bool {
+// validityChanges reports whether a certificate of the generation comes to be valid, or ceases to be, between two times.
+func (c *Certificates) validityChanges(from, to time.Time) bool {
 	if from.After(to) { // the clock was set back
 		from, to = to, from
 	}
@@ -258,47 +258,47 @@ func (c *Certificates) turns(from, to time.Time) bool {
 	})
 }
 
-// longest returns the way that peers can go for the longest time. Where Go finds none although Envoy does, each certificate of the
+// longestChain returns the way that peers can go for the longest time. Where Go finds none although Envoy does, each certificate of the
 // chain counts.
-func (c *Certificates) longest() []*x509.Certificate {
-	if len(c.ways) == 0 {
+func (c *Certificates) longestChain() []*x509.Certificate {
+	if len(c.verifiedChains) == 0 {
 		return c.chain
 	}
-	return slices.MaxFunc(c.ways, func(a, b []*x509.Certificate) int { return end(a).Compare(end(b)) })
+	return slices.MaxFunc(c.verifiedChains, func(a, b []*x509.Certificate) int { return chainExpiry(a).Compare(chainExpiry(b)) })
 }
 
-// end returns when the first certificate of a way expires.
-func end(way []*x509.Certificate) time.Time {
+// chainExpiry returns when the first certificate of a way expires.
+func chainExpiry(way []*x509.Certificate) time.Time {
 	return slices.MinFunc(way, func(a, b *x509.Certificate) int { return a.NotAfter.Compare(b.NotAfter) }).NotAfter
 }
 
 // expires returns when the last way ends, as far as is known.
 func (c *Certificates) expires() time.Time {
-	if len(c.ways) == 0 {
+	if len(c.verifiedChains) == 0 {
 		return c.chain[0].NotAfter
 	}
-	return end(c.longest())
+	return chainExpiry(c.longestChain())
 }
 
-// inTime returns an error if a certificate of the generation is not valid at a time.
-func (c *Certificates) inTime(cert *x509.Certificate, now time.Time) error {
+// checkValidity returns an error if a certificate of the generation is not valid at a time.
+func (c *Certificates) checkValidity(cert *x509.Certificate, now time.Time) error {
 	switch {
 	case now.After(cert.NotAfter):
-		return fmt.Errorf("%s expired at %s", c.place(cert), cert.NotAfter.Format(time.RFC3339))
+		return fmt.Errorf("%s expired at %s", c.position(cert), cert.NotAfter.Format(time.RFC3339))
 	case now.Before(cert.NotBefore):
-		return fmt.Errorf("%s is not valid before %s: is the clock right?", c.place(cert), cert.NotBefore.Format(time.RFC3339))
+		return fmt.Errorf("%s is not valid before %s: is the clock right?", c.position(cert), cert.NotBefore.Format(time.RFC3339))
 	}
 	return nil
 }
 
-// trusted returns the mesh CAs in the order that Envoy gets them in. Of several certificates for one CA it tries the first
+// orderedAnchors returns the mesh CAs in the order that Envoy gets them in. Of several certificates for one CA it tries the first
 // alone, so that one comes first that is valid, and then the one that lasts longest.
-func (c *Certificates) trusted(now time.Time) []*x509.Certificate {
+func (c *Certificates) orderedAnchors(now time.Time) []*x509.Certificate {
 	ordered := slices.Clone(c.anchors)
 	for i := range ordered {
 		best := i
 		for j := i + 1; j < len(ordered); j++ {
-			if sameCA(ordered[i], ordered[j]) && better(ordered[j], ordered[best], now) {
+			if sameCA(ordered[i], ordered[j]) && preferred(ordered[j], ordered[best], now) {
 				best = j
 			}
 		}
@@ -307,7 +307,7 @@ func (c *Certificates) trusted(now time.Time) []*x509.Certificate {
 	return ordered
 }
 
-func better(a, b *x509.Certificate, now time.Time) bool {
+func preferred(a, b *x509.Certificate, now time.Time) bool {
 	valid := func(c *x509.Certificate) int {
 		if now.Before(c.NotBefore) || now.After(c.NotAfter) {
 			return 0

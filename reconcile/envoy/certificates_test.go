@@ -106,7 +106,7 @@ func TestLoadCertificates(t *testing.T) {
 			}
 			read, err := LoadCertificates(schema.TLSFiles{Directory: directory}, now)
 			if len(c.says) == 0 {
-				if err != nil || read.doubt != nil || !read.expires().Equal(good.Leaf.NotAfter) {
+				if err != nil || read.verifyErr != nil || !read.expires().Equal(good.Leaf.NotAfter) {
 					t.Errorf("%+v, %v", read, err)
 				}
 				return
@@ -196,7 +196,7 @@ func TestKeys(t *testing.T) {
 	} {
 		certificate := selfSigned(t, c.key)
 		key := must[[]byte](t)(x509.MarshalPKCS8PrivateKey(c.key))
-		if err := usable(c.key); (err == nil) != c.usable {
+		if err := checkKey(c.key); (err == nil) != c.usable {
 			t.Errorf("%s: %v", name, err)
 		}
 		all := []*x509.Certificate{certificate}
@@ -204,7 +204,7 @@ func TestKeys(t *testing.T) {
 		if works := err == nil && v == (verdict{}); works != c.usable {
 			t.Errorf("%s: Envoy says %+v, %v", name, v, err)
 		}
-		if _, isRejected := errors.AsType[rejected](err); err != nil && !isRejected {
+		if _, isRejected := errors.AsType[rejectedError](err); err != nil && !isRejected {
 			t.Errorf("%s can't be tried: %v", name, err)
 		}
 	}
@@ -242,7 +242,7 @@ func selfSigned(t *testing.T, key crypto.Signer) *x509.Certificate {
 
 // expires returns when what Envoy accepted expires; the zero time where it accepted nothing.
 func expires(s *Secrets) time.Time {
-	if good := s.isGood(); good != nil {
+	if good := s.lastAccepted(); good != nil {
 		return good.expires()
 	}
 	return time.Time{}
@@ -365,7 +365,7 @@ func TestPaths(t *testing.T) {
 			t.Errorf("%s, when one has expired: %v; want %q", name, err, c.says)
 		}
 		var needed []string
-		for _, one := range (held{loaded.chain, loaded.anchors}).describe(loaded.longest()) {
+		for _, one := range (envoyCertificates{loaded.chain, loaded.anchors}).describe(loaded.longestChain()) {
 			if one.Needed {
 				needed = append(needed, one.Subject)
 				if c.says == "" && one.NotAfter.Before(now.Add(2*soon)) {
@@ -404,7 +404,7 @@ func TestKept(t *testing.T) {
 	}
 	serves := func(p *Process, l leaf, anchors int) {
 		t.Helper()
-		has := must[held](t)(must[secretTexts](t)(p.admin.secretTexts(t.Context())).parse())
+		has := must[envoyCertificates](t)(must[secretTexts](t)(p.admin.secretTexts(t.Context())).parse())
 		if !has.chain[0].Equal(l.Certificate) || len(has.anchors) != anchors {
 			t.Errorf("Envoy has %x and %d mesh CAs, want %x and %d", has.chain[0].SerialNumber, len(has.anchors), l.SerialNumber, anchors)
 		}
@@ -486,7 +486,7 @@ func TestRevocationWaitsForNoEnvoy(t *testing.T) {
 			t.Errorf("%s, told twice: revoked %t, %v", name, revoked, err)
 		}
 		p = started(t, r)
-		has := must[held](t)(must[secretTexts](t)(p.admin.secretTexts(t.Context())).parse())
+		has := must[envoyCertificates](t)(must[secretTexts](t)(p.admin.secretTexts(t.Context())).parse())
 		if len(has.anchors) != 1 || !has.anchors[0].Equal(ca.Certificate) || has.chain[0].Equal(good.Certificate) {
 			t.Errorf("%s: the next Envoy starts with %d mesh CAs", name, len(has.anchors))
 		}
@@ -494,7 +494,7 @@ func TestRevocationWaitsForNoEnvoy(t *testing.T) {
 		if revoked, err := s.Update(t.Context()); isGood && (err != nil || !revoked) || !isGood && err == nil {
 			t.Errorf("%s, once an Envoy runs: revoked %t, %v", name, revoked, err)
 		}
-		has = must[held](t)(must[secretTexts](t)(p.admin.secretTexts(t.Context())).parse())
+		has = must[envoyCertificates](t)(must[secretTexts](t)(p.admin.secretTexts(t.Context())).parse())
 		if want := map[bool]int{true: 1, false: 2}[isGood]; len(has.anchors) != want || has.chain[0].Equal(good.Certificate) != isGood {
 			t.Errorf("%s: Envoy comes to have %d mesh CAs, want %d", name, len(has.anchors), want)
 		}

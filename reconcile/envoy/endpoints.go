@@ -275,7 +275,7 @@ func parseRequest(text []byte) (r request, err error) {
 			r.refused = "it does not say why"
 			return eachField(value, func(number protowire.Number, value []byte) error {
 				if number == statusMessage {
-					r.refused = short(string(value))
+					r.refused = truncate(string(value))
 				}
 				return nil
 			})

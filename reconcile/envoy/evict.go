@@ -33,7 +33,7 @@ func (r *Runner) Evict() error {
 	if err != nil {
 		return err
 	}
-	var left []leftBehind
+	var left []leftover
 	defer func() {
 		for _, l := range left {
 			if l.fd >= 0 {
@@ -43,11 +43,11 @@ func (r *Runner) Evict() error {
 	}()
 	for _, line := range lines {
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(line)))
-		if err != nil || !b.runs(pid, r.UID) {
+		if err != nil || !b.isEnvoy(pid, r.UID) {
 			continue
 		}
 		r.Log.Warn("ending an Envoy that a mantlet before this one left behind", "pid", pid)
-		l := leftBehind{pid: pid, fd: -1}
+		l := leftover{pid: pid, fd: -1}
 		l.err = r.spawner.do(func() (err error) {
 			l.fd, err = b.kill(pid, r.UID)
 			return err
@@ -56,29 +56,29 @@ func (r *Runner) Evict() error {
 			left = append(left, l)
 		}
 	}
-	for _, l := range awaitEnds(left) {
-		shares, err := r.listens()
+	for _, l := range awaitExits(left) {
+		shares, err := r.hasIngressListeners()
 		if err != nil || shares {
 			return fmt.Errorf("ending Envoy %d, which a mantlet before this one left behind and whose listeners are there: %w", l.pid, errors.Join(l.err, err))
 		}
 		r.Log.Warn("a process with the command line of an Envoy could not be ended; it has no listener", "pid", l.pid, "error", l.err)
 	}
-	return r.sweep()
+	return r.removeLeftovers()
 }
 
-// leftBehind is a process that was told to end.
-type leftBehind struct {
+// leftover is a process that was told to end.
+type leftover struct {
 	pid int
 	fd  int   // its pidfd, or -1
 	err error // why it has not ended
 }
 
-// awaitEnds returns those that have not ended within termLimit, all together.
-func awaitEnds(all []leftBehind) (left []leftBehind) {
+// awaitExits returns those that have not ended within termLimit, all together.
+func awaitExits(all []leftover) (left []leftover) {
 	deadline := time.Now().Add(termLimit)
 	for _, l := range all {
 		if l.err == nil {
-			l.err = awaitEnd(l.fd, deadline)
+			l.err = awaitExit(l.fd, deadline)
 		}
 		if l.err != nil {
 			left = append(left, l)
@@ -87,8 +87,8 @@ func awaitEnds(all []leftBehind) (left []leftBehind) {
 	return left
 }
 
-// awaitEnd returns nil once the process of a pidfd has ended.
-func awaitEnd(fd int, deadline time.Time) error {
+// awaitExit returns nil once the process of a pidfd has ended.
+func awaitExit(fd int, deadline time.Time) error {
 	ended := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 	for {
 		n, err := unix.Poll(ended, int(max(0, time.Until(deadline))/time.Millisecond))
@@ -102,8 +102,8 @@ func awaitEnd(fd int, deadline time.Time) error {
 	}
 }
 
-// listens reports whether Envoy's user has a listener at one of the ingress listeners' addresses.
-func (r *Runner) listens() (bool, error) {
+// hasIngressListeners reports whether Envoy's user has a listener at one of the ingress listeners' addresses.
+func (r *Runner) hasIngressListeners() (bool, error) {
 	all, err := bind.Listeners()
 	return slices.ContainsFunc(all, func(l bind.Listener) bool {
 		port := l.Address.Port()
@@ -111,10 +111,10 @@ func (r *Runner) listens() (bool, error) {
 	}), err
 }
 
-// runs reports whether a process was started as an Envoy of the network namespace that the base is made from, and is a user's.
-func (b *base) runs(pid, uid int) bool {
+// isEnvoy reports whether a process was started as an Envoy of the network namespace that the base is made from, and is a user's.
+func (b *base) isEnvoy(pid, uid int) bool {
 	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	if err != nil || !isOf(pid, uid) {
+	if err != nil || !runsAs(pid, uid) {
 		return false // or it has ended
 	}
 	arguments := strings.Split(string(bytes.TrimRight(line, "\x00")), "\x00")
@@ -126,8 +126,8 @@ func (b *base) runs(pid, uid int) bool {
 	return err == nil && id%(1<<baseBits) == uint64(b.id)
 }
 
-// isOf reports whether one of a process's user IDs, real, effective, saved or the file system's, is a user's.
-func isOf(pid, uid int) bool {
+// runsAs reports whether one of a process's user IDs, real, effective, saved or the file system's, is a user's.
+func runsAs(pid, uid int) bool {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		return false
@@ -150,7 +150,7 @@ func (b *base) kill(pid, uid int) (fd int, err error) {
 	if err != nil {
 		return -1, err
 	}
-	if !b.runs(pid, uid) {
+	if !b.isEnvoy(pid, uid) {
 		return -1, unix.Close(fd)
 	}
 	err = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)

@@ -27,7 +27,7 @@ func TestListens(t *testing.T) {
 		t.Helper()
 		r := &Runner{UID: uid}
 		var got bool
-		if err := host.Do(func() (err error) { got, err = r.listens(); return err }); err != nil || got != want {
+		if err := host.Do(func() (err error) { got, err = r.hasIngressListeners(); return err }); err != nil || got != want {
 			t.Errorf("%s: user %d listens: %v, %v; want %v", when, uid, got, err, want)
 		}
 	}
@@ -43,7 +43,7 @@ func TestListens(t *testing.T) {
 		_ = listener.Close()
 		until(t, "the listener is closed", func() bool { // also in a child that was being started
 			r, got := &Runner{UID: own}, true
-			return host.Do(func() (err error) { got, err = r.listens(); return err }) == nil && !got
+			return host.Do(func() (err error) { got, err = r.hasIngressListeners(); return err }) == nil && !got
 		})
 	}
 }
@@ -51,7 +51,7 @@ func TestListens(t *testing.T) {
 // TestAwaitEnds: all together get one time limit to end.
 func TestAwaitEnds(t *testing.T) {
 	t.Parallel()
-	var all []leftBehind
+	var all []leftover
 	for range 4 {
 		cmd := exec.Command("sleep", "86396")
 		if err := cmd.Start(); err != nil {
@@ -63,13 +63,13 @@ func TestAwaitEnds(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = unix.Close(fd) })
-		all = append(all, leftBehind{pid: cmd.Process.Pid, fd: fd})
+		all = append(all, leftover{pid: cmd.Process.Pid, fd: fd})
 	}
 	if err := unix.PidfdSendSignal(all[0].fd, unix.SIGKILL, nil, 0); err != nil {
 		t.Fatal(err)
 	}
 	began := time.Now()
-	left := awaitEnds(all)
+	left := awaitExits(all)
 	if took := time.Since(began); len(left) != 3 || left[0].pid != all[1].pid || left[0].err == nil || took < termLimit {
 		t.Errorf("after %v are left %+v", took, left)
 	}

@@ -24,7 +24,7 @@ import (
 const executeLimit = 5 * time.Second
 
 func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Process) (*Process, error) {
-	p, err := r.next(parent)
+	p, err := r.newProcess(parent)
 	if err != nil {
 		return nil, err
 	}
@@ -83,7 +83,7 @@ func (r *Runner) start(p *Process, arguments []string) error {
 		stdout, stderr, dumpable, err = r.spawn(p, arguments)
 	}
 	if errors.Is(err, os.ErrPermission) {
-		err = cmp.Or(r.executable(), fmt.Errorf("%w: user %d must be allowed to execute it, where it was when mantlet started", err, r.UID))
+		err = cmp.Or(r.executableError(), fmt.Errorf("%w: user %d must be allowed to execute it, where it was when mantlet started", err, r.UID))
 	}
 	if err != nil {
 		return fmt.Errorf("executing %q: %w", r.Path, err)
@@ -91,14 +91,14 @@ func (r *Runner) start(p *Process, arguments []string) error {
 	if dumpable != nil {
 		r.Log.Warn("other processes of Envoy's user can read its memory, and the key", "pid", p.PID(), "error", dumpable)
 	}
-	before, _ := r.kills()
+	before, _ := r.oomKills()
 	go func() {
 		read := make(chan struct{})
 		go func() { defer close(read); p.logs.access(stdout) }()
 		p.logs.messages(stderr)
 		<-read
 		p.err = p.cmd.Wait()
-		p.killer = r.killer(before)
+		p.killedBy = r.explainKill(before)
 		close(p.exited)
 	}()
 	return nil
@@ -149,8 +149,8 @@ func arguments(config, socket string, base uint32, epoch int, settings schema.En
 	}
 }
 
-// kills returns how many processes the kernel killed since they took too much memory; false where it does not tell.
-func (r *Runner) kills() (count uint64, ok bool) {
+// oomKills returns how many processes the kernel killed since they took too much memory; false where it does not tell.
+func (r *Runner) oomKills() (count uint64, ok bool) {
 	if r.Memory == nil {
 		return 0, false
 	}
@@ -158,9 +158,9 @@ func (r *Runner) kills() (count uint64, ok bool) {
 	return count, err == nil
 }
 
-// killer says why a process was killed that mantlet did not kill, when before was what kills returned as it started.
-func (r *Runner) killer(before uint64) string {
-	switch now, ok := r.kills(); {
+// explainKill says why a process was killed that mantlet did not kill, when before was what kills returned as it started.
+func (r *Runner) explainKill(before uint64) string {
+	switch now, ok := r.oomKills(); {
 	case !ok:
 		return "probably out of memory"
 	case now == before:

@@ -31,8 +31,8 @@ func sans(c *x509.Certificate) []string {
 	return names
 }
 
-// place says which certificate of the generation one is.
-func (c *Certificates) place(cert *x509.Certificate) string {
+// position says which certificate of the generation one is.
+func (c *Certificates) position(cert *x509.Certificate) string {
 	if i := slices.IndexFunc(c.chain, cert.Equal); i >= 0 {
 		return fmt.Sprintf("certificate %d (%s)", i+1, nameOf(cert))
 	}
@@ -47,19 +47,19 @@ func (c *Certificates) fileNames() (chain, ca string) {
 // explain says why Go finds no way from the leaf to a mesh CA at a time.
 func (c *Certificates) explain(cause error, now time.Time) error {
 	chainName, caName := c.fileNames()
-	way, complete := c.climb(now)
+	way, complete := c.issuerChain(now)
 	if complete {
 		for _, cert := range way {
-			if err := c.inTime(cert, now); err != nil {
+			if err := c.checkValidity(cert, now); err != nil {
 				return err
 			}
 		}
 		return fmt.Errorf("the leaf (%s) does not verify up to %s: %w", nameOf(c.chain[0]), caName, cause)
 	}
-	holds := fmt.Sprintf("%s holds %s", caName, listed(c.anchors))
+	holds := fmt.Sprintf("%s holds %s", caName, listCAs(c.anchors))
 	var issuers []string
 	for _, cert := range way {
-		issued := fmt.Sprintf("%s was issued by %s", c.place(cert), issuerOf(cert))
+		issued := fmt.Sprintf("%s was issued by %s", c.position(cert), issuerOf(cert))
 		if slices.ContainsFunc(c.anchors, func(ca *x509.Certificate) bool { return bytes.Equal(ca.RawSubject, cert.RawIssuer) }) {
 			return fmt.Errorf("%s; %s, another CA of the same name", issued, holds)
 		}
@@ -73,20 +73,20 @@ func (c *Certificates) explain(cause error, now time.Time) error {
 	return fmt.Errorf("%s: append the intermediate %s to %s, or put a CA that issued one of them into %s", text, last.Issuer, chainName, caName)
 }
 
-// Doubt returns why no way was found from the leaf to a mesh CA; nil if one was. It is certain where the files lack an issuer.
+// Unverified returns why no way was found from the leaf to a mesh CA; nil if one was. It is certain where the files lack an issuer.
 // Else Envoy decides, which judges path lengths and name constraints in its own way.
-func (c *Certificates) Doubt(now time.Time) (reason error, certain bool) {
-	if c.doubt == nil {
+func (c *Certificates) Unverified(now time.Time) (reason error, certain bool) {
+	if c.verifyErr == nil {
 		return nil, false
 	}
-	_, complete := c.climb(now)
-	return c.doubt, !complete
+	_, complete := c.issuerChain(now)
+	return c.verifyErr, !complete
 }
 
-// because says why Envoy does not accept the generation: in mantlet's words, where it has some, and in Envoy's.
-func (c *Certificates) because(why error) error {
-	if c.doubt != nil {
-		return fmt.Errorf("%w; Envoy says: %w", c.doubt, why)
+// explainRejection says why Envoy does not accept the generation: in mantlet's words, where it has some, and in Envoy's.
+func (c *Certificates) explainRejection(why error) error {
+	if c.verifyErr != nil {
+		return fmt.Errorf("%w; Envoy says: %w", c.verifyErr, why)
 	}
 	const unsigned = "the leaf's key usage lacks digitalSignature"
 	if usage := c.chain[0].KeyUsage; usage != 0 && usage&x509.KeyUsageDigitalSignature == 0 && why.Error() != unsigned {
@@ -95,11 +95,11 @@ func (c *Certificates) because(why error) error {
 	return fmt.Errorf("%s: Envoy does not accept the certificates: %w", c.paths[0], why)
 }
 
-// climb goes from the leaf to what signed it, and so on, as far as the generation has it. complete tells that it ends with a
+// issuerChain goes from the leaf to what signed it, and so on, as far as the generation has it. complete tells that it ends with a
 // mesh CA. Of several that signed it takes a mesh CA, and one that is valid, where it can.
-func (c *Certificates) climb(now time.Time) (way []*x509.Certificate, complete bool) {
+func (c *Certificates) issuerChain(now time.Time) (way []*x509.Certificate, complete bool) {
 	way = []*x509.Certificate{c.chain[0]}
-	candidates := slices.Concat(c.trusted(now), c.chain[1:])
+	candidates := slices.Concat(c.orderedAnchors(now), c.chain[1:])
 	for {
 		last := way[len(way)-1]
 		i := slices.IndexFunc(candidates, func(ca *x509.Certificate) bool {
@@ -124,8 +124,8 @@ func issuerOf(cert *x509.Certificate) string {
 	return fmt.Sprintf("%s (key id %s)", cert.Issuer, keyID(cert.AuthorityKeyId))
 }
 
-// listed names CAs, the first of them.
-func listed(cas []*x509.Certificate) string {
+// listCAs names CAs, the first of them.
+func listCAs(cas []*x509.Certificate) string {
 	const most = 3
 	var names []string
 	for _, ca := range cas[:min(len(cas), most)] {
@@ -151,8 +151,8 @@ func keyID(id []byte) string {
 	return text
 }
 
-// unreadable says whose a file is that may not be read.
-func unreadable(path string, err error) error {
+// explainUnreadable says whose a file is that may not be read.
+func explainUnreadable(path string, err error) error {
 	if !errors.Is(err, fs.ErrPermission) {
 		return err
 	}
@@ -171,8 +171,8 @@ func unreadable(path string, err error) error {
 // warnings says what is not as it should be although Envoy accepts it.
 func (c *Certificates) warnings() []string {
 	var all []string
-	if c.doubt != nil {
-		all = append(all, fmt.Sprintf("Envoy accepts the certificates, but other programs may not: %v", c.doubt))
+	if c.verifyErr != nil {
+		all = append(all, fmt.Sprintf("Envoy accepts the certificates, but other programs may not: %v", c.verifyErr))
 	}
 	_, caName := c.fileNames()
 	bySubject := map[string][]*x509.Certificate{}
@@ -190,8 +190,8 @@ func (c *Certificates) warnings() []string {
 	return all
 }
 
-// expired names the mesh CAs that are not valid any more. Nobody needs them.
-func (c *Certificates) expired(now time.Time) []string {
+// expiredAnchors names the mesh CAs that are not valid any more. Nobody needs them.
+func (c *Certificates) expiredAnchors(now time.Time) []string {
 	var names []string
 	for _, ca := range c.anchors {
 		if now.After(ca.NotAfter) {

@@ -13,8 +13,8 @@ import (
 // epochs is how many can run at a time: Envoy has that many names for their sockets.
 const epochs = 3
 
-// next returns what shall be the epoch after the parent's, or without a parent epoch 0 of a base that no running Envoy has.
-func (r *Runner) next(parent *Process) (*Process, error) {
+// newProcess returns what shall be the epoch after the parent's, or without a parent epoch 0 of a base that no running Envoy has.
+func (r *Runner) newProcess(parent *Process) (*Process, error) {
 	if parent != nil {
 		return &Process{Epoch: parent.Epoch + 1, base: parent.base}, nil
 	}
@@ -26,14 +26,14 @@ func (r *Runner) next(parent *Process) (*Process, error) {
 	return &Process{base: b}, nil
 }
 
-// obstacle returns why no epoch can follow a process, if it is known beforehand.
-func (r *Runner) obstacle(parent *Process) error {
+// hotRestartError returns why no epoch can follow a process, if it is known beforehand.
+func (r *Runner) hotRestartError(parent *Process) error {
 	_, err := os.Stat(parent.base.path())
-	return errors.Join(parent.base.stuck, err, r.spawner.do(func() error { return reach(r.parentSocket(parent)) }))
+	return errors.Join(parent.base.blocked, err, r.spawner.do(func() error { return checkListening(r.parentSocket(parent)) }))
 }
 
-// reach returns nil if a process listens at a socket. It sends nothing.
-func reach(socket string) error {
+// checkListening returns nil if a process listens at a socket. It sends nothing.
+func checkListening(socket string) error {
 	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: socket, Net: "unixgram"})
 	if err != nil {
 		return fmt.Errorf("reaching the Envoy that serves: %w", err)
@@ -55,11 +55,11 @@ func (r *Runner) childSocket(parent *Process) string {
 	return fmt.Sprintf("%s_child_%d", r.socket(), int(parent.base.id)*10+(parent.Epoch+1)%epochs)
 }
 
-// standIn takes the place of a parent that ends before its child told it to: a child that finds nobody to tell aborts.
+// standInForParent takes the place of a parent that ends before its child told it to: a child that finds nobody to tell aborts.
 // One message comes, and needs no answer. A parent that ends in its time is replaced all the same; nobody calls then.
-func (r *Runner) standIn(parent, child *Process) {
+func (r *Runner) standInForParent(parent, child *Process) {
 	<-parent.exited
-	sink, err := r.takeOver(parent, child)
+	sink, err := r.listenAsParent(parent, child)
 	if err != nil {
 		r.Log.Error("the socket of an Envoy that ended can't be taken over", "error", err)
 	}
@@ -70,9 +70,9 @@ func (r *Runner) standIn(parent, child *Process) {
 	_ = sink.Close()
 }
 
-// takeOver listens where the parent did. Where the child does not serve any more it has told the parent already, and
+// listenAsParent listens where the parent did. Where the child does not serve any more it has told the parent already, and
 // the place may be a later epoch's.
-func (r *Runner) takeOver(parent, child *Process) (sink *net.UnixConn, err error) {
+func (r *Runner) listenAsParent(parent, child *Process) (sink *net.UnixConn, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.running[len(r.running)-1] != child {
@@ -94,13 +94,13 @@ func listenAt(path string) (*net.UnixConn, error) {
 	return sink, os.Rename(path+"_", path)
 }
 
-// settleLimit is much more than the milliseconds in which a busy Envoy answers.
-const settleLimit = 2 * time.Second
+// answerLimit is much more than the milliseconds in which a busy Envoy answers.
+const answerLimit = 2 * time.Second
 
-// settle takes the place of a child that died until its parent has answered all that the child asked. Otherwise the next
+// drainAnswers takes the place of a child that died until its parent has answered all that the child asked. Otherwise the next
 // child would get these answers, and take the socket of one listener for that of another; and a parent that finds nobody
 // there aborts after ten seconds. The error says why no child can follow any more.
-func (r *Runner) settle(parent *Process) error {
+func (r *Runner) drainAnswers(parent *Process) error {
 	var sink *net.UnixConn
 	err := r.spawner.do(func() (err error) {
 		if sink, err = listenAt(r.childSocket(parent)); err != nil {
@@ -132,7 +132,7 @@ func (r *Runner) awaitDrain(parent *Process, limit time.Duration) {
 	tick := time.NewTicker(drainPoll)
 	defer tick.Stop()
 	for {
-		left, err := r.listening(parent)
+		left, err := r.stillListening(parent)
 		if err == nil && left == 0 {
 			return
 		}

@@ -448,7 +448,7 @@ func TestDrainingEpochDies(t *testing.T) {
 			old := s.connect()
 			kill(draining)
 			lost.awaitCut()
-			until(t, "its place is taken", func() bool { return reach(s.parentSocket(draining)) == nil })
+			until(t, "its place is taken", func() bool { return checkListening(s.parentSocket(draining)) == nil })
 			if !replaced {
 				if err := os.Remove(s.parentSocket(draining)); err != nil {
 					t.Fatal(err)

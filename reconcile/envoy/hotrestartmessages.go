@@ -24,7 +24,7 @@ const (
 
 // ask sends a question that no child asks here, and returns once it is answered: then so is all that was asked before.
 func ask(from *net.UnixConn, socket string) error {
-	if err := from.SetDeadline(time.Now().Add(settleLimit)); err != nil {
+	if err := from.SetDeadline(time.Now().Add(answerLimit)); err != nil {
 		return err
 	}
 	if err := askForStats(from, socket); err != nil {

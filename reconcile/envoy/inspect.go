@@ -25,8 +25,8 @@ import (
 type Live struct {
 	status.Envoy
 
-	secrets secretTexts
-	untaken bool // it did not take a secret that it was given
+	secrets  secretTexts
+	outdated bool // it did not take a secret that it was given
 }
 
 // Read asks the newest Envoy of a runtime directory that answers. It needs no mantlet that runs. Where no Envoy answers it
@@ -96,7 +96,7 @@ func (a admin) live(ctx context.Context) (Live, error) {
 		return Live{}, err
 	}
 	states, err := a.secrets(ctx, meshNames())
-	l.untaken = l.secrets.untaken(states)
+	l.outdated = l.secrets.outdated(states)
 	return l, err
 }
 
@@ -145,19 +145,19 @@ func Unpublished(files schema.TLSFiles, live Live, now time.Time) ([]string, err
 	case !slices.EqualFunc(has.chain, c.chain, (*x509.Certificate).Equal):
 		add("certificate: Envoy shows other intermediates than %s has", chainName)
 	}
-	if more := without(has.anchors, c.anchors); len(more) > 0 {
-		add("mesh CA: Envoy trusts %s, which %s does not have", listed(more), caName)
+	if more := subtract(has.anchors, c.anchors); len(more) > 0 {
+		add("mesh CA: Envoy trusts %s, which %s does not have", listCAs(more), caName)
 	}
-	if missing := without(c.anchors, has.anchors); len(missing) > 0 {
-		add("mesh CA: Envoy does not trust %s, which %s has", listed(missing), caName)
+	if missing := subtract(c.anchors, has.anchors); len(missing) > 0 {
+		add("mesh CA: Envoy does not trust %s, which %s has", listCAs(missing), caName)
 	}
-	if live.untaken {
+	if live.outdated {
 		add("certificate: Envoy did not take all of what it was given last")
 	}
 	return lines, nil
 }
 
-// without returns those of all that are not among others.
-func without(all, others []*x509.Certificate) []*x509.Certificate {
+// subtract returns those of all that are not among others.
+func subtract(all, others []*x509.Certificate) []*x509.Certificate {
 	return slices.DeleteFunc(slices.Clone(all), func(one *x509.Certificate) bool { return slices.ContainsFunc(others, one.Equal) })
 }

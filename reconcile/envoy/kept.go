@@ -16,8 +16,8 @@ import (
 // The last good generation is kept in mantlet's own part of the runtime directory. So a mantlet that was killed, and finds a
 // bad one in the TLS directory, goes on with what was in force; and it sees which mesh CAs are gone since.
 
-// keptText is the file's content.
-type keptText struct {
+// storedSet is the file's content.
+type storedSet struct {
 	Chain, Key, CA string
 }
 
@@ -28,14 +28,14 @@ func (s *Secrets) load() {
 	}
 	s.loaded = true
 	content, err := os.ReadFile(s.KeptFile)
-	var kept keptText
+	var kept storedSet
 	if err == nil {
 		err = json.Unmarshal(content, &kept)
 	}
 	if err == nil {
 		c := &Certificates{paths: [3]string{s.KeptFile, s.KeptFile, s.KeptFile}, text: [3][]byte{[]byte(kept.Chain), []byte(kept.Key), []byte(kept.CA)}}
 		if c.anchors, err = parseCertificates(c.text[2]); err == nil {
-			s.kept = c
+			s.stored = c
 		}
 	}
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -43,40 +43,40 @@ func (s *Secrets) load() {
 	}
 }
 
-// keep writes a generation down. Where it can't, none is kept: an older one may trust a CA that is gone.
-func (s *Secrets) keep(c *Certificates) {
+// store writes a generation down. Where it can't, none is kept: an older one may trust a CA that is gone.
+func (s *Secrets) store(c *Certificates) {
 	if s.KeptFile == "" {
 		return
 	}
-	content, err := json.Marshal(keptText{string(c.text[0]), string(c.text[1]), string(c.text[2])})
+	content, err := json.Marshal(storedSet{string(c.text[0]), string(c.text[1]), string(c.text[2])})
 	if err == nil {
 		err = files.Replacing(s.KeptFile, renameio.WriteFile(s.KeptFile, content, 0o600, renameio.WithTempDir(filepath.Dir(s.KeptFile))))
 	}
 	if err == nil {
-		s.kept, s.unkept = c, nil
+		s.stored, s.unstored = c, nil
 		return
 	}
 	_ = os.Remove(s.KeptFile)
-	s.kept = nil
-	if s.unkept != c {
+	s.stored = nil
+	if s.unstored != c {
 		s.Log.Warn("the certificates could not be kept for a restart of mantlet; it is tried again", "error", err)
 	}
-	s.unkept = c
+	s.unstored = c
 }
 
 // restore has the generation tried that a mantlet before this one kept.
 func (s *Secrets) restore(ctx context.Context, now time.Time) {
-	if s.kept == nil {
+	if s.stored == nil {
 		return
 	}
-	if err := s.take(ctx, s.kept, now); err != nil {
-		if s.useless != s.kept {
+	if err := s.adopt(ctx, s.stored, now); err != nil {
+		if s.unusable != s.stored {
 			s.Log.Warn("the last good certificates are of no use", "error", err)
 		}
-		s.useless = s.kept
+		s.unusable = s.stored
 		return
 	}
-	if s.isGood() == s.kept {
+	if s.lastAccepted() == s.stored {
 		s.Log.Warn("going on with the last good certificates, of a mantlet before this one")
 	}
 }
@@ -87,7 +87,7 @@ func (s *Secrets) Close() error {
 	if s.KeptFile == "" {
 		return nil
 	}
-	if read, err := readCertificates(s.Files); err != nil || !read.Equal(s.isGood()) {
+	if read, err := readCertificates(s.Files); err != nil || !read.Equal(s.lastAccepted()) {
 		return nil
 	}
 	if err := os.Remove(s.KeptFile); err != nil && !errors.Is(err, os.ErrNotExist) {

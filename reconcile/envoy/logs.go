@@ -39,8 +39,8 @@ func newLogs(to *slog.Logger, refused *refusals, upstream func(listen string) st
 	return &logs{to: to, refused: refused, upstream: upstream, rejections: make(chan string, some), trials: make(chan accessLine, some)}
 }
 
-// forget drops what was told of secrets and trials before.
-func (l *logs) forget() {
+// discardAnswers drops what was told of secrets and trials before.
+func (l *logs) discardAnswers() {
 	for len(l.rejections)+len(l.trials) > 0 {
 		select {
 		case <-l.rejections:
@@ -102,15 +102,15 @@ func (l *logs) messages(from io.Reader) {
 			offer(l.rejections, why)
 		}
 		if severity >= slog.LevelError {
-			l.note(fields[1], text)
+			l.noteError(fields[1], text)
 		}
 		l.to.LogAttrs(context.Background(), severity, "Envoy says", slog.String("text", text), slog.String("component", fields[1]))
 	}
 }
 
-// note keeps the last error. The backtraces of an Envoy that aborts say less than what came before them; where nothing did,
+// noteError keeps the last error. The backtraces of an Envoy that aborts say less than what came before them; where nothing did,
 // their first line names the signal.
-func (l *logs) note(component, text string) {
+func (l *logs) noteError(component, text string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if trace := component == "backtrace" || component == "envoy_bug"; !trace || l.last == "" {
@@ -137,13 +137,13 @@ func (l *logs) lastError() string {
 func (l *logs) access(from io.Reader) {
 	for text := range lines(from, longestAccess) {
 		if made, ok := strings.CutPrefix(text, render.Connected+"\t"); ok {
-			l.connected(made)
+			l.noteConnection(made)
 			continue
 		}
 		c, err := parseAccessLine(text)
 		if err != nil {
 			if leftOut, ok := l.refused.admit("", time.Now()); ok { // whoever makes lines that are too long must not fill the log
-				l.to.Info("Envoy says", "text", short(text), "left_out_before", leftOut)
+				l.to.Info("Envoy says", "text", truncate(text), "left_out_before", leftOut)
 			}
 			continue
 		}
@@ -155,7 +155,7 @@ func (l *logs) access(from io.Reader) {
 		}
 		reason := c.reason()
 		if reason == UnknownCA {
-			reason = l.refused.own.Load().untrusted(c.leaf, time.Now())
+			reason = l.refused.own.Load().untrustedReason(c.leaf, time.Now())
 		}
 		if reason == "" && c.Log == string(schema.AccessLogRefused) {
 			continue
@@ -188,8 +188,8 @@ func (l *logs) access(from io.Reader) {
 	}
 }
 
-// connected passes on who is connected.
-func (l *logs) connected(line string) {
+// noteConnection passes on who is connected.
+func (l *logs) noteConnection(line string) {
 	fields := strings.Split(line, "\t")
 	if l.peers == nil || len(fields) != render.ConnectedFields {
 		return

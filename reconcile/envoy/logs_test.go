@@ -260,7 +260,7 @@ func TestReasonsAreDocumented(t *testing.T) {
 		}
 		documented[Reason(strings.Trim(cells[0], "| `"))] = cells[1]
 	}
-	if diff := cmp.Diff(words, documented); diff != "" {
+	if diff := cmp.Diff(reasonTexts, documented); diff != "" {
 		t.Error(diff)
 	}
 }

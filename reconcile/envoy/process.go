@@ -30,12 +30,12 @@ type Process struct {
 	admin   admin
 	trial   string // the path of the socket that leads into its trial
 
-	interview interview
-	logs      *logs
-	killed    atomic.Bool // by Kill
-	exited    chan struct{}
-	err       error  // valid once exited is closed
-	killer    string // who killed it, if somebody did; valid once exited is closed
+	parentStats parentStats
+	logs        *logs
+	killed      atomic.Bool // by Kill
+	exited      chan struct{}
+	err         error  // valid once exited is closed
+	killedBy    string // who killed it, if somebody did; valid once exited is closed
 }
 
 // pollInterval is how often an Envoy that starts is asked whether it is live: a small part of what it takes.
@@ -66,7 +66,7 @@ func (p *Process) waitLive(ctx context.Context, parent *Process) error {
 			err = p.admin.ready(ctx)
 		}
 		if err == nil {
-			if err = p.live(ctx); err == nil {
+			if err = p.checkLive(ctx); err == nil {
 				return nil
 			}
 			asked = true
@@ -84,9 +84,9 @@ func (p *Process) waitLive(ctx context.Context, parent *Process) error {
 	}
 }
 
-// live returns nil if the process says that it is live as the epoch, and with the state, that it was started as: so it has all
+// checkLive returns nil if the process says that it is live as the epoch, and with the state, that it was started as: so it has all
 // listeners, for without one of them it would have ended.
-func (p *Process) live(ctx context.Context) error {
+func (p *Process) checkLive(ctx context.Context) error {
 	info, err := p.admin.info(ctx)
 	if err != nil {
 		return err
@@ -139,8 +139,8 @@ func (p *Process) Err() error {
 	switch {
 	case err == nil:
 		err = errors.New("exit status 0")
-	case !p.killed.Load() && signalled(err) == syscall.SIGKILL:
-		err = fmt.Errorf("%w, %s", err, p.killer)
+	case !p.killed.Load() && exitSignal(err) == syscall.SIGKILL:
+		err = fmt.Errorf("%w, %s", err, p.killedBy)
 	}
 	if said := p.logs.lastError(); said != "" {
 		err = fmt.Errorf("%w: %s", err, said)
@@ -148,8 +148,8 @@ func (p *Process) Err() error {
 	return fmt.Errorf("Envoy epoch %d exited: %w", p.Epoch, err)
 }
 
-// signalled returns the signal that ended a process; 0 where none did.
-func signalled(err error) syscall.Signal {
+// exitSignal returns the signal that ended a process; 0 where none did.
+func exitSignal(err error) syscall.Signal {
 	exit, ok := errors.AsType[*exec.ExitError](err)
 	if !ok {
 		return 0

@@ -225,7 +225,7 @@ func TestFormerAdmin(t *testing.T) {
 	former := &Process{
 		Digest: state.Digest, Bootstrap: proto.CloneOf(state.Bootstrap), admin: newAdmin(render.AdminSocket(r.RuntimeDirectory, 0)),
 	}
-	if err := former.live(t.Context()); err != nil {
+	if err := former.checkLive(t.Context()); err != nil {
 		t.Fatalf("the impostor is not good enough: %v", err)
 	}
 	script(t, r, "exec sleep 86399")

@@ -29,8 +29,8 @@ func (s secretStates) allAt(version string) bool {
 	return true
 }
 
-// read reports whether each secret was taken at a version, or refused since.
-func (s secretStates) read(version string, before secretStates) bool {
+// allRead reports whether each secret was taken at a version, or refused since.
+func (s secretStates) allRead(version string, before secretStates) bool {
 	for name, one := range s {
 		if one.version != version && one.rejected == before[name].rejected {
 			return false
@@ -76,8 +76,8 @@ func (a admin) secrets(ctx context.Context, names []string) (secretStates, error
 	return all, nil
 }
 
-// held are the certificates that Envoy has.
-type held struct {
+// envoyCertificates are the certificates that Envoy has.
+type envoyCertificates struct {
 	chain, anchors []*x509.Certificate
 }
 
@@ -118,14 +118,14 @@ func (a admin) secretTexts(ctx context.Context) (text secretTexts, err error) {
 	return text, nil
 }
 
-// untaken reports whether Envoy did not take a secret that it was given. Of one whose content stays the same it goes on to tell
+// outdated reports whether Envoy did not take a secret that it was given. Of one whose content stays the same it goes on to tell
 // the older version here.
-func (t secretTexts) untaken(states secretStates) bool {
+func (t secretTexts) outdated(states secretStates) bool {
 	return t.chainVersion > states[render.IdentitySecret].version || t.anchorsVersion > states[render.MeshCASecret].version
 }
 
 // parse reads what Envoy has. Where it has nothing yet, held is empty.
-func (t secretTexts) parse() (h held, err error) {
+func (t secretTexts) parse() (h envoyCertificates, err error) {
 	for _, part := range []struct {
 		text string
 		into *[]*x509.Certificate
@@ -134,14 +134,14 @@ func (t secretTexts) parse() (h held, err error) {
 			continue
 		}
 		if *part.into, err = parseCertificates([]byte(part.text)); err != nil {
-			return held{}, fmt.Errorf("reading the certificates that Envoy has: %w", err)
+			return envoyCertificates{}, fmt.Errorf("reading the certificates that Envoy has: %w", err)
 		}
 	}
 	return h, nil
 }
 
 // describe returns the certificates as a status has them: the chain, then the mesh CAs. Those of the path are needed.
-func (h held) describe(path []*x509.Certificate) []status.Certificate {
+func (h envoyCertificates) describe(path []*x509.Certificate) []status.Certificate {
 	var all []status.Certificate
 	describe := func(role string, c *x509.Certificate) {
 		all = append(all, status.Certificate{

@@ -49,9 +49,9 @@ const (
 	NoEndpoint             Reason = "no_endpoint"
 )
 
-// words says reasons to people. PEER is the client or the endpoint, LIST the key of the entry that names who is allowed, NAME the
+// reasonTexts says reasons to people. PEER is the client or the endpoint, LIST the key of the entry that names who is allowed, NAME the
 // upstream's name and ANSWER what name servers say of it.
-var words = map[Reason]string{
+var reasonTexts = map[Reason]string{
 	NoClientCertificate:    "no client certificate",
 	UnknownCA:              "unknown CA: the PEER's certificate does not lead to the mesh CA",
 	IncompleteChain:        "incomplete chain: the PEER sent its certificate without the intermediate that signed it",
@@ -118,7 +118,7 @@ func (c accessLine) reason() Reason {
 	flags := strings.Split(c.Flags, ",")
 	switch {
 	case c.Refused != "" && c.Attempts == 0:
-		if c.looked() {
+		if c.isPortCheck() {
 			return ""
 		}
 		return tlsReason(c.Refused)
@@ -137,13 +137,13 @@ func (c accessLine) reason() Reason {
 	}
 }
 
-// reset is the reason in the TLS error of a connection that the peer reset.
-const reset = "Connection_reset_by_peer"
+// connectionReset is the reason in the TLS error of a connection that the peer reset.
+const connectionReset = "Connection_reset_by_peer"
 
-// looked reports whether a client reset its connection before the server said anything, as load balancers do to look whether a
+// isPortCheck reports whether a client reset its connection before the server said anything, as load balancers do to look whether a
 // port is open. As long as no curve is agreed on, the server has said nothing.
-func (c accessLine) looked() bool {
-	return c.Curve == "" && strings.HasSuffix(c.Refused, ":"+reset+":TLS_error_end")
+func (c accessLine) isPortCheck() bool {
+	return c.Curve == "" && strings.HasSuffix(c.Refused, ":"+connectionReset+":TLS_error_end")
 }
 
 // tlsReason returns what a TLS error means here: the first of the errors that it is made of, unless the verifier has the last.
@@ -170,7 +170,7 @@ func tlsReason(detail string) Reason {
 		"SSLV3_ALERT_CERTIFICATE_EXPIRED", "SSLV3_ALERT_CERTIFICATE_UNKNOWN", "TLSV1_ALERT_UNKNOWN_CA", "TLSV1_ALERT_ACCESS_DENIED":
 		return CertificateNotAccepted
 	case "BAD_PACKET_LENGTH", // a record too short to be encrypted where all are: OpenSSL's clients send alerts so in TLS 1.3, which can't be read
-		reset: // as who closes while something that it was sent is unread
+		connectionReset: // as who closes while something that it was sent is unread
 		return BrokenOff
 	default:
 		return HandshakeFailed
@@ -239,7 +239,7 @@ func (c accessLine) sans() []string {
 	more := len(all) - maxSANs
 	all = all[:min(len(all), maxSANs)]
 	for i := range all {
-		all[i] = short(all[i])
+		all[i] = truncate(all[i])
 	}
 	if more > 0 {
 		all = append(all, fmt.Sprintf("… and %d more", more))
@@ -247,7 +247,7 @@ func (c accessLine) sans() []string {
 	return slices.Clip(all)
 }
 
-func short(text string) string {
+func truncate(text string) string {
 	if len(text) <= maxText {
 		return text
 	}
@@ -269,8 +269,8 @@ func (c accessLine) attrs() []slog.Attr {
 	return append(all, slog.Int64("bytes_in", c.BytesIn), slog.Int64("bytes_out", c.BytesOut), slog.Int64("duration_ms", c.DurationMS))
 }
 
-// untrusted returns why Envoy found no way from a peer's certificate to the mesh CA.
-func (c *Certificates) untrusted(leaf *x509.Certificate, now time.Time) Reason {
+// untrustedReason returns why Envoy found no way from a peer's certificate to the mesh CA.
+func (c *Certificates) untrustedReason(leaf *x509.Certificate, now time.Time) Reason {
 	if c == nil || leaf == nil {
 		return UnknownCA
 	}
@@ -302,8 +302,8 @@ func (c accessLine) refusal(reason Reason, upstream status.Upstream) status.Refu
 	}
 	r := status.Refusal{
 		Time: time.Now(), Count: 1, Direction: c.Direction, Peer: c.Peer, Destination: c.Destination, SANs: c.sans(), Code: string(reason),
-		Reason: strings.NewReplacer("PEER", peer, "LIST", list, "NAME", cmp.Or(upstream.Upstream, "?"), "ANSWER", answerOf(upstream)).Replace(words[reason]),
-		Detail: short(cmp.Or(c.Refused, c.Failed, c.Ended)),
+		Reason: strings.NewReplacer("PEER", peer, "LIST", list, "NAME", cmp.Or(upstream.Upstream, "?"), "ANSWER", answerOf(upstream)).Replace(reasonTexts[reason]),
+		Detail: truncate(cmp.Or(c.Refused, c.Failed, c.Ended)),
 	}
 	if from, err := netip.ParseAddrPort(c.Peer); err == nil {
 		r.Peer = from.Addr().String() // the port of a client is another each time
@@ -319,7 +319,7 @@ func answerOf(u status.Upstream) string {
 	case len(u.Addresses) > 0:
 		return "it has one by now"
 	default:
-		return short(u.Answer)
+		return truncate(u.Answer)
 	}
 }
 
@@ -332,8 +332,8 @@ func (c accessLine) toItself(reason Reason) bool {
 	return err == nil && bind.IsOwn(to.Addr())
 }
 
-// same reports whether both are one to people.
-func same(a, b status.Refusal) bool {
+// sameRefusal reports whether both are one to people.
+func sameRefusal(a, b status.Refusal) bool {
 	return a.Direction == b.Direction && a.Peer == b.Peer && a.Destination == b.Destination && a.Code == b.Code && slices.Equal(a.SANs, b.SANs)
 }
 
@@ -354,7 +354,7 @@ type refusals struct {
 	mu     sync.Mutex
 	last   []status.Refusal            // the newest last
 	counts map[status.RefusalCount]int // each with Count 0
-	limits map[string]*valve           // by direction: strangers outside must not hide what fails on the way out
+	limits map[string]*logLimit        // by direction: strangers outside must not hide what fails on the way out
 
 	followers map[*follower]bool
 }
@@ -407,8 +407,8 @@ func (r *Runner) Follow(ctx context.Context) (<-chan status.Followed, error) {
 	return r.refused.follow(ctx)
 }
 
-// valve lets some lines through and counts the others.
-type valve struct {
+// logLimit lets some lines through and counts the others.
+type logLimit struct {
 	limiter *rate.Limiter
 	leftOut int
 }
@@ -418,11 +418,11 @@ func (r *refusals) admit(direction string, now time.Time) (leftOut int, ok bool)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.limits == nil {
-		r.limits = map[string]*valve{}
+		r.limits = map[string]*logLimit{}
 	}
 	l := r.limits[direction]
 	if l == nil {
-		l = &valve{limiter: rate.NewLimiter(refusalsPerSecond, refusalsAtOnce)}
+		l = &logLimit{limiter: rate.NewLimiter(refusalsPerSecond, refusalsAtOnce)}
 		r.limits[direction] = l
 	}
 	if !l.limiter.AllowN(now, 1) {
@@ -444,19 +444,19 @@ func (r *refusals) note(refusal status.Refusal) {
 	for f := range r.followers {
 		f.pass(refusal)
 	}
-	if i := slices.IndexFunc(r.last, func(last status.Refusal) bool { return same(last, refusal) }); i >= 0 {
+	if i := slices.IndexFunc(r.last, func(last status.Refusal) bool { return sameRefusal(last, refusal) }); i >= 0 {
 		refusal.Count += r.last[i].Count
 		r.last = slices.Delete(r.last, i, i+1)
 	}
 	if len(r.last) == lastRefusals {
-		i := r.commonest()
+		i := r.mostFrequent()
 		r.last = slices.Delete(r.last, i, i+1)
 	}
 	r.last = append(r.last, refusal)
 }
 
-// commonest returns the oldest of those refusals whose reason is kept most often: a flood of one kind leaves the others.
-func (r *refusals) commonest() int {
+// mostFrequent returns the oldest of those refusals whose reason is kept most often: a flood of one kind leaves the others.
+func (r *refusals) mostFrequent() int {
 	kept := map[string]int{}
 	for _, refusal := range r.last {
 		kept[refusal.Code]++

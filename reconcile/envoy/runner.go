@@ -65,7 +65,7 @@ const partLimit = 6 * time.Millisecond
 // Where the new one does not get live in time, it is killed, and whatever served goes on; but it may have lost its admin
 // interface, which only another Start brings back, with any state that works.
 func (r *Runner) Start(ctx context.Context, state render.State, settings schema.Envoy) (*Process, error) {
-	p, err := r.restart(ctx, state, settings)
+	p, err := r.startNext(ctx, state, settings)
 	if err != nil {
 		return nil, err
 	}
@@ -73,7 +73,7 @@ func (r *Runner) Start(ctx context.Context, state render.State, settings schema.
 	return p, nil
 }
 
-func (r *Runner) restart(ctx context.Context, state render.State, settings schema.Envoy) (*Process, error) {
+func (r *Runner) startNext(ctx context.Context, state render.State, settings schema.Envoy) (*Process, error) {
 	if err := r.spawner.do(func() error { return nil }); err != nil { // before anything is made that it would have to remove
 		return nil, err
 	}
@@ -88,7 +88,7 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 			return nil, err
 		}
 		r.progress("counting connections", askLimit)
-		r.count(ctx) // while it still answers
+		r.refreshStats(ctx) // while it still answers
 	}
 	if err := r.tryBinds(state.Bootstrap); err != nil {
 		return nil, err
@@ -96,12 +96,12 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 	r.progress("executing Envoy", executeLimit)
 	var abandoned []*Process
 	if parent != nil {
-		if err := r.obstacle(parent); err != nil {
+		if err := r.hotRestartError(parent); err != nil {
 			abandoned, parent = r.Running(), nil
 			r.Log.Warn("a plain restart of Envoy, which cuts connections: a hot one is not possible", "error", err)
 		}
 	}
-	p, err := r.succeed(ctx, state, settings, parent)
+	p, err := r.startEpoch(ctx, state, settings, parent)
 	if err != nil {
 		return nil, err
 	}
@@ -109,20 +109,20 @@ func (r *Runner) restart(ctx context.Context, state render.State, settings schem
 		r.progress("ending an Envoy that nothing can follow", termLimit)
 		old.Stop()
 	}
-	r.add(p, parent, settings.ParentShutdownTime)
+	r.addRunning(p, parent, settings.ParentShutdownTime)
 	if parent != nil {
-		r.standIns.Go(func() { r.standIn(parent, p) })
+		r.standIns.Go(func() { r.standInForParent(parent, p) })
 		r.progress("waiting until the Envoy before it takes no more connections", r.limit(state))
 		r.awaitDrain(parent, r.limit(state))
 	}
 	return p, nil
 }
 
-// succeed executes an Envoy that is to relieve a parent, if there is one, and returns it once it is live.
-func (r *Runner) succeed(ctx context.Context, state render.State, settings schema.Envoy, parent *Process) (*Process, error) {
+// startEpoch executes an Envoy that is to relieve a parent, if there is one, and returns it once it is live.
+func (r *Runner) startEpoch(ctx context.Context, state render.State, settings schema.Envoy, parent *Process) (*Process, error) {
 	if parent != nil {
-		parent.interview.yield(true)
-		defer parent.interview.yield(false)
+		parent.parentStats.setChildStarting(true)
+		defer parent.parentStats.setChildStarting(false)
 	}
 	p, err := r.execute(state, settings, parent)
 	if err != nil {
@@ -133,11 +133,11 @@ func (r *Runner) succeed(ctx context.Context, state render.State, settings schem
 	defer cancel()
 	if err := p.waitLive(ctx, parent); err != nil {
 		r.failed.Add(1)
-		r.progress("ending an Envoy that does not start", settleLimit)
+		r.progress("ending an Envoy that does not start", answerLimit)
 		p.Kill() // SIGTERM would make it end its parent, which serves
 		<-p.exited
 		if parent != nil && parent.alive() {
-			parent.base.stuck = errors.Join(r.spawner.do(parent.base.clearInitializing), r.settle(parent))
+			parent.base.blocked = errors.Join(r.spawner.do(parent.base.clearInitializing), r.drainAnswers(parent))
 		}
 		return nil, err
 	}
@@ -162,9 +162,9 @@ func (r *Runner) progress(what string, limit time.Duration) {
 	}
 }
 
-// add makes a process the one that serves, and its parent one that drains, for a time at most. It removes the files of those
+// addRunning makes a process the one that serves, and its parent one that drains, for a time at most. It removes the files of those
 // that have ended.
-func (r *Runner) add(p, parent *Process, most time.Duration) {
+func (r *Runner) addRunning(p, parent *Process, most time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	p.since = time.Now()
@@ -173,18 +173,18 @@ func (r *Runner) add(p, parent *Process, most time.Duration) {
 	}
 	r.running = append(slices.DeleteFunc(r.running, func(old *Process) bool {
 		if !old.alive() {
-			r.ended = sums(r.ended, old.counted)
+			r.ended = addCounters(r.ended, old.counted)
 		}
 		if !old.alive() && old.Epoch != p.Epoch {
 			_ = r.remove(fmt.Sprintf("*-%d.sock", old.Epoch), bootstrapFile(old.Epoch))
 		}
 		return !old.alive()
 	}), p)
-	r.retire()
+	r.removeUnusedBases()
 }
 
-// retire removes what bases left that no process has any more. What can't be removed now is tried again.
-func (r *Runner) retire() {
+// removeUnusedBases removes what bases left that no process has any more. What can't be removed now is tried again.
+func (r *Runner) removeUnusedBases() {
 	r.bases = slices.DeleteFunc(r.bases, func(b *base) bool {
 		used := slices.ContainsFunc(r.running, func(p *Process) bool { return p.base == b && p.alive() })
 		return !used && errors.Join(r.spawner.do(b.remove), r.remove(fmt.Sprintf("epoch_*_%d[0-%d]", b.id, epochs-1))) == nil
@@ -252,12 +252,12 @@ func (r *Runner) Close() error {
 	for _, b := range r.bases {
 		errs = append(errs, r.spawner.do(b.remove))
 	}
-	r.spawner.fail(errors.New("the Runner is closed"))
-	return errors.Join(append(errs, r.sweep(), r.remove("sds-*.json"))...)
+	r.spawner.stop(errors.New("the Runner is closed"))
+	return errors.Join(append(errs, r.removeLeftovers(), r.remove("sds-*.json"))...)
 }
 
-// sweep removes what Envoys, and a mantlet that was killed while it wrote, leave in the runtime directory. None may be running.
-func (r *Runner) sweep() error {
+// removeLeftovers removes what Envoys, and a mantlet that was killed while it wrote, leave in the runtime directory. None may be running.
+func (r *Runner) removeLeftovers() error {
 	return r.remove("epoch_*", "admin-*.sock", "trial-*.sock", "bootstrap-*.json", "preflight.json", ".*.json*", "../.*.json*")
 }
 

@@ -48,19 +48,19 @@ func (c *Certificates) publish(now time.Time, anew bool) publication {
 	if anew {
 		stamp = p.version
 	}
-	p.add(caSecret(render.MeshCASecret, c.trusted(now), stamp), identitySecret(render.IdentitySecret, c, p.version))
+	p.add(caSecret(render.MeshCASecret, c.orderedAnchors(now), stamp), identitySecret(render.IdentitySecret, c, p.version))
 	return p
 }
 
-// onTrial returns a generation under the trial's names. An end that is not judged accepts any certificate.
-func (c *Certificates) onTrial(now time.Time, whose judged) publication {
+// trialPublication returns a generation under the trial's names. An end that is not judged accepts any certificate.
+func (c *Certificates) trialPublication(now time.Time, whose trialSide) publication {
 	p := publication{version: now.UTC().Format(versionLayout)}
-	client := caSecret(render.TrialClientCASecret, c.trusted(now), p.version)
-	server := caSecret(render.TrialServerCASecret, c.trusted(now), p.version)
-	if whose == serversLeaf {
+	client := caSecret(render.TrialClientCASecret, c.orderedAnchors(now), p.version)
+	server := caSecret(render.TrialServerCASecret, c.orderedAnchors(now), p.version)
+	if whose == serverLeaf {
 		server.GetValidationContext().TrustChainVerification = tlsv3.CertificateValidationContext_ACCEPT_UNTRUSTED
 	}
-	if whose == clientsLeaf {
+	if whose == clientLeaf {
 		client.GetValidationContext().TrustChainVerification = tlsv3.CertificateValidationContext_ACCEPT_UNTRUSTED
 	}
 	p.add(client, server, identitySecret(render.TrialIdentitySecret, c, p.version))
@@ -79,18 +79,18 @@ func (p *publication) add(secrets ...*tlsv3.Secret) { p.secrets = append(p.secre
 
 func identitySecret(name string, c *Certificates, stamp string) *tlsv3.Secret {
 	return &tlsv3.Secret{Name: name, Type: &tlsv3.Secret_TlsCertificate{TlsCertificate: &tlsv3.TlsCertificate{
-		CertificateChain: inline(stamped(stamp, encode(c.chain))), PrivateKey: inline(pem.EncodeToMemory(c.key)),
+		CertificateChain: inline(withStamp(stamp, encode(c.chain))), PrivateKey: inline(pem.EncodeToMemory(c.key)),
 	}}}
 }
 
 func caSecret(name string, cas []*x509.Certificate, stamp string) *tlsv3.Secret {
 	return &tlsv3.Secret{Name: name, Type: &tlsv3.Secret_ValidationContext{
-		ValidationContext: &tlsv3.CertificateValidationContext{TrustedCa: inline(stamped(stamp, encode(cas)))},
+		ValidationContext: &tlsv3.CertificateValidationContext{TrustedCa: inline(withStamp(stamp, encode(cas)))},
 	}}
 }
 
-// stamped puts a line before a PEM text.
-func stamped(stamp string, text []byte) []byte {
+// withStamp puts a line before a PEM text.
+func withStamp(stamp string, text []byte) []byte {
 	if stamp == "" {
 		return text
 	}
@@ -147,48 +147,48 @@ func discoveryResponse(version string, s *tlsv3.Secret) ([]byte, error) {
 	}{version, []json.RawMessage{text}})
 }
 
-// rejected is why Envoy does not take a secret, in its own words.
-type rejected struct{ error }
+// rejectedError is why Envoy does not take a secret, in its own words.
+type rejectedError struct{ error }
 
-func (r rejected) Unwrap() error { return r.error }
+func (r rejectedError) Unwrap() error { return r.error }
 
-// give writes a publication and waits until the process has taken all of it. The error is rejected where Envoy does not take
+// deliver writes a publication and waits until the process has taken all of it. The error is rejected where Envoy does not take
 // it.
 //
 // Envoy makes TLS contexts of all secrets together, each time that one of them changes. So a secret that it refused before
 // makes it refuse the next change of another one, until that secret changes too. Hence all are written once more, with other
 // content, before Envoy's refusal counts.
-func (p *Process) give(ctx context.Context, directory string, publish func(now time.Time, anew bool) publication) (version string, err error) {
+func (p *Process) deliver(ctx context.Context, directory string, publish func(now time.Time, anew bool) publication) (version string, err error) {
 	for round := range 2 {
 		pub := publish(time.Now(), round > 0)
 		before, err := p.admin.secrets(ctx, pub.names())
 		if err != nil {
 			return "", err
 		}
-		p.logs.forget()
+		p.logs.discardAnswers()
 		if err := pub.write(directory); err != nil {
 			return "", err
 		}
-		has, err := p.await(ctx, pub, before)
+		has, err := p.awaitRead(ctx, pub, before)
 		switch {
 		case err != nil:
 			return "", err
 		case has.rejections() == before.rejections():
 			return pub.version, nil
 		case round > 0:
-			return "", rejected{errors.New(p.logs.rejection())}
+			return "", rejectedError{errors.New(p.logs.rejection())}
 		}
 	}
 	return "", nil // not reached
 }
 
-// await waits until the process has read all secrets of a publication, be it to refuse them. Envoy tells the version of a
+// awaitRead waits until the process has read all secrets of a publication, be it to refuse them. Envoy tells the version of a
 // secret once the secret is in each of its TLS contexts. before is what it told before they were written.
-func (p *Process) await(ctx context.Context, pub publication, before secretStates) (has secretStates, err error) {
+func (p *Process) awaitRead(ctx context.Context, pub publication, before secretStates) (has secretStates, err error) {
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
 	for {
-		if has, err = p.admin.secrets(ctx, pub.names()); err != nil || has.read(pub.version, before) {
+		if has, err = p.admin.secrets(ctx, pub.names()); err != nil || has.allRead(pub.version, before) {
 			return has, err
 		}
 		select {

@@ -27,32 +27,32 @@ type Secrets struct {
 	Runner           *Runner
 	Log              *slog.Logger
 
-	mu      sync.Mutex
-	good    *Certificates // that Envoy accepted and was given; never changed again, another one takes its place
-	verdict verdict       // on good, as it was last
-	version string        // of the publication that Envoy is to have; empty while that changes
-	untried *Certificates // that was published for the next Envoy to try
-	doubted *Certificates // that an Envoy did not start with, so that a placeholder is published for the next one
-	had     described     // what Envoy said last that it has
-	trust   peers.Trust   // that Envoy was given last
+	mu       sync.Mutex
+	accepted *Certificates    // that Envoy accepted and was given; never changed again, another one takes its place
+	verdict  verdict          // on good, as it was last
+	version  string           // of the publication that Envoy is to have; empty while that changes
+	pending  *Certificates    // that was published for the next Envoy to try
+	suspect  *Certificates    // that an Envoy did not start with, so that a placeholder is published for the next one
+	lastSeen seenCertificates // what Envoy said last that it has
+	trust    peers.Trust      // that Envoy was given last
 
 	// The rest is Update's and Renew's alone.
-	judged  time.Time     // when the verdict was
-	failed  uint64        // how many starts of Envoy had failed when untried was published
-	refused *refusedSet   // the last one that Envoy did not accept
-	fatal   *Certificates // that Envoy ended over, once
-	cut     *Certificates // that can't be tried, and whose lack of a mesh CA is in force already
-	last    *Certificates // that was good before the one that is now
-	holder  *Process      // that said that it has what is published
-	revoked bool          // a mesh CA is gone, and Update has not told it yet
-	kept    *Certificates // as the file has them; nil where it has none
-	loaded  bool          // whether the file was looked at
-	unkept  *Certificates // that there was no room for
-	useless *Certificates // that was kept, and can't be used
+	verdictAt    time.Time     // when the verdict was
+	failedStarts uint64        // how many starts of Envoy had failed when untried was published
+	rejected     *rejectedSet  // the last one that Envoy did not accept
+	fatal        *Certificates // that Envoy ended over, once
+	withdrawnFor *Certificates // that can't be tried, and whose lack of a mesh CA is in force already
+	previous     *Certificates // that was good before the one that is now
+	confirmedBy  *Process      // that said that it has what is published
+	revoked      bool          // a mesh CA is gone, and Update has not told it yet
+	stored       *Certificates // as the file has them; nil where it has none
+	loaded       bool          // whether the file was looked at
+	unstored     *Certificates // that there was no room for
+	unusable     *Certificates // that was kept, and can't be used
 }
 
-// refusedSet is a generation that Envoy did not accept, and why. It is not tried again at once.
-type refusedSet struct {
+// rejectedSet is a generation that Envoy did not accept, and why. It is not tried again at once.
+type rejectedSet struct {
 	certificates *Certificates
 	why          error
 	at           time.Time
@@ -61,8 +61,8 @@ type refusedSet struct {
 const (
 	// tryLimit bounds how long Envoy may take to read certificates and to shake hands with itself: 10 ms as a rule.
 	tryLimit = 3 * time.Second
-	// tryAgain is when Envoy tries certificates again that it refused: the clock may have been set since.
-	tryAgain = time.Minute
+	// retryRejected is when Envoy tries certificates again that it refused: the clock may have been set since.
+	retryRejected = time.Minute
 )
 
 // Update implements reconcile.Secrets.
@@ -71,80 +71,80 @@ func (s *Secrets) Update(ctx context.Context) (revoked bool, err error) {
 	defer cancel()
 	now := time.Now()
 	s.load()
-	s.review(ctx, now)
+	s.renewVerdict(ctx, now)
 	read, err := readCertificates(s.Files)
 	if err == nil {
-		err = s.take(ctx, read, now)
+		err = s.adopt(ctx, read, now)
 	}
 	switch {
 	case err == nil:
-	case s.isGood() == nil:
+	case s.lastAccepted() == nil:
 		s.restore(ctx, now)
-	case s.cut == nil: // an Envoy that was started since is to have the last good ones
+	case s.withdrawnFor == nil: // an Envoy that was started since is to have the last good ones
 		err = errors.Join(err, s.confirm(ctx, s.Runner.serving()))
 	}
-	if s.holder == nil && s.cut == nil {
+	if s.confirmedBy == nil && s.withdrawnFor == nil {
 		return false, err
 	}
 	revoked, s.revoked = s.revoked, false
 	return revoked, err
 }
 
-// take has a generation tried and published, where it is another one than Envoy has.
-func (s *Secrets) take(ctx context.Context, c *Certificates, now time.Time) error {
-	good, serving := s.isGood(), s.Runner.serving()
-	if !c.Equal(s.cut) {
-		s.cut = nil
+// adopt has a generation tried and published, where it is another one than Envoy has.
+func (s *Secrets) adopt(ctx context.Context, c *Certificates, now time.Time) error {
+	good, serving := s.lastAccepted(), s.Runner.serving()
+	if !c.Equal(s.withdrawnFor) {
+		s.withdrawnFor = nil
 	}
 	switch {
 	case c.Equal(good): // as a rule: a look at the bytes spares the signatures
-		s.refused = nil
-		if !good.Equal(s.kept) { // there was no room
-			s.keep(good)
+		s.rejected = nil
+		if !good.Equal(s.stored) { // there was no room
+			s.store(good)
 		}
 		return s.confirm(ctx, serving)
-	case s.refused != nil && c.Equal(s.refused.certificates) && now.Sub(s.refused.at) < tryAgain:
-		return s.refused.why
-	case c.Equal(s.untried):
-		c = s.untried
+	case s.rejected != nil && c.Equal(s.rejected.certificates) && now.Sub(s.rejected.at) < retryRejected:
+		return s.rejected.why
+	case c.Equal(s.pending):
+		c = s.pending
 	default:
 		if err := c.check(now); err != nil {
 			return err
 		}
 	}
 	if serving != nil {
-		return s.accept(ctx, c, serving, now)
+		return s.tryAndPublish(ctx, c, serving, now)
 	}
 	switch {
 	case good != nil:
-		s.restrict(c, now)
-	case c == s.untried && s.Runner.failed.Load() > s.failed:
-		return s.holdBack(c)
-	case c != s.untried && !c.Equal(s.doubted):
+		s.withdrawAnchors(c, now)
+	case c == s.pending && s.Runner.failed.Load() > s.failedStarts:
+		return s.offerPlaceholder(c)
+	case c != s.pending && !c.Equal(s.suspect):
 		return s.offer(c, now)
 	}
 	return nil // the next Envoy starts with what is published, and tries this one then
 }
 
-// holdBack publishes a placeholder for the Envoy that starts next, which is to try a generation that one did not start with: whatever
+// offerPlaceholder publishes a placeholder for the Envoy that starts next, which is to try a generation that one did not start with: whatever
 // ended that one, this one is not to end over it. Nobody is let in before Envoy has accepted certificates.
-func (s *Secrets) holdBack(c *Certificates) error {
+func (s *Secrets) offerPlaceholder(c *Certificates) error {
 	none, err := placeholder(time.Now())
 	if err != nil {
 		return err
 	}
-	if err := s.present(none, time.Now()); err != nil {
+	if err := s.writeAll(none, time.Now()); err != nil {
 		return err
 	}
-	s.locked(func() { s.untried, s.doubted = nil, c })
+	s.locked(func() { s.pending, s.suspect = nil, c })
 	return nil
 }
 
-// restrict takes the mesh CAs away that a generation lacks which can't be tried now: a revocation waits for no Envoy. What is
+// withdrawAnchors takes the mesh CAs away that a generation lacks which can't be tried now: a revocation waits for no Envoy. What is
 // left of the mesh CAs was accepted before, and stays with the certificate of before.
-func (s *Secrets) restrict(c *Certificates, now time.Time) {
-	good := s.isGood()
-	if good == nil || c.doubt != nil || c.trustsAllOf(good) || c.Equal(s.cut) {
+func (s *Secrets) withdrawAnchors(c *Certificates, now time.Time) {
+	good := s.lastAccepted()
+	if good == nil || c.verifyErr != nil || c.trustsAllOf(good) || c.Equal(s.withdrawnFor) {
 		return
 	}
 	left := *good
@@ -152,32 +152,32 @@ func (s *Secrets) restrict(c *Certificates, now time.Time) {
 	if len(left.anchors) == 0 {
 		left.anchors = c.anchors
 	}
-	s.holder = nil
+	s.confirmedBy = nil
 	s.locked(func() { s.version = "" })
 	if err := left.publish(now, true).write(s.RuntimeDirectory); err != nil {
 		s.Log.Error("a mesh CA could not be taken away", "error", err)
 		return
 	}
-	s.cut, s.revoked = c, true
+	s.withdrawnFor, s.revoked = c, true
 	s.locked(func() { s.trust = left.trust() })
 	s.Log.Info("a mesh CA was taken away, before Envoy could try the certificates that came instead")
 }
 
 // offer publishes a generation for the Envoy that starts next to try.
 func (s *Secrets) offer(c *Certificates, now time.Time) error {
-	s.failed = s.Runner.failed.Load()
-	if err := s.present(c, now); err != nil {
+	s.failedStarts = s.Runner.failed.Load()
+	if err := s.writeAll(c, now); err != nil {
 		return err
 	}
-	s.locked(func() { s.untried, s.doubted = c, nil })
+	s.locked(func() { s.pending, s.suspect = c, nil })
 	return nil
 }
 
-// present writes all that an Envoy reads at its start.
-func (s *Secrets) present(c *Certificates, now time.Time) error {
+// writeAll writes all that an Envoy reads at its start.
+func (s *Secrets) writeAll(c *Certificates, now time.Time) error {
 	pub := c.publish(now, true)
-	pub.add(c.onTrial(now, bothLeaves).secrets...)
-	s.holder = nil
+	pub.add(c.trialPublication(now, bothLeaves).secrets...)
+	s.confirmedBy = nil
 	if err := pub.write(s.RuntimeDirectory); err != nil {
 		return err
 	}
@@ -185,98 +185,98 @@ func (s *Secrets) present(c *Certificates, now time.Time) error {
 	return nil
 }
 
-// accept has an Envoy try a generation, and publishes it if that accepts it.
-func (s *Secrets) accept(ctx context.Context, c *Certificates, p *Process, now time.Time) error {
+// tryAndPublish has an Envoy try a generation, and publishes it if that accepts it.
+func (s *Secrets) tryAndPublish(ctx context.Context, c *Certificates, p *Process, now time.Time) error {
 	v, err := s.try(ctx, c, p)
 	if err == nil && v.err() != nil {
-		err = rejected{v.err()}
+		err = rejectedError{v.err()}
 	}
 	if err != nil {
-		return s.refuse(c, p, err, now)
+		return s.reject(c, p, err, now)
 	}
-	if s.last = s.isGood(); s.last == nil {
-		s.last = s.kept
+	if s.previous = s.lastAccepted(); s.previous == nil {
+		s.previous = s.stored
 	}
-	s.keep(c)
-	if c == s.untried {
-		s.holder = p
+	s.store(c)
+	if c == s.pending {
+		s.confirmedBy = p
 	} else if err := s.publish(ctx, c, p); err != nil {
 		return err
 	}
-	s.refused, s.cut, s.judged = nil, nil, now
-	s.revoked = s.revoked || s.last != nil && !c.trustsAllOf(s.last)
-	s.locked(func() { s.good, s.verdict, s.untried, s.doubted, s.trust = c, v, nil, nil, c.trust() })
+	s.rejected, s.withdrawnFor, s.verdictAt = nil, nil, now
+	s.revoked = s.revoked || s.previous != nil && !c.trustsAllOf(s.previous)
+	s.locked(func() { s.accepted, s.verdict, s.pending, s.suspect, s.trust = c, v, nil, nil, c.trust() })
 	s.Runner.refused.own.Store(c)
-	s.announce(c)
+	s.logPublished(c)
 	return nil
 }
 
 // try returns what an Envoy says of a generation. One that started with it has read it already.
 func (s *Secrets) try(ctx context.Context, c *Certificates, p *Process) (verdict, error) {
-	if c == s.untried {
+	if c == s.pending {
 		has, err := p.admin.secrets(ctx, append(trialNames(), meshNames()...))
 		if err != nil {
 			return verdict{}, err
 		}
 		if has.allAt(s.version) {
-			if refusal, err := p.shakeHands(ctx); refusal == nil {
+			if refusal, err := p.handshake(ctx); refusal == nil {
 				return verdict{}, err
 			}
 		}
 	}
 	v, err := p.try(ctx, c, s.RuntimeDirectory)
-	if c == s.untried && err == nil && v.err() == nil { // it may have read it late
+	if c == s.pending && err == nil && v.err() == nil { // it may have read it late
 		err = s.publish(ctx, c, p)
 	}
 	return v, err
 }
 
-// refuse takes note of why a generation can't be published, and puts the last good one in the trial's place, or a placeholder: an
+// reject takes note of why a generation can't be published, and puts the last good one in the trial's place, or a placeholder: an
 // Envoy that starts is not to meet what ended the one before it.
-func (s *Secrets) refuse(c *Certificates, p *Process, why error, now time.Time) error {
-	instead, err := s.isGood(), error(nil)
-	if instead == nil && c.Equal(s.doubted) {
+func (s *Secrets) reject(c *Certificates, p *Process, why error, now time.Time) error {
+	instead, err := s.lastAccepted(), error(nil)
+	if instead == nil && c.Equal(s.suspect) {
 		instead, err = placeholder(now)
 	}
 	if err == nil && instead != nil {
-		err = s.reset(instead, p, now)
+		err = s.resetTrial(instead, p, now)
 	}
 	if err != nil {
 		return errors.Join(why, err)
 	}
-	_, isRejected := errors.AsType[rejected](why)
+	_, isRejected := errors.AsType[rejectedError](why)
 	if !isRejected && !p.alive() {
 		isRejected = c.Equal(s.fatal) // once is chance
 		s.fatal = c
 	}
 	if !isRejected {
-		s.restrict(c, now)
+		s.withdrawAnchors(c, now)
 		return fmt.Errorf("%w: %w", status.ErrUntried, why)
 	}
-	s.cut = nil
-	why = c.because(why)
-	s.refused = &refusedSet{c, why, now}
+	s.withdrawnFor = nil
+	why = c.explainRejection(why)
+	s.rejected = &rejectedSet{c, why, now}
 	return why
 }
 
-// reset puts a generation in the trial's place, and lets Envoy read it before the next one comes.
-func (s *Secrets) reset(c *Certificates, p *Process, now time.Time) error {
+// resetTrial puts a generation in the trial's place, and lets Envoy read it before the next one comes.
+func (s *Secrets) resetTrial(c *Certificates, p *Process, now time.Time) error {
 	ctx, cancel := context.WithTimeout(context.Background(), tryLimit)
 	defer cancel()
 	before, err := p.admin.secrets(ctx, trialNames())
-	pub := c.onTrial(now, bothLeaves)
+	pub := c.trialPublication(now, bothLeaves)
 	if err := pub.write(s.RuntimeDirectory); err != nil {
 		return err
 	}
 	if err == nil {
-		_, _ = p.await(ctx, pub, before) // one that does not read it now is told of by the next trial
+		_, _ = p.awaitRead(ctx, pub, before) // one that does not read it now is told of by the next trial
 	}
 	return nil
 }
 
 // publish gives a generation to the Envoy that serves, or to the next one where none does.
 func (s *Secrets) publish(ctx context.Context, c *Certificates, p *Process) (err error) {
-	s.holder = nil
+	s.confirmedBy = nil
 	version := s.version
 	s.locked(func() { s.version = "" })
 	if p == nil {
@@ -284,10 +284,10 @@ func (s *Secrets) publish(ctx context.Context, c *Certificates, p *Process) (err
 		err, version = pub.write(s.RuntimeDirectory), pub.version
 	} else {
 		sure := version != ""
-		version, err = p.give(ctx, s.RuntimeDirectory, func(now time.Time, anew bool) publication { return c.publish(now, anew || !sure) })
+		version, err = p.deliver(ctx, s.RuntimeDirectory, func(now time.Time, anew bool) publication { return c.publish(now, anew || !sure) })
 	}
 	if err == nil {
-		s.holder = p
+		s.confirmedBy = p
 		s.locked(func() { s.version, s.trust = version, c.trust() })
 	}
 	return err
@@ -296,37 +296,37 @@ func (s *Secrets) publish(ctx context.Context, c *Certificates, p *Process) (err
 // confirm asks an Envoy whether it has what is published, and gives that to it if not: it may have started with what was
 // published before, and let in whom that trusts.
 func (s *Secrets) confirm(ctx context.Context, p *Process) error {
-	if p == nil || p == s.holder {
+	if p == nil || p == s.confirmedBy {
 		return nil
 	}
-	good := s.isGood()
+	good := s.lastAccepted()
 	if s.version != "" {
 		has, err := p.admin.secrets(ctx, meshNames())
 		if err != nil {
 			return err
 		}
 		if has.allAt(s.version) {
-			s.holder = p
+			s.confirmedBy = p
 			return nil
 		}
 	}
 	err := s.publish(ctx, good, p)
-	s.revoked = s.revoked || err == nil && s.last != nil && !good.trustsAllOf(s.last)
+	s.revoked = s.revoked || err == nil && s.previous != nil && !good.trustsAllOf(s.previous)
 	return err
 }
 
-func (s *Secrets) announce(c *Certificates) {
+func (s *Secrets) logPublished(c *Certificates) {
 	leaf := c.chain[0]
 	s.Log.Info("certificates published", "subject", leaf.Subject.String(), "sans", sans(leaf), "expires", c.expires())
 	if v := s.verdict; v.client != nil || v.server != nil {
 		s.Log.Warn("peers accept the certificate at one end only", "client", v.client == nil, "server", v.server == nil,
-			"reason", errors.Join(v.client, v.server), "extended_key_usage", usages(leaf),
+			"reason", errors.Join(v.client, v.server), "extended_key_usage", usageNames(leaf),
 			"remedy", "issue it with serverAuth and clientAuth, unless connections go one way only")
 	}
 	for _, warning := range c.warnings() {
 		s.Log.Warn("the certificates are accepted with a warning", "warning", warning)
 	}
-	if names := c.expired(time.Now()); len(names) > 0 {
+	if names := c.expiredAnchors(time.Now()); len(names) > 0 {
 		s.Log.Warn("mesh CAs have expired; take them out", "names", names)
 	}
 	if s.revoked {
@@ -334,19 +334,19 @@ func (s *Secrets) announce(c *Certificates) {
 	}
 }
 
-// review has the good generation tried once more where one of its certificates came to be valid, or ceased to be, since it
+// renewVerdict has the good generation tried once more where one of its certificates came to be valid, or ceased to be, since it
 // was: Go may see another way then than Envoy.
-func (s *Secrets) review(ctx context.Context, now time.Time) {
-	good, p := s.isGood(), s.Runner.serving()
-	if good == nil || p == nil || p != s.holder || !good.turns(s.judged, now) {
+func (s *Secrets) renewVerdict(ctx context.Context, now time.Time) {
+	good, p := s.lastAccepted(), s.Runner.serving()
+	if good == nil || p == nil || p != s.confirmedBy || !good.validityChanges(s.verdictAt, now) {
 		return
 	}
 	v, err := p.try(ctx, good, s.RuntimeDirectory)
-	if why, ok := errors.AsType[rejected](err); ok {
+	if why, ok := errors.AsType[rejectedError](err); ok {
 		v, err = verdict{why, why}, nil
 	}
 	if err == nil {
-		s.judged = now
+		s.verdictAt = now
 		s.locked(func() { s.verdict = v })
 	}
 }
@@ -355,7 +355,7 @@ func (s *Secrets) review(ctx context.Context, now time.Time) {
 func (s *Secrets) Renew(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, tryLimit)
 	defer cancel()
-	good := s.isGood()
+	good := s.lastAccepted()
 	if good == nil {
 		return nil
 	}
@@ -366,13 +366,13 @@ func (s *Secrets) Renew(ctx context.Context) error {
 func (s *Secrets) Offered() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.good != nil || s.untried != nil || s.doubted != nil
+	return s.accepted != nil || s.pending != nil || s.suspect != nil
 }
 
 // Valid implements reconcile.Secrets.
 func (s *Secrets) Valid(now time.Time) error {
 	s.mu.Lock()
-	good, verdict := s.good, s.verdict
+	good, verdict := s.accepted, s.verdict
 	s.mu.Unlock()
 	if good == nil {
 		return nil
@@ -388,7 +388,7 @@ func (s *Secrets) Held(ctx context.Context) error {
 	state := func() (*Process, string) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if s.good == nil {
+		if s.accepted == nil {
 			return nil, ""
 		}
 		return s.Runner.serving(), s.version
@@ -407,8 +407,8 @@ func (s *Secrets) Held(ctx context.Context) error {
 	return errors.New("Envoy has not taken the certificates that are published")
 }
 
-// described is what Envoy said that it has, and what that means.
-type described struct {
+// seenCertificates is what Envoy said that it has, and what that means.
+type seenCertificates struct {
 	text secretTexts
 	all  []status.Certificate
 }
@@ -416,7 +416,7 @@ type described struct {
 // Certificates implements reconcile.Secrets.
 func (s *Secrets) Certificates(ctx context.Context) []status.Certificate {
 	s.mu.Lock()
-	had := s.had
+	had := s.lastSeen
 	s.mu.Unlock()
 	p := s.Runner.serving()
 	if p == nil {
@@ -432,15 +432,15 @@ func (s *Secrets) Certificates(ctx context.Context) []status.Certificate {
 	if err != nil {
 		return had.all
 	}
-	now := described{text, has.describe(nil)}
-	s.locked(func() { s.had = now })
+	now := seenCertificates{text, has.describe(nil)}
+	s.locked(func() { s.lastSeen = now })
 	return now.all
 }
 
 // Good implements reconcile.Secrets.
 func (s *Secrets) Good() []status.Certificate {
-	if good := s.isGood(); good != nil {
-		return held{good.chain, good.anchors}.describe(good.longest())
+	if good := s.lastAccepted(); good != nil {
+		return envoyCertificates{good.chain, good.anchors}.describe(good.longestChain())
 	}
 	return nil
 }
@@ -458,16 +458,16 @@ func (c *Certificates) trust() peers.Trust {
 
 // Warnings implements reconcile.Secrets.
 func (s *Secrets) Warnings() []string {
-	if good := s.isGood(); good != nil {
+	if good := s.lastAccepted(); good != nil {
 		return good.warnings()
 	}
 	return nil
 }
 
-func (s *Secrets) isGood() *Certificates {
+func (s *Secrets) lastAccepted() *Certificates {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.good
+	return s.accepted
 }
 
 func (s *Secrets) locked(change func()) {

@@ -13,8 +13,8 @@ import (
 
 // base is what epochs of one Envoy share: a number that names their shared memory and sockets.
 type base struct {
-	id    uint32
-	stuck error // why no further epoch can start
+	id      uint32
+	blocked error // why no further epoch can start
 }
 
 // baseBits is how much of the number is the network namespace's; Envoy multiplies it by ten within 32 bits.

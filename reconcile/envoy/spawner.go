@@ -33,19 +33,19 @@ func (r *Runner) Confine(rules sandbox.Rules, drop func() error) error {
 		failed = r.spawner.do(func() error { return errors.Join(sandbox.Confine(), rules.RestrictThread()) })
 	}
 	if errors.Is(failed, os.ErrPermission) {
-		if obstacle := r.executable(); obstacle != nil {
-			r.spawner.fail(fmt.Errorf("executing %q: %w", r.Path, obstacle))
+		if obstacle := r.executableError(); obstacle != nil {
+			r.spawner.stop(fmt.Errorf("executing %q: %w", r.Path, obstacle))
 			return nil
 		}
 	}
 	if failed != nil && !errors.Is(failed, sandbox.ErrNoLandlock) {
-		r.spawner.fail(fmt.Errorf("confining Envoy: %w", failed))
+		r.spawner.stop(fmt.Errorf("confining Envoy: %w", failed))
 	}
 	return nil
 }
 
-// executable returns why Envoys' user can't execute the binary, where its path tells.
-func (r *Runner) executable() error {
+// executableError returns why Envoys' user can't execute the binary, where its path tells.
+func (r *Runner) executableError() error {
 	path, err := exec.LookPath(r.Path)
 	if err != nil {
 		return nil // Start says why
@@ -122,23 +122,23 @@ func (s *spawner) do(fn func() error) error {
 	}
 	if s.calls == nil {
 		s.calls = make(chan func())
-		go serve(s.calls)
+		go runThread(s.calls)
 	}
 	done := make(chan error)
 	s.calls <- func() { done <- fn() }
 	return <-done
 }
 
-// serve calls what comes, on a thread that is never unlocked and so ends with the goroutine. The process's first thread
+// runThread calls what comes, on a thread that is never unlocked and so ends with the goroutine. The process's first thread
 // can't end, and its user is the process's to others: that one is held until another is found.
-func serve(calls <-chan func()) {
+func runThread(calls <-chan func()) {
 	runtime.LockOSThread()
 	if unix.Gettid() == unix.Getpid() {
 		found := make(chan struct{})
 		go func() {
 			runtime.LockOSThread()
 			close(found)
-			serve(calls)
+			runThread(calls)
 		}()
 		<-found
 		runtime.UnlockOSThread() //nolint:forbidigo // nothing was changed on this one
@@ -149,8 +149,8 @@ func serve(calls <-chan func()) {
 	}
 }
 
-// fail ends the thread. It says why nothing is done any more.
-func (s *spawner) fail(why error) {
+// stop ends the thread. It says why nothing is done any more.
+func (s *spawner) stop(why error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.calls != nil {

@@ -15,18 +15,18 @@ import (
 // The statistics that make up the traffic: handshakes with clients, connections of the workload, how often one of them failed
 // at an address of the upstream, and how often one came to nothing, since all attempts failed or there was no address.
 const (
-	handshakes = "listener.ingress-%s.ssl.handshake"
-	dialled    = "tcp.%s.downstream_cx_total"
-	failures   = "cluster.%s.upstream_cx_connect_fail"
-	exhausted  = "cluster.%s.upstream_cx_connect_attempts_exceeded"
-	nowhere    = "cluster.%s.upstream_cx_none_healthy"
-	statistics = `^(listener\.ingress-m?tls\.ssl\.handshake|listener\.(ingress|egress)-.*\.downstream_(global_cx_overflow|cx_overflow|cx_overload_reject)|` +
+	handshakes        = "listener.ingress-%s.ssl.handshake"
+	egressConnections = "tcp.%s.downstream_cx_total"
+	connectFailures   = "cluster.%s.upstream_cx_connect_fail"
+	attemptsExceeded  = "cluster.%s.upstream_cx_connect_attempts_exceeded"
+	noHealthyHost     = "cluster.%s.upstream_cx_none_healthy"
+	statistics        = `^(listener\.ingress-m?tls\.ssl\.handshake|listener\.(ingress|egress)-.*\.downstream_(global_cx_overflow|cx_overflow|cx_overload_reject)|` +
 		`tcp\.egress-.*\.downstream_cx_total|` +
 		`cluster\.egress-.*\.upstream_cx_(connect_fail|connect_attempts_exceeded|none_healthy))$`
 )
 
-// count asks the process that serves for its statistics. Those that drain take no new connections.
-func (r *Runner) count(ctx context.Context) {
+// refreshStats asks the process that serves for its statistics. Those that drain take no new connections.
+func (r *Runner) refreshStats(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, askLimit)
 	defer cancel()
 	p := r.serving()
@@ -43,14 +43,14 @@ func (r *Runner) count(ctx context.Context) {
 // Traffic returns how many connections there were since the start. What an Envoy counted between the last look at it and its
 // crash is not among them.
 func (r *Runner) Traffic(ctx context.Context) status.Traffic {
-	r.count(ctx)
+	r.refreshStats(ctx)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	all := sums(nil, r.ended)
+	all := addCounters(nil, r.ended)
 	for _, p := range r.running {
-		all = sums(all, p.counted)
+		all = addCounters(all, p.counted)
 	}
-	t := status.Traffic{Ingress: []status.Handshakes{}, Egress: []status.Dialled{}, Shed: shedOf(all)}
+	t := status.Traffic{Ingress: []status.Handshakes{}, Egress: []status.Dialled{}, Shed: countOverLimit(all)}
 	for _, mode := range []schema.Mode{schema.ModeMTLS, schema.ModeTLS} {
 		t.Ingress = append(t.Ingress, status.Handshakes{Mode: mode, Total: all[fmt.Sprintf(handshakes, mode)]})
 	}
@@ -61,26 +61,26 @@ func (r *Runner) Traffic(ctx context.Context) status.Traffic {
 		if listen, ok := strings.CutPrefix(l.Name, "egress-"); ok {
 			name := strings.ReplaceAll(l.Name, ":", "_") // as Envoy names it among its statistics
 			t.Egress = append(t.Egress, status.Dialled{
-				Listen: listen, Total: all[fmt.Sprintf(dialled, name)],
-				Failed:         all[fmt.Sprintf(exhausted, name)] + all[fmt.Sprintf(nowhere, name)],
-				FailedAttempts: all[fmt.Sprintf(failures, name)],
+				Listen: listen, Total: all[fmt.Sprintf(egressConnections, name)],
+				Failed:         all[fmt.Sprintf(attemptsExceeded, name)] + all[fmt.Sprintf(noHealthyHost, name)],
+				FailedAttempts: all[fmt.Sprintf(connectFailures, name)],
 			})
 		}
 	}
 	return t
 }
 
-// shed are the directions of connections that were closed since too many were open, and the statistics that count them: over the
+// overLimit are the directions of connections that were closed since too many were open, and the statistics that count them: over the
 // limit of all listeners, over that of one, and for lack of memory.
-var shed = map[string]*regexp.Regexp{
+var overLimit = map[string]*regexp.Regexp{
 	"ingress": regexp.MustCompile(`^listener\.ingress-.*\.downstream_(global_cx_overflow|cx_overload_reject)$`),
 	egress:    regexp.MustCompile(`^listener\.egress-.*\.downstream_(cx_overflow|cx_overload_reject)$`),
 }
 
-// shedOf returns how many connections were closed as they came, since too many were open, by direction.
-func shedOf(all map[string]uint64) map[string]uint64 {
+// countOverLimit returns how many connections were closed as they came, since too many were open, by direction.
+func countOverLimit(all map[string]uint64) map[string]uint64 {
 	counts := map[string]uint64{}
-	for direction, names := range shed {
+	for direction, names := range overLimit {
 		counts[direction] = 0
 		for name, n := range all {
 			if names.MatchString(name) {
@@ -100,8 +100,8 @@ func (r *Runner) Statistics(ctx context.Context) ([]byte, error) {
 	return serving.admin.statistics(ctx)
 }
 
-// sums adds numbers to others by their names.
-func sums(to, more map[string]uint64) map[string]uint64 {
+// addCounters adds numbers to others by their names.
+func addCounters(to, more map[string]uint64) map[string]uint64 {
 	if to == nil {
 		to = map[string]uint64{}
 	}
@@ -131,7 +131,7 @@ func (r *Runner) connections(ctx context.Context, p *Process) (int, error) {
 	if open, err := p.admin.connections(ctx); err == nil {
 		return open, nil
 	}
-	return r.openIn(p)
+	return r.connectionsOfParent(p)
 }
 
 // askLimit bounds what a status takes of an Envoy that hangs.

@@ -10,13 +10,13 @@ import (
 	"time"
 )
 
-// judged says whose certificate a trial judges.
-type judged int
+// trialSide says whose certificate a trial judges.
+type trialSide int
 
 const (
-	bothLeaves  judged = iota
-	serversLeaf        // by the client end; the server end accepts any
-	clientsLeaf        // by the server end; the client end accepts any
+	bothLeaves trialSide = iota
+	serverLeaf           // by the client end; the server end accepts any
+	clientLeaf           // by the server end; the client end accepts any
 )
 
 // verdict says why Envoy does not accept a leaf as a server's, and as a client's; nil where it does.
@@ -45,26 +45,26 @@ func (p *Process) try(ctx context.Context, c *Certificates, directory string) (v
 		return verdict{}, err
 	}
 	var v verdict
-	if v.server, err = p.tryAs(ctx, c, serversLeaf, directory); err != nil {
+	if v.server, err = p.tryAs(ctx, c, serverLeaf, directory); err != nil {
 		return verdict{}, err
 	}
-	v.client, err = p.tryAs(ctx, c, clientsLeaf, directory)
+	v.client, err = p.tryAs(ctx, c, clientLeaf, directory)
 	return v, err
 }
 
-func (p *Process) tryAs(ctx context.Context, c *Certificates, whose judged, directory string) (refusal, err error) {
-	if _, err := p.give(ctx, directory, func(now time.Time, _ bool) publication { return c.onTrial(now, whose) }); err != nil {
+func (p *Process) tryAs(ctx context.Context, c *Certificates, whose trialSide, directory string) (refusal, err error) {
+	if _, err := p.deliver(ctx, directory, func(now time.Time, _ bool) publication { return c.trialPublication(now, whose) }); err != nil {
 		return nil, err
 	}
-	return p.shakeHands(ctx)
+	return p.handshake(ctx)
 }
 
 // reasonLimit is how long Envoy may take to write why a handshake failed. It writes its access log every 100 ms.
 const reasonLimit = 2 * time.Second
 
-// shakeHands sends a byte through the trial. It is echoed once both ends have accepted the other.
-func (p *Process) shakeHands(ctx context.Context) (refusal, err error) {
-	p.logs.forget()
+// handshake sends a byte through the trial. It is echoed once both ends have accepted the other.
+func (p *Process) handshake(ctx context.Context) (refusal, err error) {
+	p.logs.discardAnswers()
 	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", p.trial)
 	if err != nil {
 		return nil, fmt.Errorf("trying the certificates: %w", err)
@@ -81,14 +81,14 @@ func (p *Process) shakeHands(ctx context.Context) (refusal, err error) {
 	if err == nil {
 		return nil, nil
 	}
-	if refusal := p.logs.refusal(); refusal != "" {
-		return inWords(refusal), nil
+	if refusal := p.logs.handshakeError(); refusal != "" {
+		return explainTLSError(refusal), nil
 	}
 	return nil, fmt.Errorf("trying the certificates: Envoy does not say why its handshake with itself failed: %w", cmp.Or(ctx.Err(), err))
 }
 
-// refusal waits for why a handshake of the trial failed. An alert of the other end tells less than what that one says itself.
-func (l *logs) refusal() (reason string) {
+// handshakeError waits for why a handshake of the trial failed. An alert of the other end tells less than what that one says itself.
+func (l *logs) handshakeError() (reason string) {
 	timeout := time.After(reasonLimit)
 	for {
 		select {
@@ -103,18 +103,18 @@ func (l *logs) refusal() (reason string) {
 	}
 }
 
-// inWords says what an error of Envoy's TLS means for the certificates that it was tried with.
-func inWords(detail string) error {
+// explainTLSError says what an error of Envoy's TLS means for the certificates that it was tried with.
+func explainTLSError(detail string) error {
 	reasons, more := tlsErrors(detail)
 	if len(reasons) == 0 || reasons[len(reasons)-1] != "CERTIFICATE_VERIFY_FAILED" {
-		return errors.New(cmp.Or(whyRefused[strings.Join(reasons, "|")], short(detail)))
+		return errors.New(cmp.Or(tlsErrorHelp[strings.Join(reasons, "|")], truncate(detail)))
 	}
 	text := strings.TrimPrefix(more, ":verify_cert_failed:_")
 	text, _ = strings.CutPrefix(text, "X509_verify_cert:_certificate_verification_error_at_depth_")
 	depth, text, _ := strings.Cut(text, ":_")
 	text, _, _ = strings.Cut(text, ":")
 	said := strings.ReplaceAll(text, "_", " ")
-	if why := whyRefused[text]; why != "" {
+	if why := tlsErrorHelp[text]; why != "" {
 		said += ": " + why
 	}
 	if depth == "0" {
@@ -123,8 +123,8 @@ func inWords(detail string) error {
 	return fmt.Errorf("the CA %s above the leaf: %s", depth, said)
 }
 
-// whyRefused says what is behind an error of BoringSSL (include/openssl/x509.h, ssl.h), and what to do.
-var whyRefused = map[string]string{
+// tlsErrorHelp says what is behind an error of BoringSSL (include/openssl/x509.h, ssl.h), and what to do.
+var tlsErrorHelp = map[string]string{
 	"unsupported_certificate_purpose":               "the extended key usage has no serverAuth, or clientAuth; that of a CA holds for what it issues",
 	"invalid_or_inconsistent_certificate_extension": "an extension contradicts another, or itself, such as a path length where CA is FALSE",
 	"permitted_subtree_violation":                   "the name constraints of a CA do not permit its names",

@@ -281,7 +281,7 @@ func TestTrial(t *testing.T) {
 		_, err := s.Update(t.Context())
 		has := must[secretTexts](t)(p.admin.secretTexts(t.Context()))
 		states := must[secretStates](t)(p.admin.secrets(t.Context(), meshNames()))
-		if !states.allAt(s.version) || has.untaken(states) {
+		if !states.allAt(s.version) || has.outdated(states) {
 			t.Errorf("%s: Envoy has taken %+v, not %s", c.name, states, s.version)
 		}
 		if err := errors.Join(s.Valid(time.Now()), s.Held(t.Context())); err != nil {
@@ -304,10 +304,10 @@ func TestTrial(t *testing.T) {
 		}
 		parsed, err := has.parse()
 		want := must[*Certificates](t)(LoadCertificates(schema.TLSFiles{Directory: directory}, time.Now()))
-		if doubt, certain := want.Doubt(time.Now()); certain {
+		if doubt, certain := want.Unverified(time.Now()); certain {
 			t.Errorf("%s: Envoy accepts it, and it is certain not to: %v", c.name, doubt)
 		}
-		if err != nil || !slices.EqualFunc(parsed.chain, want.chain, (*x509.Certificate).Equal) || len(without(parsed.anchors, want.anchors))+len(without(want.anchors, parsed.anchors)) > 0 {
+		if err != nil || !slices.EqualFunc(parsed.chain, want.chain, (*x509.Certificate).Equal) || len(subtract(parsed.anchors, want.anchors))+len(subtract(want.anchors, parsed.anchors)) > 0 {
 			t.Errorf("%s: Envoy has %d and %d certificates, %v; want %d and %d", c.name, len(parsed.chain), len(parsed.anchors), err, len(want.chain), len(want.anchors))
 		}
 		if said := log.String()[logged:]; c.warn != "" && !strings.Contains(said, c.warn) || c.warn == "" && strings.Contains(said, "level=WARN") {
@@ -334,7 +334,7 @@ func TestTrialIsTheMesh(t *testing.T) {
 		"any":          {[]x509.ExtKeyUsage{x509.ExtKeyUsageAny}, false, false},
 	} {
 		leaf := must[*lab.Identity](t)(mesh.Issue(lab.Leaf{DNSNames: []string{"pod"}, Usages: c.usages}))
-		if client, server := ends(leaf.Leaf); client != c.client || server != c.server {
+		if client, server := allowedUsages(leaf.Leaf); client != c.client || server != c.server {
 			t.Errorf("%s: client %t, server %t; want %t, %t", name, client, server, c.client, c.server)
 		}
 		certificate := leaf.Certificate()
@@ -373,10 +373,10 @@ func TestTrialEndsEnvoy(t *testing.T) {
 	next := must[*Certificates](t)(LoadCertificates(s.Files, time.Now()))
 	p.Stop()
 	for _, want := range []string{"can't be tried", "Envoy does not accept the certificates"} {
-		if err := next.onTrial(time.Now(), bothLeaves).write(r.RuntimeDirectory); err != nil {
+		if err := next.trialPublication(time.Now(), bothLeaves).write(r.RuntimeDirectory); err != nil {
 			t.Fatal(err)
 		}
-		if err := s.refuse(next, p, p.Err(), time.Now()); err == nil || !strings.Contains(err.Error(), want) {
+		if err := s.reject(next, p, p.Err(), time.Now()); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want %q", err, want)
 		}
 		text := must[[]byte](t)(os.ReadFile(filepath.Join(r.RuntimeDirectory, render.SecretFile(render.TrialIdentitySecret))))
@@ -402,8 +402,8 @@ func TestEndsAtStart(t *testing.T) {
 			good := ca.leaf(t)
 			if isKept {
 				good.set(t, []issuer{ca}).write(t, s.Files.Directory)
-				s.keep(must[*Certificates](t)(readCertificates(s.Files)))
-				s.kept = nil
+				s.store(must[*Certificates](t)(readCertificates(s.Files)))
+				s.stored = nil
 			}
 			ca.leaf(t, keyUsage(x509.KeyUsageKeyAgreement)).set(t, []issuer{ca}).write(t, s.Files.Directory)
 			if _, err := s.Update(t.Context()); err != nil || !s.Offered() {
@@ -422,7 +422,7 @@ func TestEndsAtStart(t *testing.T) {
 				if _, err := s.Update(t.Context()); err == nil || !strings.Contains(err.Error(), "the leaf's key usage lacks digitalSignature") {
 					t.Errorf("%v", err)
 				}
-				has := must[held](t)(must[secretTexts](t)(p.admin.secretTexts(t.Context())).parse())
+				has := must[envoyCertificates](t)(must[secretTexts](t)(p.admin.secretTexts(t.Context())).parse())
 				if isKept != has.chain[0].Equal(good.Certificate) || isKept == expires(s).IsZero() {
 					t.Errorf("Envoy has %s, and what is good expires %s", nameOf(has.chain[0]), expires(s))
 				}
