@@ -30,6 +30,7 @@ func build(r *report, process Process, layers ...layer) (Config, error) {
 		},
 		OtherProtocols:   valueOf[OtherProtocols](at("otherProtocols")),
 		AccessLog:        valueOf[AccessLog](at("accessLog")),
+		SourceAddress:    valueOf[SourceAddress](at(sourceAddress)),
 		MaxConnectionAge: time.Duration(valueOf[age](at("maxConnectionAge"))),
 		Outbound:         c.outbound(r),
 	}
@@ -51,6 +52,9 @@ func (c *Config) switchOff(variable string, r *report) {
 	}
 	if other := c.merged.scalar("otherProtocols"); other.overrode != nil && valueOf[OtherProtocols](other) == OtherProtocolsDrop {
 		r.add(other.origin, "otherProtocols", other.value(), without)
+	}
+	if source := c.merged.scalar(sourceAddress); valueOf[SourceAddress](source) == SourceAddressClient {
+		r.add(source.origin, sourceAddress, source.value(), without)
 	}
 	c.ingressOff = variable
 	c.Mesh.Ingress, c.Mesh.OtherProtocols, c.Mesh.IngressOff = nil, OtherProtocolsAccept, true

@@ -91,7 +91,9 @@ func TestIngressOff(t *testing.T) {
 		"an entry of a file that may tighten": {[]string{off, "MANTLET_OVERRIDES=tighten"}, "ingress: [{port: 80}]", false, []string{
 			"/config.yaml:1:11: ingress[80]: " + vain,
 		}},
-		"other protocols": {[]string{off}, "otherProtocols: drop", false, []string{`/config.yaml:1:17: otherProtocols: "drop": ` + vain}},
+		"other protocols":    {[]string{off}, "otherProtocols: drop", false, []string{`/config.yaml:1:17: otherProtocols: "drop": ` + vain}},
+		"clients' addresses": {[]string{off}, "sourceAddress: client", false, []string{`/config.yaml:1:16: sourceAddress: "client": ` + vain}},
+		"the pod's address":  {[]string{off}, "sourceAddress: pod", true, nil},
 		"an inline entry": {[]string{off, "MANTLET_CONFIG_INLINE=ingress: [{port: 80}]"}, "", false, []string{
 			"MANTLET_CONFIG_INLINE:1:11: ingress[80]: " + vain,
 		}},

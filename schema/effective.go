@@ -20,6 +20,7 @@ func (m Mesh) MarshalJSON() ([]byte, error) {
 		},
 		OtherProtocols:   m.OtherProtocols,
 		AccessLog:        m.AccessLog,
+		SourceAddress:    m.SourceAddress,
 		Outbound:         &outboundForm{Mode: m.Outbound.Mode, Allow: texts[allowText](m.Outbound.list())},
 		MaxConnectionAge: ageText(noAge),
 	}

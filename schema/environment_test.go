@@ -44,6 +44,7 @@ func defaults() schema.Mesh {
 		Envoy:          schema.Envoy{Concurrency: 2, DrainTime: 10 * time.Second, ParentShutdownTime: 10 * time.Minute, LogLevel: "warning"},
 		OtherProtocols: schema.OtherProtocolsDrop,
 		AccessLog:      schema.AccessLogRefused,
+		SourceAddress:  schema.SourceAddressPod,
 		Outbound:       schema.Outbound{Mode: schema.OutboundAccept},
 	}
 }
@@ -178,7 +179,7 @@ func environmentProblems() map[string]environmentProblem {
 		out      = "must have 3 fields, name#listen-ip:listen-port#host-or-ip:port, but has "
 		duration = "must be a duration from 1s to 24h in hours, minutes and seconds, for example 10s or 1h30m"
 		known    = "ACCESS_LOG, CONFIG, CONFIG_INLINE, CONFIG_SHA256, ENVOY_CONCURRENCY, ENVOY_DRAIN_TIME, ENVOY_LOG_LEVEL, " +
-			"ENVOY_PARENT_SHUTDOWN_TIME, ENVOY_PATH, ENVOY_UID, GATE_SOCKET, HOST_IP, LIFT_DEFAULT_DENY, LOG_LEVEL, MAX_CONNECTION_AGE, OTHER_PROTOCOLS, OUTBOUND, OUTBOUND_ALLOW, OVERRIDES, POD_IP, READY_FILE, RUNTIME_DIRECTORY, STATUS_ADDRESS, TLS_CA, TLS_CERTIFICATE, TLS_DIRECTORY, TLS_KEY, TLS_MIN_VERSION"
+			"ENVOY_PARENT_SHUTDOWN_TIME, ENVOY_PATH, ENVOY_UID, GATE_SOCKET, HOST_IP, LIFT_DEFAULT_DENY, LOG_LEVEL, MAX_CONNECTION_AGE, OTHER_PROTOCOLS, OUTBOUND, OUTBOUND_ALLOW, OVERRIDES, POD_IP, READY_FILE, RUNTIME_DIRECTORY, SOURCE_ADDRESS, STATUS_ADDRESS, TLS_CA, TLS_CERTIFICATE, TLS_DIRECTORY, TLS_KEY, TLS_MIN_VERSION"
 	)
 	x120 := strings.Repeat("x", 120)
 	long := strings.Repeat("a.", 127) + "a"
@@ -584,7 +585,7 @@ func TestHostNetwork(t *testing.T) {
 func TestScalarVariables(t *testing.T) {
 	env, err := schema.ParseEnvironment([]string{
 		"MANTLET_TLS_MIN_VERSION=1.3", "MANTLET_ENVOY_CONCURRENCY=256", "MANTLET_ENVOY_DRAIN_TIME=1h30m", "MANTLET_ENVOY_PARENT_SHUTDOWN_TIME=24h",
-		"MANTLET_ENVOY_LOG_LEVEL=off", "MANTLET_OTHER_PROTOCOLS=accept", "MANTLET_ACCESS_LOG=all",
+		"MANTLET_ENVOY_LOG_LEVEL=off", "MANTLET_OTHER_PROTOCOLS=accept", "MANTLET_ACCESS_LOG=all", "MANTLET_SOURCE_ADDRESS=client",
 		"MANTLET_OUTBOUND=drop", "MANTLET_OUTBOUND_ALLOW=10.96.0.1:443, dns,[fd00::]/8:443,10.96.0.1/32:443,",
 	})
 	if err != nil {
@@ -595,6 +596,7 @@ func TestScalarVariables(t *testing.T) {
 		Envoy:          schema.Envoy{Concurrency: 256, DrainTime: 90 * time.Minute, ParentShutdownTime: 24 * time.Hour, LogLevel: "off"},
 		OtherProtocols: schema.OtherProtocolsAccept,
 		AccessLog:      schema.AccessLogAll,
+		SourceAddress:  schema.SourceAddressClient,
 		Outbound: schema.Outbound{Mode: schema.OutboundDrop, DNS: true, Allow: []schema.Destination{
 			{Prefix: netip.MustParsePrefix("10.96.0.1/32"), Port: 443}, {Prefix: netip.MustParsePrefix("fd00::/8"), Port: 443},
 		}},

@@ -13,6 +13,7 @@ type fileForm struct {
 	Envoy            *envoyForm     `json:"envoy,omitempty" jsonschema_description:"Settings of the data plane."`
 	OtherProtocols   OtherProtocols `json:"otherProtocols,omitempty" jsonschema:"default=drop" jsonschema_description:"What happens to inbound UDP, SCTP and so on at ports that are not passthrough."`
 	AccessLog        AccessLog      `json:"accessLog,omitempty" jsonschema:"default=refused" jsonschema_description:"Which connections are logged."`
+	SourceAddress    SourceAddress  `json:"sourceAddress,omitempty" jsonschema:"default=pod" jsonschema_description:"Whose address the workload sees as its peer's, of connections from outside through mantlet. pod: the pod's own. client: the client's; the port is another one than the client's."`
 	Outbound         *outboundForm  `json:"outbound,omitempty" jsonschema_description:"What happens to connections that the pod makes past the egress entries, in the clear."`
 	MaxConnectionAge ageText        `json:"maxConnectionAge,omitempty" jsonschema:"default=none" jsonschema_description:"How long a connection through mantlet may last. The two sides are closed then, or up to a tenth later, and what dials again shows and verifies the certificates of today."`
 }
@@ -75,6 +76,7 @@ var fields = []struct {
 	{path: "envoy.logLevel", variable: LogLevelVariable, kind: EnvoyLogLevel(""), preset: EnvoyLogLevel("warning")},
 	{path: "otherProtocols", variable: "MANTLET_OTHER_PROTOCOLS", kind: OtherProtocols(""), preset: OtherProtocolsDrop},
 	{path: "accessLog", variable: "MANTLET_ACCESS_LOG", kind: AccessLog(""), preset: AccessLogRefused},
+	{path: sourceAddress, variable: "MANTLET_SOURCE_ADDRESS", kind: SourceAddress(""), preset: SourceAddressPod},
 	{path: "maxConnectionAge", variable: "MANTLET_MAX_CONNECTION_AGE", kind: ageText(""), preset: age(0)},
 	{path: outboundMode, variable: "MANTLET_OUTBOUND", kind: OutboundMode(""), preset: OutboundAccept},
 	{path: outboundAllow, variable: "MANTLET_OUTBOUND_ALLOW", kind: allowText(""), isList: true},

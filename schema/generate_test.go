@@ -164,6 +164,8 @@ func (o OtherProtocols) JSONSchema() *jsonschema.Schema { return enum(o.choices(
 // JSONSchema lists the choices.
 func (a AccessLog) JSONSchema() *jsonschema.Schema { return enum(a.choices()) }
 
+func (s SourceAddress) JSONSchema() *jsonschema.Schema { return enum(s.choices()) }
+
 func (ageText) JSONSchema() *jsonschema.Schema {
 	return &jsonschema.Schema{Type: "string", Pattern: "^(none|([0-9]+[hms])+)$"}
 }

@@ -19,6 +19,7 @@ type Mesh struct {
 	Envoy          Envoy
 	OtherProtocols OtherProtocols
 	AccessLog      AccessLog
+	SourceAddress  SourceAddress
 	Outbound       Outbound
 
 	// MaxConnectionAge is how long a connection through Envoy may last, in whole seconds; 0 for no limit.
@@ -200,3 +201,15 @@ const (
 	AccessLogRefused AccessLog = "refused"
 	AccessLogAll     AccessLog = "all"
 )
+
+// SourceAddress says whose address the workload sees as its peer's, of connections from outside that come through Envoy.
+type SourceAddress string
+
+// The choices of SourceAddress. SourceAddressPod is the default.
+const (
+	SourceAddressPod    SourceAddress = "pod"    // the pod's own
+	SourceAddressClient SourceAddress = "client" // the client's, with another port
+)
+
+// sourceAddress is its path in the file.
+const sourceAddress = "sourceAddress"

@@ -17,6 +17,9 @@ import (
 //	outbound.allow   a part of the list that was there; any list where the mode becomes stricter and there was none
 //	names            say nothing and may change
 //
+// sourceAddress may not change: neither choice is stricter. A workload that lets in by address lets in other peers by either; and no
+// certificate vouches for the address that a client comes from, so whoever controls the network chooses it.
+//
 // All else must stay as it is: other fields, and the egress entries there are with their upstreams. A new egress entry
 // could take an address that the pod's own server means to use. alpn decides which protocol clients and workload take each
 // other's bytes for, so another list, longer or shorter, is not stricter; an ingress entry that is removed takes its own along.

@@ -109,6 +109,11 @@ func TestTighten(t *testing.T) {
 			`2:12: accessLog: "none": ` + refused + "change this; it is refused (default)",
 		}},
 
+		// Neither is stricter.
+		"source address: client": {file: "sourceAddress: client", want: []string{`1:16: sourceAddress: "client": ` + refused + "change this; it is pod (default)"}},
+		"source address: pod":    {environ: []string{"MANTLET_SOURCE_ADDRESS=client"}, file: "sourceAddress: pod", want: []string{`1:16: sourceAddress: "pod": ` + refused + "change this; it is client (MANTLET_SOURCE_ADDRESS)"}},
+		"source address stays":   {environ: []string{"MANTLET_SOURCE_ADDRESS=client"}, file: "sourceAddress: client"},
+
 		// outbound: accept > observe > drop, and a shorter list.
 		"observe":                   {file: "outbound: {mode: observe, allow: [dns]}"},
 		"drop":                      {environ: []string{"MANTLET_OUTBOUND=observe"}, file: "outbound: {mode: drop, allow: [dns]}"},

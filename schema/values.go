@@ -513,7 +513,7 @@ func (removeText) parse(text string) (any, string) {
 	return true, ""
 }
 
-// The enumerations: Mode, TLSVersion, EnvoyLogLevel, OtherProtocols, AccessLog and OutboundMode.
+// The enumerations: Mode, TLSVersion, EnvoyLogLevel, OtherProtocols, AccessLog, SourceAddress and OutboundMode.
 
 func oneOf[T ~string](text string, choices []string) (T, string) {
 	if slices.Contains(choices, text) {
@@ -542,6 +542,10 @@ func (AccessLog) choices() []string {
 	return []string{string(AccessLogNone), string(AccessLogRefused), string(AccessLogAll)}
 }
 
+func (SourceAddress) choices() []string {
+	return []string{string(SourceAddressPod), string(SourceAddressClient)}
+}
+
 func (OutboundMode) choices() []string {
 	return []string{string(OutboundAccept), string(OutboundObserve), string(OutboundDrop)}
 }
@@ -555,6 +559,9 @@ func (o OtherProtocols) parse(text string) (any, string) {
 	return oneOf[OtherProtocols](text, o.choices())
 }
 func (a AccessLog) parse(text string) (any, string) { return oneOf[AccessLog](text, a.choices()) }
+func (s SourceAddress) parse(text string) (any, string) {
+	return oneOf[SourceAddress](text, s.choices())
+}
 
 func (Mode) scalar() yamlType           { return yamlString }
 func (OutboundMode) scalar() yamlType   { return yamlString }
@@ -562,6 +569,7 @@ func (TLSVersion) scalar() yamlType     { return yamlString }
 func (EnvoyLogLevel) scalar() yamlType  { return yamlString }
 func (OtherProtocols) scalar() yamlType { return yamlString }
 func (AccessLog) scalar() yamlType      { return yamlString }
+func (SourceAddress) scalar() yamlType  { return yamlString }
 
 // parse suggests no other number: a version that does not exist says nothing about which one was meant.
 func (v TLSVersion) parse(text string) (any, string) {

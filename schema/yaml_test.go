@@ -95,7 +95,7 @@ type yamlProblem struct {
 // koanf alone would let pass (design.md 11) is marked.
 func yamlProblems() map[string]yamlProblem {
 	const (
-		known    = "known keys: ingress, egress, probes, tls, envoy, otherProtocols, accessLog, outbound, maxConnectionAge"
+		known    = "known keys: ingress, egress, probes, tls, envoy, otherProtocols, accessLog, sourceAddress, outbound, maxConnectionAge"
 		ports    = "must be a port from 1 to 65535 or a range, for example 8000-8099"
 		listen   = "must be a loopback address and a port, for example 127.137.0.1:8081 or [::1]:8081"
 		san      = "must be a SAN: a DNS name, for example frontend or *.shop.svc, or a URI, for example spiffe://mesh/ns/shop/sa/cart"
