@@ -61,6 +61,9 @@ func Compare(from, to schema.Mesh) []Step {
 		}
 		add(need, "accessLog: %v -> %v", from.AccessLog, to.AccessLog)
 	}
+	if from.SourceAddress != to.SourceAddress {
+		add(HotRestart, "sourceAddress: %v -> %v", from.SourceAddress, to.SourceAddress)
+	}
 	return steps
 }
 

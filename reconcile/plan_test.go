@@ -75,6 +75,8 @@ func drawFile(t *rapid.T, like map[string]any) map[string]any {
 			set(file, name, nil, "accept")
 		case "accessLog":
 			set(file, name, nil, "all", "none")
+		case "sourceAddress":
+			set(file, name, nil, "client")
 		case "outbound":
 			set(file, name, nil, map[string]any{"mode": "observe"}, map[string]any{"mode": "drop", "allow": []string{"dns", "192.0.2.7:53"}})
 		case "maxConnectionAge":
@@ -93,6 +95,7 @@ func TestNeedsAreWhatDigestsDecide(t *testing.T) {
 			variables = []string{"CONTRAST_INGRESS_PROXY_CONFIG=DISABLED"}
 			delete(file, "ingress")
 			delete(file, "otherProtocols")
+			delete(file, "sourceAddress")
 		}
 		env, err := schema.ParseEnvironment(variables)
 		if err != nil {

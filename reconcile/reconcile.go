@@ -67,9 +67,8 @@ type shared struct {
 	stopping bool
 	accepted uint64 // how many configurations were
 	envoys   status.Envoys
-	endings  endings       // connections that changes ended
-	waits    *status.Waits // what want waits for; nil for nothing
-	down     error         // why what is wanted is not in force; nil where it is
+	endings  endings // connections that changes ended
+	down     error   // why what is wanted is not in force; nil where it is
 
 	// Written by the reader of the configuration and its keeper.
 	offered   *desired // a good configuration that the loop has not taken yet
@@ -218,11 +217,7 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 	d.renew()
 	want, err := d.next()
 	if err == nil {
-		now := time.Now()
-		waits := d.hold(now, want)
-		d.noteWaits(now, waits)
-		if waits != nil {
-			wait := waits.Until.Sub(now)
+		if wait := d.hold(time.Now(), want); wait > 0 {
 			if err := d.close(want); err != nil {
 				d.Log.Error("what a change forbids goes on until it is in force", "error", err)
 				wait = min(wait, retryInputs)
@@ -251,9 +246,6 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 	now := time.Now()
 	wait := max(d.loop.pause.next(now), atOnce)
 	d.loop.notBefore = now.Add(wait)
-	if wait > atOnce {
-		d.noteWaits(now, &status.Waits{Until: d.loop.notBefore, Code: status.WaitBackoff, Reason: waitReason(status.WaitBackoff)})
-	}
 	level := slog.LevelError
 	if again {
 		level = slog.LevelDebug // the log has it

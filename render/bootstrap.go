@@ -107,7 +107,7 @@ func bootstrap(mesh schema.Mesh, place Place) (*bootstrapv3.Bootstrap, error) {
 	}
 	if !mesh.IngressOff {
 		b.StaticResources.Listeners = []*listenerv3.Listener{r.ingress(schema.ModeMTLS), r.ingress(schema.ModeTLS)}
-		b.StaticResources.Clusters = []*clusterv3.Cluster{originalDestination()}
+		b.StaticResources.Clusters = []*clusterv3.Cluster{originalDestination(mesh.SourceAddress)}
 	}
 	for _, e := range mesh.Egress {
 		b.StaticResources.Listeners = append(b.StaticResources.Listeners, r.egress(e))
@@ -163,7 +163,11 @@ func (r *renderer) sds(file string) string {
 }
 
 // originalDestination connects to the address and port that the client dialled.
-func originalDestination() *clusterv3.Cluster {
+func originalDestination(source schema.SourceAddress) *clusterv3.Cluster {
+	bind := priority("stays in the pod", WorkloadPriority)
+	if source == schema.SourceAddressClient {
+		bind.SocketOptions = append(bind.SocketOptions, oddPort())
+	}
 	return &clusterv3.Cluster{
 		Name:                          workload,
 		ClusterDiscoveryType:          &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
@@ -172,7 +176,22 @@ func originalDestination() *clusterv3.Cluster {
 		PerConnectionBufferLimitBytes: wrapperspb.UInt32(bufferLimit),
 		CircuitBreakers:               circuitBreakers(),
 		UpstreamConnectionOptions:     &clusterv3.UpstreamConnectionOptions{TcpKeepalive: keepalive()},
-		UpstreamBindConfig:            priority("stays in the pod", WorkloadPriority),
+		UpstreamBindConfig:            bind,
+	}
+}
+
+// oddPort has the kernel choose the port when the socket gets its address, where it takes odd ones first (inet_csk_find_open_port,
+// net/ipv4/inet_connection_sock.c). Clients' kernels choose theirs as they connect, and take even ones first
+// (__inet_hash_connect, net/ipv4/inet_hashtables.c), so that both seldom have the same. The listener filter original_src asks for
+// the choice at connect; this comes after it.
+func oddPort() *corev3.SocketOption {
+	const solIP, ipBindAddressNoPort = 0, 24 // include/uapi/linux/in.h; for IPv6 too
+	return &corev3.SocketOption{
+		Description: "has an odd port",
+		Level:       solIP,
+		Name:        ipBindAddressNoPort,
+		Value:       &corev3.SocketOption_IntValue{IntValue: 0},
+		State:       corev3.SocketOption_STATE_PREBIND,
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	celv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/filters/cel/v3"
 	streamv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/stream/v3"
 	originaldstv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_dst/v3"
+	originalsrcv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_src/v3"
 	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
 	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -31,6 +32,9 @@ const (
 	earlyData = 16 << 10
 	// connectAttempts is how many addresses of an upstream a connection tries before it fails.
 	connectAttempts = 3
+	// portAttempts is how many ports of a client's address are tried. The rules drop the first one's SYN where the client uses the same
+	// port (see clients), which is seldom, so that a second one does.
+	portAttempts = 2
 )
 
 // ListenAddresses returns where the listeners of a bootstrap listen.
@@ -77,6 +81,13 @@ func (r *renderer) ingress(mode schema.Mode) *listenerv3.Listener {
 		}},
 		FilterChains: []*listenerv3.FilterChain{r.ingressChain(name, mode, nil, nil)},
 	}
+	if r.mesh.SourceAddress == schema.SourceAddressClient {
+		l.ListenerFilters = append(l.ListenerFilters, &listenerv3.ListenerFilter{
+			Name: "envoy.filters.listener.original_src",
+			// The rules know these connections by their priority, so they need no mark of their own.
+			ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: r.pack(&originalsrcv3.OriginalSrc{})},
+		})
+	}
 	r.listed(l, mode)
 	if !r.place.NoIPv6 {
 		l.AdditionalAddresses = []*listenerv3.AdditionalAddress{{Address: address("::1", listenerPort(mode))}}
@@ -86,18 +97,22 @@ func (r *renderer) ingress(mode schema.Mode) *listenerv3.Listener {
 
 // ingressChain hands connections on to where the client dialled.
 func (r *renderer) ingressChain(name string, mode schema.Mode, allow, alpn []string) *listenerv3.FilterChain {
+	proxy := &tcpproxyv3.TcpProxy{
+		StatPrefix:       name,
+		ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: workload},
+		// The default connects to the workload before any TLS: every silent client gave it a connection, and one
+		// connect to this very port started a storm of connections to itself.
+		UpstreamConnectMode: tcpproxyv3.UpstreamConnectMode_ON_DOWNSTREAM_TLS_HANDSHAKE,
+		MaxEarlyDataBytes:   wrapperspb.UInt32(earlyData),
+	}
+	if r.mesh.SourceAddress == schema.SourceAddressClient {
+		proxy.MaxConnectAttempts = wrapperspb.UInt32(portAttempts)
+	}
 	return &listenerv3.FilterChain{
 		Name:                          name,
 		TransportSocket:               r.downstreamTLS(mode, allow, alpn),
 		TransportSocketConnectTimeout: durationpb.New(handshakeTimeout),
-		Filters: []*listenerv3.Filter{r.telling(allow != nil, r.connectedClient, r.ingressLog, &tcpproxyv3.TcpProxy{
-			StatPrefix:       name,
-			ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: workload},
-			// The default connects to the workload before any TLS: every silent client gave it a connection, and one
-			// connect to this very port started a storm of connections to itself.
-			UpstreamConnectMode: tcpproxyv3.UpstreamConnectMode_ON_DOWNSTREAM_TLS_HANDSHAKE,
-			MaxEarlyDataBytes:   wrapperspb.UInt32(earlyData),
-		})},
+		Filters:                       []*listenerv3.Filter{r.telling(allow != nil, r.connectedClient, r.ingressLog, proxy)},
 	}
 }
 

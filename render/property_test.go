@@ -48,6 +48,7 @@ func drawMesh(t *rapid.T) schema.Mesh {
 	mesh.TLS.MinVersion = rapid.SampledFrom([]schema.TLSVersion{schema.TLS12, schema.TLS13}).Draw(t, "TLS")
 	mesh.OtherProtocols = rapid.SampledFrom([]schema.OtherProtocols{schema.OtherProtocolsDrop, schema.OtherProtocolsAccept}).Draw(t, "other protocols")
 	mesh.AccessLog = rapid.SampledFrom([]schema.AccessLog{schema.AccessLogNone, schema.AccessLogRefused, schema.AccessLogAll}).Draw(t, "access log")
+	mesh.SourceAddress = rapid.SampledFrom([]schema.SourceAddress{schema.SourceAddressPod, schema.SourceAddressClient}).Draw(t, "source address")
 	edges := rapid.SliceOfNDistinct(rapid.Uint16Min(1), 0, 20, rapid.ID).Draw(t, "edges")
 	slices.Sort(edges)
 	for pair := range slices.Chunk(edges, 2) {

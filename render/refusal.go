@@ -10,6 +10,7 @@ import (
 const (
 	refusedClosed     = "not_in_force"        // nothing is let in until the desired state is in force
 	refusedProtocol   = "other_protocol"      // UDP, SCTP, … cannot be wrapped in TLS
+	refusedPort       = "client_port_in_use"  // the client and Envoy, from the client's address, use the same port to the workload
 	refusedForged     = "forged_source"       // it claims to come from the pod
 	refusedRedirect   = "redirect"            // ICMP that names another router
 	refusedElsewhere  = "not_for_the_pod"     // it was for another host when it came
@@ -26,7 +27,7 @@ const (
 // Refusals returns the names of all that Refusal returns.
 func Refusals() []string {
 	return []string{
-		refusedClosed, refusedProtocol, refusedForged, refusedRedirect, refusedElsewhere, refusedLeft, refusedLoop, refusedInvalid, refusedOver,
+		refusedClosed, refusedProtocol, refusedPort, refusedForged, refusedRedirect, refusedElsewhere, refusedLeft, refusedLoop, refusedInvalid, refusedOver,
 		refusedNoListener, refusedNoStatus, refusedUnknown, refusedAround,
 	}
 }
@@ -47,7 +48,9 @@ func Refusal(chain string, rule Rule) string {
 		return refusedElsewhere
 	case chain == beginsChain, chain == loopsChain:
 		return refusedLoop
-	case has(Marked{Mark: MarkInside}) && chain == egressChain, has(SocketPriority{WorkloadPriority}),
+	case chain == clientsChain, chain == ingressChain && has(Marked{Mark: MarkClient}):
+		return refusedPort
+	case chain == leavingChain, has(Marked{Mark: MarkClient}), has(Marked{Mark: MarkInside}) && chain == egressChain, has(SocketPriority{WorkloadPriority}),
 		has(Destination{loopback4}), has(Destination{loopback6}):
 		return refusedLeft
 	case has(OwnSource{}), has(Marked{Mark: MarkInside}):

@@ -178,7 +178,11 @@ func begins(mesh schema.Mesh) []Chain {
 		to4, to6 := policy{mode: mode}.listeners()
 		begin.Rules = append(begin.Rules, refuse(to4.To), refuse(to6.To))
 	}
-	begin.Rules = append(begin.Rules, Rule{SocketPriority{EndpointPriority}, goTo(loopsChain)}, beginsInside)
+	begin.Rules = append(begin.Rules,
+		Rule{SocketPriority{WorkloadPriority}, OwnSource{NotEqual}, goTo(clientsChain)},
+		Rule{SocketPriority{EndpointPriority}, goTo(loopsChain)},
+		beginsInside,
+	)
 	for _, e := range mesh.Egress {
 		loops.Rules = append(loops.Rules, refuse(e.Listen))
 	}
@@ -186,20 +190,47 @@ func begins(mesh schema.Mesh) []Chain {
 		loops.Rules = append(loops.Rules, Rule{DestinationPort{mesh.StatusPort}, Count{}, Reset{}})
 	}
 	loops.Rules = append(loops.Rules, beginsInside) // upstreams may be in the pod
-	return []Chain{begin, loops}
+	return []Chain{begin, loops, clients()}
+}
+
+// clients marks Envoy's connections to the workload from a client's address. The kernel chose a port that no other connection of Envoy's
+// from this address has. The client may have a connection to the workload's port from the same one: conntrack knows one connection by
+// these addresses and ports, and the kernel finds one socket.
+func clients() Chain {
+	return Chain{Name: clientsChain, Rules: []Rule{
+		{Marked{Mark: MarkClient}, accept}, // the SYN comes again
+		{Marked{NotEqual, MarkNone}, Count{}, drop},
+		{setTimeouts, SetMark{MarkClient}, accept},
+	}}
+}
+
+// leaving drops what belongs inside the pod and would leave it. A packet gets here with its last route: the one that it had in
+// egress may have been changed since, by egress itself or by rules of other tables, while "oif" there goes on naming the first.
+func leaving() Chain {
+	return Chain{Name: leavingChain, Hook: filter("postrouting", Accept), Rules: []Rule{
+		{Loopback{Output: true}, accept},
+		{SocketPriority{WorkloadPriority}, Count{}, drop},
+		{Marked{Mark: MarkClient}, Count{}, drop},
+		{Marked{Mark: MarkInside}, Count{}, drop},
+	}}
 }
 
 // outgoing are the rules for packets that the pod sends, up to those that answer somebody outside. What stays inside goes over lo.
-func outgoing() []Rule {
-	return append([]Rule{
+// What the workload answers to a client's address meets toClients.
+func outgoing(toClients ...Rule) []Rule {
+	return slices.Concat([]Rule{
 		workloadLeg,
 		{Loopback{Output: true}, goTo(insideChain)},
 		// It is for the rules alone, and not for queues that prefer some priorities.
 		{SocketPriority{EndpointPriority}, ClearPriority{}},
 		// Whatever sends it: the workload's answers to Envoy, and what no socket sends any more.
 		{Marked{Mark: MarkInside}, Count{}, drop},
-	}, madeByThePod()...)
+	}, toClients, []Rule{{Marked{Mark: MarkClient}, Count{}, drop}}, madeByThePod())
 }
+
+// backToEnvoy marks the workload's answers to clients' addresses, so that the kernel looks for their route again and finds the one
+// that leads to lo. Where that route is missing, they end in leaving.
+var backToEnvoy = Rule{Reply(true), Marked{Mark: MarkClient}, SetPacketMark{MarkClient}, accept}
 
 // madeByThePod lets out connections that the pod makes, and marks them as they begin. That conntrack calls a direction
 // original is not enough: it is that of the first packet it saw, which may be the workload's answer where the connection is
@@ -261,6 +292,7 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 			icmp(),
 			input(mesh.OtherProtocols),
 			egress(standard),
+			leaving(),
 			inside(goTo(beginsChain)),
 		},
 	}
@@ -408,6 +440,8 @@ func inUse(standard policy, all []part) []policy {
 // ingress sees every packet that arrives in the pod's network namespace.
 func ingress(other schema.OtherProtocols) Chain {
 	rules := append([]Rule{{Loopback{}, accept}}, notForThePod()...)
+	// Envoy's connections from clients' addresses are over lo: what comes from outside is forged, or the client uses the same port.
+	rules = append(rules, Rule{Marked{Mark: MarkClient}, Count{}, drop})
 	rules = append(rules, Rule{Forwarded{}, goTo(forwardedChain)}, toICMP) // to nested containers, or from them: not for the pod
 	rules = append(rules, answersToThePod(goTo(portsChain))...)
 	// IPv6 has no reverse path filter: what comes from outside could pass for a part of a connection within the pod.
@@ -497,8 +531,8 @@ func (p policy) egress() Chain {
 // egress is the second line: it ends connections that are older than the rules, and whatever answers on a protected port
 // without having come through Envoy.
 func egress(standard policy) Chain {
-	return Chain{Name: egressChain, Hook: filter("output", Accept), Rules: append(
-		outgoing(),
+	return Chain{Name: egressChain, Hook: route("output", Accept), Rules: append(
+		outgoing(backToEnvoy),
 		Rule{TCPFlags{Value: RST, Mask: RST}, accept},
 		Rule{Invalid{}, Count{}, drop},
 		Rule{LookUp{Source: true, Map: answersMap}},

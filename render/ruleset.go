@@ -20,6 +20,8 @@ const (
 	insideChain    = "inside"
 	beginsChain    = "begins_inside"
 	loopsChain     = "loops"
+	clientsChain   = "clients"
+	leavingChain   = "leaving"
 	icmpChain      = "icmp_in"
 	modesMap       = "modes"
 	answersMap     = "answers"
@@ -55,8 +57,8 @@ type Chain struct {
 
 // Hook says where in the kernel's packet path a base chain stands. The zero Hook is that of a chain which is none.
 type Hook struct {
-	Type     string // filter
-	Name     string // prerouting, input, output
+	Type     string // filter, or route: then the kernel looks for another route where the rules changed the packet's mark
+	Name     string // prerouting, input, output, postrouting
 	Priority int32
 	Policy   VerdictKind
 }
@@ -65,6 +67,8 @@ type Hook struct {
 const mangle = -150
 
 func filter(hook string, policy VerdictKind) Hook { return Hook{"filter", hook, mangle, policy} }
+
+func route(hook string, policy VerdictKind) Hook { return Hook{"route", hook, mangle, policy} }
 
 // Text returns the hook as nft prints it.
 func (h Hook) Text() string {

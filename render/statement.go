@@ -91,11 +91,11 @@ type Forwarded struct{}
 // Text implements Statement.
 func (Forwarded) Text() string { return "fib daddr type unicast" }
 
-// OwnSource matches packets whose source is an address of the pod's.
-type OwnSource struct{}
+// OwnSource matches packets whose source is an address of the pod's (Equal), or is not.
+type OwnSource struct{ Op Op }
 
 // Text implements Statement.
-func (OwnSource) Text() string { return "fib saddr type local" }
+func (o OwnSource) Text() string { return "fib saddr type " + o.Op.infix() + "local" }
 
 // Protocol matches the transport protocol: any of Numbers (IANA's, ascending), or none of them.
 type Protocol struct {
@@ -191,6 +191,14 @@ type SetMark struct{ Mark Mark }
 // Text implements Statement. nft prints the mask with the bits that are set anyway.
 func (s SetMark) Text() string {
 	return fmt.Sprintf("ct mark set ct mark & 0x%08x | 0x%08x", ^uint32(MarkMask)|uint32(s.Mark), uint32(s.Mark))
+}
+
+// SetPacketMark sets the same bits of the packet's own mark, by which the kernel chooses a route, and leaves the others alone.
+type SetPacketMark struct{ Mark Mark }
+
+// Text implements Statement.
+func (s SetPacketMark) Text() string {
+	return fmt.Sprintf("meta mark set meta mark & 0x%08x | 0x%08x", ^uint32(MarkMask)|uint32(s.Mark), uint32(s.Mark))
 }
 
 // SetTimeouts gives a connection that the packet begins the timeouts of this name. On later packets it has no effect.

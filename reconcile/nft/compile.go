@@ -77,7 +77,7 @@ func (b *batch) statement(s render.Statement) ([]expr.Any, error) {
 	case render.OwnSource:
 		return []expr.Any{
 			&expr.Fib{Register: reg1, FlagSADDR: true, ResultADDRTYPE: true},
-			compare(render.Equal, native(unix.RTN_LOCAL)),
+			compare(s.Op, native(unix.RTN_LOCAL)),
 		}, nil
 	case render.Protocol:
 		return b.protocol(s.Op, s.Numbers...)
@@ -104,6 +104,12 @@ func (b *batch) statement(s render.Statement) ([]expr.Any, error) {
 			&expr.Ct{Key: expr.CtKeyMARK, Register: reg1},
 			mask(native(^uint32(render.MarkMask)), native(uint32(s.Mark))),
 			&expr.Ct{Key: expr.CtKeyMARK, Register: reg1, SourceRegister: true},
+		}, nil
+	case render.SetPacketMark:
+		return []expr.Any{
+			&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1},
+			mask(native(^uint32(render.MarkMask)), native(uint32(s.Mark))),
+			&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1, SourceRegister: true},
 		}, nil
 	case render.SetTimeouts:
 		return []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_CT_TIMEOUT, Name: s.Name + "\x00"}}, nil

@@ -82,6 +82,9 @@ func (r *reader) guesses(all []expression) (s []render.Statement) {
 	if is("ct", "bitwise", "ct") {
 		s = append(s, render.SetMark{Mark: render.Mark(all[1].data.native("5.1"))})
 	}
+	if is("meta", "bitwise", "meta") {
+		s = append(s, render.SetPacketMark{Mark: render.Mark(all[1].data.native("5.1"))})
+	}
 	if is("objref") {
 		s = append(s, render.SetTimeouts{Name: all[0].data.text("2")})
 	}

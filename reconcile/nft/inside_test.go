@@ -78,7 +78,11 @@ func TestWorkloadLegStaysInThePod(t *testing.T) {
 		"mesh": rules(), "deny all": render.DenyAll(true), "deny all, bare": render.DenyAll(false), "only status": render.OnlyStatus(statusPort),
 	} {
 		t.Run(name, func(t *testing.T) {
-			stops(t, whole, without(t, whole, "egress", "priority"), func(x *trial) bool {
+			broken := without(t, whole, "egress", "priority")
+			if name == "mesh" {
+				broken = without(t, broken, "leaving", "priority")
+			}
+			stops(t, whole, broken, func(x *trial) bool {
 				x.apply()
 				s := x.stranger()
 				_, _ = x.dialAsEnvoy(s.at(x.family))
@@ -100,7 +104,7 @@ func TestWorkloadLegStaysInThePod(t *testing.T) {
 func TestConnectionFromInsideStaysInside(t *testing.T) {
 	t.Parallel()
 	whole := rules(port1(9000, schema.ModePassthrough)) // a port where answers leave
-	broken := without(t, whole, "egress", insideMark)
+	broken := without(t, without(t, whole, "egress", insideMark), "leaving", insideMark)
 	for name, c := range map[string]struct {
 		broken         render.Ruleset
 		workloadSpeaks bool

@@ -286,7 +286,7 @@ func newReader() *reader {
 		render.Loopback{},
 		render.Loopback{Output: true},
 		render.Forwarded{},
-		render.OwnSource{},
+		render.OwnSource{}, render.OwnSource{Op: render.NotEqual},
 		render.Reply(false), render.Reply(true),
 		render.Invalid{},
 		render.SourceTranslated{},

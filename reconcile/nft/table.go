@@ -433,6 +433,7 @@ func (b *batch) chain(c render.Chain) *nftables.Chain {
 	chain.Priority = nftables.ChainPriorityRef(nftables.ChainPriority(c.Hook.Priority))
 	chain.Hooknum = map[string]*nftables.ChainHook{
 		"prerouting": nftables.ChainHookPrerouting, "input": nftables.ChainHookInput, "output": nftables.ChainHookOutput,
+		"postrouting": nftables.ChainHookPostrouting,
 	}[c.Hook.Name]
 	policy := nftables.ChainPolicyDrop
 	if c.Hook.Policy == render.Accept {
