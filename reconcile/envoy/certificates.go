@@ -23,10 +23,10 @@ import (
 	"mantlet/schema"
 )
 
-// Certificates are one generation of the TLS directory: a chain, its key and the mesh CAs.
+// Certificates are one set of the TLS directory's files: a certificate chain, its key and the mesh CAs.
 //
-// Whether peers accept them is for Envoy to say, see trial. What is looked at here costs less, and says more plainly what
-// is wrong; it rejects nothing that Envoy takes.
+// Envoy decides whether peers accept them, see Process.try. The checks here are cheaper, and their errors are plainer. They reject
+// nothing that Envoy accepts.
 type Certificates struct {
 	paths [3]string // of the files: chain, key, mesh CAs
 	text  [3][]byte // of the files
@@ -34,11 +34,12 @@ type Certificates struct {
 	chain          []*x509.Certificate // the leaf first
 	key            *pem.Block
 	anchors        []*x509.Certificate   // the mesh CAs
-	verifiedChains [][]*x509.Certificate // from the leaf to a mesh CA, as Go verifies; each begins with the leaf
-	verifyErr      error                 // why there is none
+	verifiedChains [][]*x509.Certificate // by crypto/x509, each from the leaf to a mesh CA
+	verifyErr      error                 // why there is no verified chain
 }
 
-// placeholder returns certificates that every Envoy starts with, and that nobody accepts or is accepted by: the CA's key is gone.
+// placeholder returns certificates that no peer accepts, and that accept no peer: their keys are not kept. Every Envoy can start with
+// them.
 func placeholder(now time.Time) (*Certificates, error) {
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "placeholder"}, NotBefore: now, NotAfter: now}
 	selfSigned := func() (*x509.Certificate, *ecdsa.PrivateKey, error) {
@@ -72,8 +73,7 @@ func (c *Certificates) Equal(other *Certificates) bool {
 	return c != nil && other != nil && slices.EqualFunc(c.text[:], other.text[:], bytes.Equal)
 }
 
-// LoadCertificates reads a generation and checks what can be told without Envoy. The error names the file and, within it,
-// the block.
+// LoadCertificates reads a set and checks what can be checked without Envoy. The error names the file and the PEM block in it.
 func LoadCertificates(files schema.TLSFiles, now time.Time) (*Certificates, error) {
 	c, err := readCertificates(files)
 	if err == nil {
@@ -85,7 +85,7 @@ func LoadCertificates(files schema.TLSFiles, now time.Time) (*Certificates, erro
 	return c, nil
 }
 
-// maxTLSFile is what a ConfigMap or a Secret can hold: some thousand certificates.
+// maxTLSFile is the limit of a ConfigMap and of a Secret. Some thousand certificates fit into it.
 const maxTLSFile = 1 << 20
 
 func readCertificates(files schema.TLSFiles) (*Certificates, error) {
@@ -112,7 +112,7 @@ func readCertificates(files schema.TLSFiles) (*Certificates, error) {
 	return c, errors.Join(errs...)
 }
 
-// check parses what was read, and rejects what no Envoy could use.
+// check parses the files, and rejects what no Envoy could use.
 func (c *Certificates) check(now time.Time) (err error) {
 	paths := c.paths
 	in := func(path string, err error) error { return fmt.Errorf("%s: %w", path, err) }
@@ -149,14 +149,14 @@ func (c *Certificates) check(now time.Time) (err error) {
 	return nil
 }
 
-// isKeyOf reports whether a key is the one that a certificate is for.
+// isKeyOf reports whether a private key belongs to a certificate.
 func isKeyOf(key crypto.Signer, cert *x509.Certificate) bool {
 	public, ok := cert.PublicKey.(interface{ Equal(crypto.PublicKey) bool })
 	return ok && public.Equal(key.Public())
 }
 
-// checkKey refuses keys with which Envoy would be live and no handshake of the mesh succeed: it refuses small ones itself,
-// and P-521 and Ed25519 where peers show them.
+// checkKey rejects keys with which Envoy starts, or would not, and every handshake of the mesh fails. Envoy itself rejects RSA keys that
+// are too short. Its peers do not accept P-521 and Ed25519.
 func checkKey(key any) error {
 	const right = "Envoy wants ECDSA with P-256 or P-384, or RSA with 2048 bits at least"
 	switch key := key.(type) {
@@ -174,8 +174,8 @@ func checkKey(key any) error {
 	return nil
 }
 
-// allowedUsages tells at which ends of a connection peers may accept a leaf, by its own extended key usage. BoringSSL does not take
-// anyExtendedKeyUsage for either.
+// allowedUsages reports whether peers may accept a leaf as a client's and as a server's certificate, by its extended key usage. BoringSSL
+// accepts anyExtendedKeyUsage for neither.
 func allowedUsages(leaf *x509.Certificate) (client, server bool) {
 	if len(leaf.ExtKeyUsage)+len(leaf.UnknownExtKeyUsage) == 0 {
 		return true, true
@@ -183,7 +183,7 @@ func allowedUsages(leaf *x509.Certificate) (client, server bool) {
 	return slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageClientAuth), slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageServerAuth)
 }
 
-// usageNames are a leaf's extended key usages in words.
+// usageNames returns a leaf's extended key usages as text.
 func usageNames(leaf *x509.Certificate) string {
 	var names []string
 	for _, u := range leaf.ExtKeyUsage {
@@ -195,8 +195,8 @@ func usageNames(leaf *x509.Certificate) string {
 	return strings.Join(names, ", ")
 }
 
-// trustsAllOf reports whether every mesh CA of the other generation is among those of c, be it by a certificate with another
-// life.
+// trustsAllOf reports whether c has every mesh CA of another set. A CA that was issued anew, with other validity times, counts as the
+// same.
 func (c *Certificates) trustsAllOf(other *Certificates) bool {
 	return !slices.ContainsFunc(other.anchors, func(anchor *x509.Certificate) bool { return !c.trusts(anchor) })
 }
@@ -207,12 +207,13 @@ func (c *Certificates) trusts(anchor *x509.Certificate) bool {
 	})
 }
 
-// sameCA reports whether two certificates are of one CA: what the one verifies, the other does, while it is valid.
+// sameCA reports whether two certificates are of one CA, by name and key. What one of them verifies, the other verifies too while it is
+// valid.
 func sameCA(a, b *x509.Certificate) bool {
 	return bytes.Equal(a.RawSubject, b.RawSubject) && bytes.Equal(a.RawSubjectPublicKeyInfo, b.RawSubjectPublicKeyInfo)
 }
 
-// verify returns the ways from the leaf to a mesh CA at a time, as Go verifies them: whatever the leaf's usage. The error
+// verify returns the chains from the leaf to a mesh CA at a time, as crypto/x509 finds them, whatever the leaf's key usage. The error
 // says in words why there is none.
 func (c *Certificates) verify(now time.Time) ([][]*x509.Certificate, error) {
 	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
@@ -222,24 +223,23 @@ func (c *Certificates) verify(now time.Time) ([][]*x509.Certificate, error) {
 	for _, cert := range c.chain[1:] {
 		intermediates.AddCert(cert)
 	}
-	ways, err := c.chain[0].Verify(x509.VerifyOptions{
+	chains, err := c.chain[0].Verify(x509.VerifyOptions{
 		Roots: roots, Intermediates: intermediates, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	})
 	if err != nil {
 		return nil, c.explain(err, now)
 	}
-	return ways, nil
+	return chains, nil
 }
 
-// valid returns why peers do not accept at a time what they accepted when it was checked; nil where they do. Signatures stay
-// good, so it looks at times alone, and costs little: readiness asks often. A certificate that no way leads over does not
-// count.
+// valid returns why peers do not accept at a time what they accepted when it was checked; nil where they do. Signatures do not change, so
+// only times are compared: that is cheap enough for readiness probes. Certificates that are in no verified chain do not count.
 func (c *Certificates) valid(now time.Time) error {
 	if err := c.checkValidity(c.chain[0], now); err != nil || c.verifyErr != nil {
 		return err
 	}
-	if slices.ContainsFunc(c.verifiedChains, func(way []*x509.Certificate) bool {
-		return !slices.ContainsFunc(way, func(cert *x509.Certificate) bool { return now.Before(cert.NotBefore) || now.After(cert.NotAfter) })
+	if slices.ContainsFunc(c.verifiedChains, func(chain []*x509.Certificate) bool {
+		return !slices.ContainsFunc(chain, func(cert *x509.Certificate) bool { return now.Before(cert.NotBefore) || now.After(cert.NotAfter) })
 	}) {
 		return nil
 	}
@@ -247,7 +247,7 @@ func (c *Certificates) valid(now time.Time) error {
 	return err
 }
 
-// validityChanges reports whether a certificate of the generation comes to be valid, or ceases to be, between two times.
+// validityChanges reports whether a certificate of the set becomes valid or expires between two times.
 func (c *Certificates) validityChanges(from, to time.Time) bool {
 	if from.After(to) { // the clock was set back
 		from, to = to, from
@@ -258,8 +258,8 @@ func (c *Certificates) validityChanges(from, to time.Time) bool {
 	})
 }
 
-// longestChain returns the way that peers can go for the longest time. Where Go finds none although Envoy does, each certificate of the
-// chain counts.
+// longestChain returns the verified chain that is valid for the longest time. Where crypto/x509 verifies none although Envoy does, it
+// returns the chain of the file.
 func (c *Certificates) longestChain() []*x509.Certificate {
 	if len(c.verifiedChains) == 0 {
 		return c.chain
@@ -267,12 +267,12 @@ func (c *Certificates) longestChain() []*x509.Certificate {
 	return slices.MaxFunc(c.verifiedChains, func(a, b []*x509.Certificate) int { return chainExpiry(a).Compare(chainExpiry(b)) })
 }
 
-// chainExpiry returns when the first certificate of a way expires.
-func chainExpiry(way []*x509.Certificate) time.Time {
-	return slices.MinFunc(way, func(a, b *x509.Certificate) int { return a.NotAfter.Compare(b.NotAfter) }).NotAfter
+// chainExpiry returns when the first certificate of a chain expires.
+func chainExpiry(chain []*x509.Certificate) time.Time {
+	return slices.MinFunc(chain, func(a, b *x509.Certificate) int { return a.NotAfter.Compare(b.NotAfter) }).NotAfter
 }
 
-// expires returns when the last way ends, as far as is known.
+// expires returns when the last verified chain expires; where there is none, when the leaf does.
 func (c *Certificates) expires() time.Time {
 	if len(c.verifiedChains) == 0 {
 		return c.chain[0].NotAfter
@@ -280,7 +280,7 @@ func (c *Certificates) expires() time.Time {
 	return chainExpiry(c.longestChain())
 }
 
-// checkValidity returns an error if a certificate of the generation is not valid at a time.
+// checkValidity returns an error if a certificate of the set is not valid at a time.
 func (c *Certificates) checkValidity(cert *x509.Certificate, now time.Time) error {
 	switch {
 	case now.After(cert.NotAfter):
@@ -291,8 +291,8 @@ func (c *Certificates) checkValidity(cert *x509.Certificate, now time.Time) erro
 	return nil
 }
 
-// orderedAnchors returns the mesh CAs in the order that Envoy gets them in. Of several certificates for one CA it tries the first
-// alone, so that one comes first that is valid, and then the one that lasts longest.
+// orderedAnchors returns the mesh CAs in the order in which Envoy gets them. Of several certificates of one CA, Envoy tries only the
+// first. So the valid ones come first, and of these the one that expires last.
 func (c *Certificates) orderedAnchors(now time.Time) []*x509.Certificate {
 	ordered := slices.Clone(c.anchors)
 	for i := range ordered {

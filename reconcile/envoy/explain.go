@@ -15,14 +15,14 @@ import (
 	"time"
 )
 
-// This file says in words what is wrong with certificates, and what would be right.
+// This file explains in words what is wrong with certificates, and what would be right.
 
-// nameOf returns what a certificate is called.
+// nameOf returns a certificate's subject, or else its SANs.
 func nameOf(cert *x509.Certificate) string {
 	return cmp.Or(cert.Subject.String(), strings.Join(sans(cert), ", "), "without a subject")
 }
 
-// sans returns a certificate's names, those that mantlet and Envoy look at.
+// sans returns a certificate's SANs of the kinds that mantlet and Envoy compare: DNS names and URIs.
 func sans(c *x509.Certificate) []string {
 	names := append([]string{}, c.DNSNames...)
 	for _, uri := range c.URIs {
@@ -31,7 +31,7 @@ func sans(c *x509.Certificate) []string {
 	return names
 }
 
-// position says which certificate of the generation one is.
+// position says which certificate of the set one is, for an error.
 func (c *Certificates) position(cert *x509.Certificate) string {
 	if i := slices.IndexFunc(c.chain, cert.Equal); i >= 0 {
 		return fmt.Sprintf("certificate %d (%s)", i+1, nameOf(cert))
@@ -44,12 +44,12 @@ func (c *Certificates) fileNames() (chain, ca string) {
 	return filepath.Base(paths[0]), filepath.Base(paths[2])
 }
 
-// explain says why Go finds no way from the leaf to a mesh CA at a time.
+// explain says why crypto/x509 finds no chain from the leaf to a mesh CA at a time. cause is its own error.
 func (c *Certificates) explain(cause error, now time.Time) error {
 	chainName, caName := c.fileNames()
-	way, complete := c.issuerChain(now)
+	chain, complete := c.issuerChain(now)
 	if complete {
-		for _, cert := range way {
+		for _, cert := range chain {
 			if err := c.checkValidity(cert, now); err != nil {
 				return err
 			}
@@ -58,7 +58,7 @@ func (c *Certificates) explain(cause error, now time.Time) error {
 	}
 	holds := fmt.Sprintf("%s holds %s", caName, listCAs(c.anchors))
 	var issuers []string
-	for _, cert := range way {
+	for _, cert := range chain {
 		issued := fmt.Sprintf("%s was issued by %s", c.position(cert), issuerOf(cert))
 		if slices.ContainsFunc(c.anchors, func(ca *x509.Certificate) bool { return bytes.Equal(ca.RawSubject, cert.RawIssuer) }) {
 			return fmt.Errorf("%s; %s, another CA of the same name", issued, holds)
@@ -66,15 +66,15 @@ func (c *Certificates) explain(cause error, now time.Time) error {
 		issuers = append(issuers, issued)
 	}
 	text := strings.Join(append(issuers, holds), "; ")
-	last := way[len(way)-1]
+	last := chain[len(chain)-1]
 	if bytes.Equal(last.RawIssuer, last.RawSubject) {
 		return errors.New(text)
 	}
 	return fmt.Errorf("%s: append the intermediate %s to %s, or put a CA that issued one of them into %s", text, last.Issuer, chainName, caName)
 }
 
-// Unverified returns why no way was found from the leaf to a mesh CA; nil if one was. It is certain where the files lack an issuer.
-// Else Envoy decides, which judges path lengths and name constraints in its own way.
+// Unverified returns why crypto/x509 found no chain from the leaf to a mesh CA; nil if it found one. It is certain that Envoy finds none
+// either where the files lack an issuer. Otherwise Envoy may differ, since it applies path lengths and name constraints in its own way.
 func (c *Certificates) Unverified(now time.Time) (reason error, certain bool) {
 	if c.verifyErr == nil {
 		return nil, false
@@ -83,7 +83,7 @@ func (c *Certificates) Unverified(now time.Time) (reason error, certain bool) {
 	return c.verifyErr, !complete
 }
 
-// explainRejection says why Envoy does not accept the generation: in mantlet's words, where it has some, and in Envoy's.
+// explainRejection adds to Envoy's reason for rejecting the set what mantlet knows of the cause.
 func (c *Certificates) explainRejection(why error) error {
 	if c.verifyErr != nil {
 		return fmt.Errorf("%w; Envoy says: %w", c.verifyErr, why)
@@ -95,28 +95,28 @@ func (c *Certificates) explainRejection(why error) error {
 	return fmt.Errorf("%s: Envoy does not accept the certificates: %w", c.paths[0], why)
 }
 
-// issuerChain goes from the leaf to what signed it, and so on, as far as the generation has it. complete tells that it ends with a
-// mesh CA. Of several that signed it takes a mesh CA, and one that is valid, where it can.
-func (c *Certificates) issuerChain(now time.Time) (way []*x509.Certificate, complete bool) {
-	way = []*x509.Certificate{c.chain[0]}
+// issuerChain follows signatures from the leaf to its issuer, and so on, as far as the set has the issuers. complete says that it ends at
+// a mesh CA. Of several certificates that could have signed one, it prefers a mesh CA, and then a valid one.
+func (c *Certificates) issuerChain(now time.Time) (chain []*x509.Certificate, complete bool) {
+	chain = []*x509.Certificate{c.chain[0]}
 	candidates := slices.Concat(c.orderedAnchors(now), c.chain[1:])
 	for {
-		last := way[len(way)-1]
+		last := chain[len(chain)-1]
 		i := slices.IndexFunc(candidates, func(ca *x509.Certificate) bool {
-			return bytes.Equal(ca.RawSubject, last.RawIssuer) && !slices.ContainsFunc(way, ca.Equal) &&
+			return bytes.Equal(ca.RawSubject, last.RawIssuer) && !slices.ContainsFunc(chain, ca.Equal) &&
 				ca.CheckSignature(last.SignatureAlgorithm, last.RawTBSCertificate, last.Signature) == nil
 		})
 		if i < 0 {
-			return way, slices.ContainsFunc(c.anchors, c.chain[0].Equal)
+			return chain, slices.ContainsFunc(c.anchors, c.chain[0].Equal)
 		}
-		way = append(way, candidates[i])
+		chain = append(chain, candidates[i])
 		if i < len(c.anchors) {
-			return way, true
+			return chain, true
 		}
 	}
 }
 
-// issuerOf says who issued a certificate.
+// issuerOf returns the name of a certificate's issuer, with its key identifier if the certificate has that.
 func issuerOf(cert *x509.Certificate) string {
 	if len(cert.AuthorityKeyId) == 0 {
 		return cert.Issuer.String()
@@ -124,7 +124,7 @@ func issuerOf(cert *x509.Certificate) string {
 	return fmt.Sprintf("%s (key id %s)", cert.Issuer, keyID(cert.AuthorityKeyId))
 }
 
-// listCAs names CAs, the first of them.
+// listCAs returns the names of CAs, of many the first three.
 func listCAs(cas []*x509.Certificate) string {
 	const most = 3
 	var names []string
@@ -141,7 +141,7 @@ func listCAs(cas []*x509.Certificate) string {
 	return strings.Join(names, ", ")
 }
 
-// keyID is as much of a key identifier (RFC 5280, section 4.2.1.2) as tells two apart, in OpenSSL's form.
+// keyID returns the beginning of a key identifier (RFC 5280, section 4.2.1.2) in OpenSSL's form, long enough to tell two apart.
 func keyID(id []byte) string {
 	const most = 6
 	text := strings.ReplaceAll(fmt.Sprintf("% X", id[:min(len(id), most)]), " ", ":")
@@ -151,7 +151,7 @@ func keyID(id []byte) string {
 	return text
 }
 
-// explainUnreadable says whose a file is that may not be read.
+// explainUnreadable adds the owner and the mode of a file that mantlet is not permitted to read.
 func explainUnreadable(path string, err error) error {
 	if !errors.Is(err, fs.ErrPermission) {
 		return err
@@ -168,7 +168,7 @@ func explainUnreadable(path string, err error) error {
 		"files of others: let its owner be user %d, or its mode 0444", err, owner.Uid, owner.Gid, info.Mode().Perm(), os.Geteuid(), os.Geteuid())
 }
 
-// warnings says what is not as it should be although Envoy accepts it.
+// warnings returns what should be corrected although Envoy accepts it.
 func (c *Certificates) warnings() []string {
 	var all []string
 	if c.verifyErr != nil {
@@ -190,7 +190,7 @@ func (c *Certificates) warnings() []string {
 	return all
 }
 
-// expiredAnchors names the mesh CAs that are not valid any more. Nobody needs them.
+// expiredAnchors returns the names of the mesh CAs that have expired. They can be removed.
 func (c *Certificates) expiredAnchors(now time.Time) []string {
 	var names []string
 	for _, ca := range c.anchors {

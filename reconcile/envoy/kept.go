@@ -13,15 +13,15 @@ import (
 	"mantlet/internal/files"
 )
 
-// The last good generation is kept in mantlet's own part of the runtime directory. So a mantlet that was killed, and finds a
-// bad one in the TLS directory, goes on with what was in force; and it sees which mesh CAs are gone since.
+// The last accepted set is stored in mantlet's own part of the runtime directory. A mantlet that was killed and finds a bad set in the TLS
+// directory goes on with the stored one. It also sees which mesh CAs were removed since.
 
-// storedSet is the file's content.
+// storedSet is the content of the file.
 type storedSet struct {
 	Chain, Key, CA string
 }
 
-// load reads the file, once. What is in it is checked when it is used.
+// load reads the file once. Its certificates are checked when they are used.
 func (s *Secrets) load() {
 	if s.loaded || s.KeptFile == "" {
 		return
@@ -43,7 +43,7 @@ func (s *Secrets) load() {
 	}
 }
 
-// store writes a generation down. Where it can't, none is kept: an older one may trust a CA that is gone.
+// store writes a set to the file. If that fails, the file is removed: an older set may trust a CA that was removed since.
 func (s *Secrets) store(c *Certificates) {
 	if s.KeptFile == "" {
 		return
@@ -64,7 +64,7 @@ func (s *Secrets) store(c *Certificates) {
 	s.unstored = c
 }
 
-// restore has the generation tried that a mantlet before this one kept.
+// restore has Envoy try the set that the mantlet before this one stored.
 func (s *Secrets) restore(ctx context.Context, now time.Time) {
 	if s.stored == nil {
 		return
@@ -81,8 +81,7 @@ func (s *Secrets) restore(ctx context.Context, now time.Time) {
 	}
 }
 
-// Close removes what was kept, unless it is needed: while the TLS directory holds what is not good, a mantlet after this one
-// has nothing else.
+// Close removes the file, unless the next mantlet needs it: while the TLS directory holds a bad set, the file is the only good one.
 func (s *Secrets) Close() error {
 	if s.KeptFile == "" {
 		return nil

@@ -12,10 +12,10 @@ import (
 	"mantlet/render"
 )
 
-// secretState is what Envoy tells of a secret.
+// secretState is what Envoy reports of a secret.
 type secretState struct {
-	version  string // that it took last into all its TLS contexts
-	rejected uint64 // how many it did not take
+	version  string // the last one that it took into all its TLS contexts
+	rejected uint64 // how many versions it rejected
 }
 
 type secretStates map[string]secretState
@@ -29,7 +29,7 @@ func (s secretStates) allAt(version string) bool {
 	return true
 }
 
-// allRead reports whether each secret was taken at a version, or refused since.
+// allRead reports whether each secret was taken at a version, or rejected since.
 func (s secretStates) allRead(version string, before secretStates) bool {
 	for name, one := range s {
 		if one.version != version && one.rejected == before[name].rejected {
@@ -46,7 +46,7 @@ func (s secretStates) rejections() (sum uint64) {
 	return sum
 }
 
-// secrets asks for the statistics of the secrets of these names (Envoy's docs/root/configuration/security/secret.rst).
+// secrets asks for the statistics of the named secrets (Envoy's docs/root/configuration/security/secret.rst).
 func (a admin) secrets(ctx context.Context, names []string) (secretStates, error) {
 	var answer struct {
 		Stats []struct {
@@ -118,13 +118,13 @@ func (a admin) secretTexts(ctx context.Context) (text secretTexts, err error) {
 	return text, nil
 }
 
-// outdated reports whether Envoy did not take a secret that it was given. Of one whose content stays the same it goes on to tell
+// outdated reports whether Envoy rejected a secret that it was given. Where a secret's content stays the same, Envoy goes on reporting
 // the older version here.
 func (t secretTexts) outdated(states secretStates) bool {
 	return t.chainVersion > states[render.IdentitySecret].version || t.anchorsVersion > states[render.MeshCASecret].version
 }
 
-// parse reads what Envoy has. Where it has nothing yet, held is empty.
+// parse parses the certificates. Where Envoy has none yet, the result is empty.
 func (t secretTexts) parse() (h envoyCertificates, err error) {
 	for _, part := range []struct {
 		text string

@@ -281,13 +281,13 @@ func (c *Certificates) untrustedReason(leaf *x509.Certificate, now time.Time) Re
 	for _, cert := range c.chain[1:] {
 		intermediates.AddCert(cert)
 	}
-	ways, err := leaf.Verify(x509.VerifyOptions{
+	chains, err := leaf.Verify(x509.VerifyOptions{
 		Roots: roots, Intermediates: intermediates, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	})
 	switch {
 	case err != nil:
 		return UnknownCA
-	case slices.ContainsFunc(ways, func(way []*x509.Certificate) bool { return len(way) == 2 }):
+	case slices.ContainsFunc(chains, func(chain []*x509.Certificate) bool { return len(chain) == 2 }):
 		return BadCertificate // a mesh CA signed it, and Envoy took another one of that name
 	default:
 		return IncompleteChain

@@ -20,16 +20,16 @@ import (
 	"mantlet/render"
 )
 
-// publication is what Envoy is given at a time, as SDS files in the runtime directory.
+// publication is a version of some secrets. It is written as SDS files into the runtime directory.
 type publication struct {
-	version string // Envoy tells it back once it has taken a secret into all its TLS contexts
+	version string // Envoy reports it once a secret is in all its TLS contexts
 	secrets []*tlsv3.Secret
 }
 
-// meshNames are the secrets that the mesh is served with.
+// meshNames returns the names of the secrets that the mesh is served with.
 func meshNames() []string { return []string{render.MeshCASecret, render.IdentitySecret} }
 
-// trialNames are the trial's secrets.
+// trialNames returns the names of the trial's secrets.
 func trialNames() []string {
 	return []string{render.TrialClientCASecret, render.TrialServerCASecret, render.TrialIdentitySecret}
 }
@@ -37,11 +37,11 @@ func trialNames() []string {
 // versionLayout makes versions that sort by time.
 const versionLayout = "2006-01-02T15:04:05.000000000Z"
 
-// publish returns a generation under the names that the mesh is served with.
+// publish returns the set under the names that the mesh is served with.
 //
-// The chain differs each time, by a line before the PEM: with new content all TLS session tickets end. Nothing else ends
-// them when a client's certificate expires. The mesh CAs differ only where that is asked for, since each change of a secret
-// costs Envoy a new TLS context for each listener and upstream.
+// The chain differs each time, by a line before the PEM. New content ends all TLS session tickets; nothing else ends them when a client's
+// certificate expires. The mesh CAs differ only where anew asks for it: each change of a secret costs Envoy a new TLS context for each
+// listener and upstream.
 func (c *Certificates) publish(now time.Time, anew bool) publication {
 	p := publication{version: now.UTC().Format(versionLayout)}
 	stamp := ""
@@ -52,7 +52,7 @@ func (c *Certificates) publish(now time.Time, anew bool) publication {
 	return p
 }
 
-// trialPublication returns a generation under the trial's names. An end that is not judged accepts any certificate.
+// trialPublication returns the set under the trial's names. The side whose certificate is not tried accepts any certificate of the other.
 func (c *Certificates) trialPublication(now time.Time, whose trialSide) publication {
 	p := publication{version: now.UTC().Format(versionLayout)}
 	client := caSecret(render.TrialClientCASecret, c.orderedAnchors(now), p.version)
@@ -101,9 +101,9 @@ func inline(data []byte) *corev3.DataSource {
 	return &corev3.DataSource{Specifier: &corev3.DataSource_InlineString{InlineString: string(data)}}
 }
 
-// write puts the files into a directory, each by a rename, which is the only event that Envoy reads them anew at. The key and
-// its chain are one secret, so they never mix with another generation's. Nothing is replaced before all is written: where
-// there is no room, all stays.
+// write replaces the files in a directory, each by a rename: Envoy reads a file again on no other event. A key and its chain are one
+// secret, so they never mix with those of another set. All files are written before the first one is replaced: if the disk is full,
+// nothing changes.
 func (p publication) write(directory string) error {
 	var pending []*renameio.PendingFile
 	defer func() {
@@ -131,7 +131,8 @@ func (p publication) write(directory string) error {
 	return nil
 }
 
-// discoveryResponse is envoy.service.discovery.v3.DiscoveryResponse with one resource. Its Go type would bring in gRPC.
+// discoveryResponse returns an envoy.service.discovery.v3.DiscoveryResponse with one resource, as JSON. The Go type of the message would
+// link gRPC into the binary.
 func discoveryResponse(version string, s *tlsv3.Secret) ([]byte, error) {
 	resource, err := anypb.New(s)
 	if err != nil {
@@ -147,17 +148,16 @@ func discoveryResponse(version string, s *tlsv3.Secret) ([]byte, error) {
 	}{version, []json.RawMessage{text}})
 }
 
-// rejectedError is why Envoy does not take a secret, in its own words.
+// rejectedError is why Envoy rejects a secret, in its own words.
 type rejectedError struct{ error }
 
 func (r rejectedError) Unwrap() error { return r.error }
 
-// deliver writes a publication and waits until the process has taken all of it. The error is rejected where Envoy does not take
-// it.
+// deliver writes a publication and waits until the process has taken all of it. The error is a rejectedError where Envoy rejects it.
 //
-// Envoy makes TLS contexts of all secrets together, each time that one of them changes. So a secret that it refused before
-// makes it refuse the next change of another one, until that secret changes too. Hence all are written once more, with other
-// content, before Envoy's refusal counts.
+// Envoy builds TLS contexts from all secrets together, each time that one of them changes. A secret that it rejected before therefore
+// makes it reject the next change of another secret as well. So all secrets are written a second time, with other content, before a
+// rejection counts.
 func (p *Process) deliver(ctx context.Context, directory string, publish func(now time.Time, anew bool) publication) (version string, err error) {
 	for round := range 2 {
 		pub := publish(time.Now(), round > 0)
@@ -182,8 +182,8 @@ func (p *Process) deliver(ctx context.Context, directory string, publish func(no
 	return "", nil // not reached
 }
 
-// awaitRead waits until the process has read all secrets of a publication, be it to refuse them. Envoy tells the version of a
-// secret once the secret is in each of its TLS contexts. before is what it told before they were written.
+// awaitRead waits until the process has read all secrets of a publication, whether it takes or rejects them. Envoy reports a secret's
+// version once the secret is in each of its TLS contexts. before is what it reported before the files were written.
 func (p *Process) awaitRead(ctx context.Context, pub publication, before secretStates) (has secretStates, err error) {
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()

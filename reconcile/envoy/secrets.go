@@ -15,43 +15,43 @@ import (
 	"mantlet/schema"
 )
 
-// Secrets keeps Envoy supplied with the certificates of the TLS directory. Its exported fields are set before the first
-// call. Update and Renew are not called at the same time; all else may be at any time.
+// Secrets supplies Envoy with the certificates of the TLS directory. Its exported fields are set before the first call. Update and Renew
+// are not safe for concurrent use with each other; everything else is.
 //
-// Envoy tries a generation before it is published, see Process.try. Where no Envoy runs, the first generation is published for
-// the one that starts next: until that one has tried it, nobody may be let in.
+// Envoy tries a set before it is published, see Process.try. Where no Envoy runs, a set is published for the Envoy that starts next.
+// Nobody may be let in until that one has tried it.
 type Secrets struct {
 	Files            schema.TLSFiles
 	RuntimeDirectory string // Envoy's
-	KeptFile         string // keeps the last good generation for a mantlet after this one; none does if empty
+	KeptFile         string // stores the last accepted set for the next mantlet; nothing is stored if empty
 	Runner           *Runner
 	Log              *slog.Logger
 
 	mu       sync.Mutex
-	accepted *Certificates    // that Envoy accepted and was given; never changed again, another one takes its place
-	verdict  verdict          // on good, as it was last
-	version  string           // of the publication that Envoy is to have; empty while that changes
-	pending  *Certificates    // that was published for the next Envoy to try
-	suspect  *Certificates    // that an Envoy did not start with, so that a placeholder is published for the next one
-	lastSeen seenCertificates // what Envoy said last that it has
-	trust    peers.Trust      // that Envoy was given last
+	accepted *Certificates    // Envoy accepted and was given it; replaced, never modified
+	verdict  verdict          // the last one on accepted
+	version  string           // of the publication that Envoy should have; empty while it changes
+	pending  *Certificates    // published for the next Envoy to try
+	suspect  *Certificates    // an Envoy did not start with it, so a placeholder is published for the next one
+	lastSeen seenCertificates // what Envoy reported last
+	trust    peers.Trust      // given to Envoy last
 
-	// The rest is Update's and Renew's alone.
-	verdictAt    time.Time     // when the verdict was
-	failedStarts uint64        // how many starts of Envoy had failed when untried was published
-	rejected     *rejectedSet  // the last one that Envoy did not accept
-	fatal        *Certificates // that Envoy ended over, once
-	withdrawnFor *Certificates // that can't be tried, and whose lack of a mesh CA is in force already
-	previous     *Certificates // that was good before the one that is now
-	confirmedBy  *Process      // that said that it has what is published
-	revoked      bool          // a mesh CA is gone, and Update has not told it yet
-	stored       *Certificates // as the file has them; nil where it has none
-	loaded       bool          // whether the file was looked at
-	unstored     *Certificates // that there was no room for
-	unusable     *Certificates // that was kept, and can't be used
+	// Only Update and Renew use the rest.
+	verdictAt    time.Time     // when Envoy gave the verdict
+	failedStarts uint64        // how many starts of Envoy had failed when pending was published
+	rejected     *rejectedSet  // the last set that Envoy rejected
+	fatal        *Certificates // an Envoy ended once while it tried it
+	withdrawnFor *Certificates // can't be tried; the mesh CAs that it lacks are withdrawn already
+	previous     *Certificates // accepted before the current one
+	confirmedBy  *Process      // reported that it has what is published
+	revoked      bool          // a mesh CA was withdrawn, and Update has not returned that yet
+	stored       *Certificates // in KeptFile; nil for nothing
+	loaded       bool          // KeptFile was read
+	unstored     *Certificates // could not be stored
+	unusable     *Certificates // was in KeptFile, and can't be used
 }
 
-// rejectedSet is a generation that Envoy did not accept, and why. It is not tried again at once.
+// rejectedSet is a set that Envoy rejected, and why. It is not tried again at once.
 type rejectedSet struct {
 	certificates *Certificates
 	why          error
@@ -59,9 +59,9 @@ type rejectedSet struct {
 }
 
 const (
-	// tryLimit bounds how long Envoy may take to read certificates and to shake hands with itself: 10 ms as a rule.
+	// tryLimit bounds how long Envoy may take to read certificates and to finish a handshake with itself. It takes 10 ms as a rule.
 	tryLimit = 3 * time.Second
-	// retryRejected is when Envoy tries certificates again that it refused: the clock may have been set since.
+	// retryRejected is the time until Envoy tries rejected certificates again: the clock may have been corrected since.
 	retryRejected = time.Minute
 )
 
@@ -80,7 +80,7 @@ func (s *Secrets) Update(ctx context.Context) (revoked bool, err error) {
 	case err == nil:
 	case s.lastAccepted() == nil:
 		s.restore(ctx, now)
-	case s.withdrawnFor == nil: // an Envoy that was started since is to have the last good ones
+	case s.withdrawnFor == nil: // an Envoy that was started since gets the accepted set
 		err = errors.Join(err, s.confirm(ctx, s.Runner.serving()))
 	}
 	if s.confirmedBy == nil && s.withdrawnFor == nil {
@@ -90,16 +90,16 @@ func (s *Secrets) Update(ctx context.Context) (revoked bool, err error) {
 	return revoked, err
 }
 
-// adopt has a generation tried and published, where it is another one than Envoy has.
+// adopt has Envoy try a set and publishes it, unless Envoy has it already.
 func (s *Secrets) adopt(ctx context.Context, c *Certificates, now time.Time) error {
 	good, serving := s.lastAccepted(), s.Runner.serving()
 	if !c.Equal(s.withdrawnFor) {
 		s.withdrawnFor = nil
 	}
 	switch {
-	case c.Equal(good): // as a rule: a look at the bytes spares the signatures
+	case c.Equal(good): // the usual case: comparing bytes spares verifying signatures
 		s.rejected = nil
-		if !good.Equal(s.stored) { // there was no room
+		if !good.Equal(s.stored) { // it could not be stored before
 			s.store(good)
 		}
 		return s.confirm(ctx, serving)
@@ -123,11 +123,12 @@ func (s *Secrets) adopt(ctx context.Context, c *Certificates, now time.Time) err
 	case c != s.pending && !c.Equal(s.suspect):
 		return s.offer(c, now)
 	}
-	return nil // the next Envoy starts with what is published, and tries this one then
+	return nil // the next Envoy starts with what is published, and then tries this set
 }
 
-// offerPlaceholder publishes a placeholder for the Envoy that starts next, which is to try a generation that one did not start with: whatever
-// ended that one, this one is not to end over it. Nobody is let in before Envoy has accepted certificates.
+// offerPlaceholder publishes a placeholder for the next Envoy, because an Envoy failed to start with a set. The next one starts with the
+// placeholder and tries the set then: whatever ended the Envoy before it does not end this one. Nobody is let in until Envoy has accepted
+// certificates.
 func (s *Secrets) offerPlaceholder(c *Certificates) error {
 	none, err := placeholder(time.Now())
 	if err != nil {
@@ -140,8 +141,8 @@ func (s *Secrets) offerPlaceholder(c *Certificates) error {
 	return nil
 }
 
-// withdrawAnchors takes the mesh CAs away that a generation lacks which can't be tried now: a revocation waits for no Envoy. What is
-// left of the mesh CAs was accepted before, and stays with the certificate of before.
+// withdrawAnchors removes the mesh CAs that a set lacks, where the set can't be tried now: a revocation does not wait for Envoy. The mesh
+// CAs that are left, and the previous certificate, were accepted before.
 func (s *Secrets) withdrawAnchors(c *Certificates, now time.Time) {
 	good := s.lastAccepted()
 	if good == nil || c.verifyErr != nil || c.trustsAllOf(good) || c.Equal(s.withdrawnFor) {
@@ -163,7 +164,7 @@ func (s *Secrets) withdrawAnchors(c *Certificates, now time.Time) {
 	s.Log.Info("a mesh CA was taken away, before Envoy could try the certificates that came instead")
 }
 
-// offer publishes a generation for the Envoy that starts next to try.
+// offer publishes a set for the next Envoy to try.
 func (s *Secrets) offer(c *Certificates, now time.Time) error {
 	s.failedStarts = s.Runner.failed.Load()
 	if err := s.writeAll(c, now); err != nil {
@@ -173,7 +174,7 @@ func (s *Secrets) offer(c *Certificates, now time.Time) error {
 	return nil
 }
 
-// writeAll writes all that an Envoy reads at its start.
+// writeAll writes all secrets that an Envoy reads when it starts.
 func (s *Secrets) writeAll(c *Certificates, now time.Time) error {
 	pub := c.publish(now, true)
 	pub.add(c.trialPublication(now, bothLeaves).secrets...)
@@ -185,7 +186,7 @@ func (s *Secrets) writeAll(c *Certificates, now time.Time) error {
 	return nil
 }
 
-// tryAndPublish has an Envoy try a generation, and publishes it if that accepts it.
+// tryAndPublish has an Envoy try a set, and publishes the set if Envoy accepts it.
 func (s *Secrets) tryAndPublish(ctx context.Context, c *Certificates, p *Process, now time.Time) error {
 	v, err := s.try(ctx, c, p)
 	if err == nil && v.err() != nil {
@@ -211,7 +212,7 @@ func (s *Secrets) tryAndPublish(ctx context.Context, c *Certificates, p *Process
 	return nil
 }
 
-// try returns what an Envoy says of a generation. One that started with it has read it already.
+// try returns Envoy's verdict on a set. An Envoy that started with the set has read it already.
 func (s *Secrets) try(ctx context.Context, c *Certificates, p *Process) (verdict, error) {
 	if c == s.pending {
 		has, err := p.admin.secrets(ctx, append(trialNames(), meshNames()...))
@@ -225,14 +226,14 @@ func (s *Secrets) try(ctx context.Context, c *Certificates, p *Process) (verdict
 		}
 	}
 	v, err := p.try(ctx, c, s.RuntimeDirectory)
-	if c == s.pending && err == nil && v.err() == nil { // it may have read it late
+	if c == s.pending && err == nil && v.err() == nil { // it may have read the set only now
 		err = s.publish(ctx, c, p)
 	}
 	return v, err
 }
 
-// reject takes note of why a generation can't be published, and puts the last good one in the trial's place, or a placeholder: an
-// Envoy that starts is not to meet what ended the one before it.
+// reject notes why a set can't be published. It replaces the set in the trial by the accepted one, or by a placeholder: if the set ended
+// an Envoy, the next one must not start with it.
 func (s *Secrets) reject(c *Certificates, p *Process, why error, now time.Time) error {
 	instead, err := s.lastAccepted(), error(nil)
 	if instead == nil && c.Equal(s.suspect) {
@@ -246,7 +247,7 @@ func (s *Secrets) reject(c *Certificates, p *Process, why error, now time.Time) 
 	}
 	_, isRejected := errors.AsType[rejectedError](why)
 	if !isRejected && !p.alive() {
-		isRejected = c.Equal(s.fatal) // once is chance
+		isRejected = c.Equal(s.fatal) // the first time may be a coincidence
 		s.fatal = c
 	}
 	if !isRejected {
@@ -259,7 +260,7 @@ func (s *Secrets) reject(c *Certificates, p *Process, why error, now time.Time) 
 	return why
 }
 
-// resetTrial puts a generation in the trial's place, and lets Envoy read it before the next one comes.
+// resetTrial puts a set into the trial, and waits until Envoy has read it.
 func (s *Secrets) resetTrial(c *Certificates, p *Process, now time.Time) error {
 	ctx, cancel := context.WithTimeout(context.Background(), tryLimit)
 	defer cancel()
@@ -269,12 +270,12 @@ func (s *Secrets) resetTrial(c *Certificates, p *Process, now time.Time) error {
 		return err
 	}
 	if err == nil {
-		_, _ = p.awaitRead(ctx, pub, before) // one that does not read it now is told of by the next trial
+		_, _ = p.awaitRead(ctx, pub, before) // if Envoy does not read it now, the next trial fails
 	}
 	return nil
 }
 
-// publish gives a generation to the Envoy that serves, or to the next one where none does.
+// publish gives a set to the Envoy that serves, or to the next one where none does.
 func (s *Secrets) publish(ctx context.Context, c *Certificates, p *Process) (err error) {
 	s.confirmedBy = nil
 	version := s.version
@@ -293,8 +294,8 @@ func (s *Secrets) publish(ctx context.Context, c *Certificates, p *Process) (err
 	return err
 }
 
-// confirm asks an Envoy whether it has what is published, and gives that to it if not: it may have started with what was
-// published before, and let in whom that trusts.
+// confirm asks an Envoy whether it has what is published, and delivers that if not. The Envoy may have started with the publication
+// before, and would trust the CAs of that.
 func (s *Secrets) confirm(ctx context.Context, p *Process) error {
 	if p == nil || p == s.confirmedBy {
 		return nil
@@ -334,8 +335,8 @@ func (s *Secrets) logPublished(c *Certificates) {
 	}
 }
 
-// renewVerdict has the good generation tried once more where one of its certificates came to be valid, or ceased to be, since it
-// was: Go may see another way then than Envoy.
+// renewVerdict has the accepted set tried again if one of its certificates became valid or expired since the verdict: from then on Envoy
+// may find another chain than crypto/x509.
 func (s *Secrets) renewVerdict(ctx context.Context, now time.Time) {
 	good, p := s.lastAccepted(), s.Runner.serving()
 	if good == nil || p == nil || p != s.confirmedBy || !good.validityChanges(s.verdictAt, now) {
@@ -401,13 +402,13 @@ func (s *Secrets) Held(ctx context.Context) error {
 	if err != nil || has.allAt(version) {
 		return nil
 	}
-	if q, now := state(); q != p || now != version { // it changed meanwhile
+	if q, now := state(); q != p || now != version { // something changed meanwhile
 		return nil
 	}
 	return errors.New("Envoy has not taken the certificates that are published")
 }
 
-// seenCertificates is what Envoy said that it has, and what that means.
+// seenCertificates are the certificates that Envoy reported, as text and parsed.
 type seenCertificates struct {
 	text secretTexts
 	all  []status.Certificate

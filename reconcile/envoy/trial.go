@@ -10,19 +10,19 @@ import (
 	"time"
 )
 
-// trialSide says whose certificate a trial judges.
+// trialSide says which side's certificate a trial checks.
 type trialSide int
 
 const (
 	bothLeaves trialSide = iota
-	serverLeaf           // by the client end; the server end accepts any
-	clientLeaf           // by the server end; the client end accepts any
+	serverLeaf           // by the client; the server accepts any
+	clientLeaf           // by the server; the client accepts any
 )
 
-// verdict says why Envoy does not accept a leaf as a server's, and as a client's; nil where it does.
+// verdict says why Envoy does not accept a leaf as a server's, and as a client's certificate; nil where it does.
 type verdict struct{ server, client error }
 
-// err returns why the leaf is good for neither end.
+// err returns why the leaf can be used for neither; nil where it can for one.
 func (v verdict) err() error {
 	switch {
 	case v.server == nil || v.client == nil:
@@ -34,11 +34,11 @@ func (v verdict) err() error {
 	}
 }
 
-// try puts a generation before the process: Envoy takes it, and then its TLS client and its TLS server shake hands with each
-// other, each with this chain and these mesh CAs. So Envoy itself judges everything that it will be served with, before it
-// is. Where one end refuses, each is judged alone: a leaf may be good for one end.
+// try has the process judge a set before it is served with it: Envoy loads the set, and then its TLS client and its TLS server do a
+// handshake with each other, both with this chain and these mesh CAs. Where the handshake fails, each side is tried alone: a leaf may be
+// usable for one side only.
 //
-// An error is rejected where Envoy does not take the certificates at all. Any other says that they could not be tried.
+// The error is a rejectedError where Envoy does not load the set. Any other error says that the set could not be tried.
 func (p *Process) try(ctx context.Context, c *Certificates, directory string) (verdict, error) {
 	refusal, err := p.tryAs(ctx, c, bothLeaves, directory)
 	if err != nil || refusal == nil {
@@ -59,10 +59,11 @@ func (p *Process) tryAs(ctx context.Context, c *Certificates, whose trialSide, d
 	return p.handshake(ctx)
 }
 
-// reasonLimit is how long Envoy may take to write why a handshake failed. It writes its access log every 100 ms.
+// reasonLimit bounds how long Envoy may take to log why a handshake failed. It writes its access log every 100 ms.
 const reasonLimit = 2 * time.Second
 
-// handshake sends a byte through the trial. It is echoed once both ends have accepted the other.
+// handshake sends a byte through the trial. It is echoed once each side has accepted the other. refusal is why the handshake failed; err
+// is why that is not known.
 func (p *Process) handshake(ctx context.Context) (refusal, err error) {
 	p.logs.discardAnswers()
 	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", p.trial)
@@ -87,7 +88,8 @@ func (p *Process) handshake(ctx context.Context) (refusal, err error) {
 	return nil, fmt.Errorf("trying the certificates: Envoy does not say why its handshake with itself failed: %w", cmp.Or(ctx.Err(), err))
 }
 
-// handshakeError waits for why a handshake of the trial failed. An alert of the other end tells less than what that one says itself.
+// handshakeError waits for the reason why a handshake of the trial failed. The other side's alert says less than what that side logs
+// itself.
 func (l *logs) handshakeError() (reason string) {
 	timeout := time.After(reasonLimit)
 	for {
@@ -103,7 +105,7 @@ func (l *logs) handshakeError() (reason string) {
 	}
 }
 
-// explainTLSError says what an error of Envoy's TLS means for the certificates that it was tried with.
+// explainTLSError says what an error of Envoy's TLS means for the certificates that it tried.
 func explainTLSError(detail string) error {
 	reasons, more := tlsErrors(detail)
 	if len(reasons) == 0 || reasons[len(reasons)-1] != "CERTIFICATE_VERIFY_FAILED" {
@@ -123,7 +125,7 @@ func explainTLSError(detail string) error {
 	return fmt.Errorf("the CA %s above the leaf: %s", depth, said)
 }
 
-// tlsErrorHelp says what is behind an error of BoringSSL (include/openssl/x509.h, ssl.h), and what to do.
+// tlsErrorHelp explains errors of BoringSSL (include/openssl/x509.h, ssl.h), and what to do about them.
 var tlsErrorHelp = map[string]string{
 	"unsupported_certificate_purpose":               "the extended key usage has no serverAuth, or clientAuth; that of a CA holds for what it issues",
 	"invalid_or_inconsistent_certificate_extension": "an extension contradicts another, or itself, such as a path length where CA is FALSE",
