@@ -21,7 +21,7 @@ type Info struct {
 	Digest string // of the bootstrap that it runs
 }
 
-// admin asks the process behind one admin socket.
+// admin asks the Envoy behind one admin socket.
 type admin struct {
 	socket string
 	client *http.Client
@@ -31,7 +31,7 @@ func newAdmin(socket string) admin {
 	return admin{socket, status.OverSocket(socket)}
 }
 
-// maxAnswer bounds what is read of an answer: statistics of some thousand listeners take about a MiB.
+// maxAnswer bounds how much of an answer is read. The statistics of some thousand listeners take about a MiB.
 const maxAnswer = 64 << 20
 
 func (a admin) ask(ctx context.Context, path string, read func(*http.Response) error) error {
@@ -74,7 +74,7 @@ func (a admin) statistics(ctx context.Context) (text []byte, err error) {
 // isLive is envoy.admin.v3.ServerInfo.State's name for an Envoy that serves.
 const isLive = "LIVE"
 
-// ready returns nil if Envoy serves. It asks /ready, whose answer is one of a few words.
+// ready returns nil if Envoy serves. It asks /ready, which answers with a few words.
 func (a admin) ready(ctx context.Context) error {
 	var state []byte
 	err := a.ask(ctx, "/ready", func(r *http.Response) (err error) {
@@ -130,13 +130,13 @@ func (a admin) listeners(ctx context.Context) (map[string]bool, error) {
 	return names, nil
 }
 
-// connections returns how many connections are open to the workload and to upstreams. Those of peers whose handshake is
-// not done are not among them: strangers must not hold up the end.
+// connections returns how many connections are open to the workload and to upstreams. Connections whose handshake is not finished are not
+// counted: strangers must not delay the end of an Envoy.
 func (a admin) connections(ctx context.Context) (int, error) {
 	return a.sum(ctx, openConnections)
 }
 
-// openConnections are the statistics that count connections which would be cut if the process ended.
+// openConnections matches the statistics that count connections which would be cut if the process ended.
 const openConnections = `^cluster\.(workload|egress-.*)\.upstream_cx_active$`
 
 // sum adds up the statistics whose names match a regular expression.

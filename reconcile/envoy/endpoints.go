@@ -24,31 +24,30 @@ import (
 	"mantlet/schema"
 )
 
-// Endpoints tells Envoys the addresses of upstreams that are named: it is the server of their one discovery stream
+// Endpoints tells Envoys the addresses of upstreams that are given by name. It is the server of their one discovery stream
 // (envoy.service.discovery.v3.AggregatedDiscoveryService), at a unix socket of the runtime directory.
 //
-// Files would be simpler, but Envoy takes an inotify instance for each that it watches, and aborts where its user has no more;
-// 128 are the kernel's default, for all pods of a node together. gRPC's own server would make the binary a third larger; what it
-// does here, framing messages on an HTTP/2 stream, is little.
+// Files would be simpler. But Envoy takes an inotify instance for each file that it watches, and aborts where its user has none left: the
+// kernel's default is 128, for all pods of a node together. gRPC's own server would make the binary a third larger, and little of it is
+// needed: messages are framed on an HTTP/2 stream.
 type Endpoints struct {
 	log    *slog.Logger
 	server *http.Server
 	done   chan struct{} // closed once the server has ended
 
 	mu          sync.Mutex
-	assignments map[string]assignment // by the service name
+	assignments map[string]assignment // by service name
 	version     uint64                // of the last change
 	changed     chan struct{}         // closed at the next change
 }
 
-// assignment is a ClusterLoadAssignment as a message, and the change that it came with.
+// assignment is a ClusterLoadAssignment as a message, and the version that it changed with.
 type assignment struct {
 	packed  []byte // google.protobuf.Any
 	version uint64
 }
 
-// ServeEndpoints serves until Close. Envoys of another user than mantlet's reach the socket by their group, which is the
-// directory's.
+// ServeEndpoints serves until Close. Envoys reach the socket by their group, which is the directory's.
 func ServeEndpoints(runtimeDirectory string, log *slog.Logger) (*Endpoints, error) {
 	socket := render.DiscoverySocket(runtimeDirectory)
 	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -68,20 +67,20 @@ func ServeEndpoints(runtimeDirectory string, log *slog.Logger) (*Endpoints, erro
 	e.server.Protocols.SetUnencryptedHTTP2(true)
 	go func() {
 		defer close(e.done)
-		_ = e.server.Serve(listener) // until Close: an Accept that fails for now is tried again
+		_ = e.server.Serve(listener) // returns after Close; it retries an Accept that fails temporarily
 	}()
 	return e, nil
 }
 
-// Close ends the server and all streams. Envoys keep what they were told.
+// Close ends the server and all streams. Envoys keep the addresses that they have.
 func (e *Endpoints) Close() error {
 	err := e.server.Close()
 	<-e.done
 	return err
 }
 
-// Set makes these the addresses of an upstream that is named. Envoys that have it are told at once; connections that are open to
-// other addresses go on, and no new one is made there.
+// Set makes these the addresses of an upstream that is given by name, and sends them to the Envoys that have it. Open connections to
+// other addresses go on; no new one is made there. It is idempotent.
 func (e *Endpoints) Set(upstream schema.Upstream, addrs []netip.Addr) error {
 	packed, err := pack(upstream, addrs)
 	if err != nil {
@@ -100,17 +99,18 @@ func (e *Endpoints) Set(upstream schema.Upstream, addrs []netip.Addr) error {
 	return nil
 }
 
-// Forget gives up the memory of an upstream. Envoys that have it keep its addresses: it is for upstreams that none has any more.
+// Forget drops the addresses of an upstream. An Envoy that has the upstream keeps its addresses, so it is meant for upstreams that no
+// Envoy has any more.
 func (e *Endpoints) Forget(upstream schema.Upstream) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	delete(e.assignments, render.ServiceName(upstream))
 }
 
-// endpointType is the type URL of the one kind of resource that is served.
+// endpointType is the type URL of the only kind of resource that is served.
 const endpointType = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
 
-// pack makes the resource of an upstream.
+// pack returns the resource of an upstream.
 func pack(upstream schema.Upstream, addrs []netip.Addr) ([]byte, error) {
 	assignment := &endpointv3.ClusterLoadAssignment{ClusterName: render.ServiceName(upstream)}
 	if len(addrs) > 0 {
@@ -171,8 +171,8 @@ func (e *Endpoints) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			if !ok {
 				return
 			}
-			if next.refused != "" {
-				e.log.Error("Envoy does not take the addresses of upstreams", "error", next.refused)
+			if next.rejected != "" {
+				e.log.Error("Envoy does not take the addresses of upstreams", "error", next.rejected)
 			}
 			if next.kind == endpointType {
 				s.take(next.names)
@@ -184,10 +184,10 @@ func (e *Endpoints) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// subscription is what a stream asks for: the version of each name that it was sent; 0 where it was sent none.
+// subscription is what a stream asks for: the version of each name that was sent last; 0 for none.
 type subscription map[string]uint64
 
-// take makes these the names that are asked for.
+// take replaces the names that the stream asks for.
 func (s subscription) take(names []string) {
 	before := map[string]uint64{}
 	for name, version := range s {
@@ -199,11 +199,11 @@ func (s subscription) take(names []string) {
 	}
 }
 
-// batch is how many resources go into one message: few enough for Envoy's limit of 4 MiB.
+// batch is how many resources one message has. They stay far below the 4 MiB that Envoy accepts.
 const batch = 500
 
-// due returns resources that a stream was not sent yet, which it then was, and what is closed at the next change. About a name that
-// was not looked up yet it says nothing: Envoy waits for it as it starts, for a time.
+// due returns resources that have changed since they were sent, marks them as sent, and returns a channel that is closed at the next
+// change. It leaves out a name that was not looked up yet: an Envoy that starts waits for it, for a time.
 func (e *Endpoints) due(s subscription) (resources [][]byte, version uint64, changed <-chan struct{}) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -218,10 +218,11 @@ func (e *Endpoints) due(s subscription) (resources [][]byte, version uint64, cha
 	return resources, e.version, e.changed
 }
 
-// response is an envoy.service.discovery.v3.DiscoveryResponse as a gRPC message. Its Go type would bring in gRPC's server.
+// response returns an envoy.service.discovery.v3.DiscoveryResponse as a gRPC message. The Go type of the message would link gRPC into the
+// binary.
 func response(resources [][]byte, version, nonce uint64) []byte {
 	const versionInfo, resource, typeURL, nonceField = 1, 2, 4, 5
-	text := make([]byte, 5) // not compressed, and the length
+	text := make([]byte, 5) // one byte for no compression, four for the length
 	field := func(number protowire.Number, value []byte) {
 		text = protowire.AppendTag(text, number, protowire.BytesType)
 		text = protowire.AppendBytes(text, value)
@@ -236,14 +237,14 @@ func response(resources [][]byte, version, nonce uint64) []byte {
 	return text
 }
 
-// request is what counts of an envoy.service.discovery.v3.DiscoveryRequest.
+// request holds the fields that are needed of an envoy.service.discovery.v3.DiscoveryRequest.
 type request struct {
-	kind    string // type URL
-	names   []string
-	refused string // why the last response was
+	kind     string // type URL
+	names    []string
+	rejected string // why Envoy rejected the last response; empty if it did not
 }
 
-// maxRequest is more than the names of many thousand upstreams.
+// maxRequest is enough for the names of many thousand upstreams.
 const maxRequest = 16 << 20
 
 // readRequest reads a gRPC message that holds a request.
@@ -272,21 +273,21 @@ func parseRequest(text []byte) (r request, err error) {
 		case typeURL:
 			r.kind = string(value)
 		case errorDetail:
-			r.refused = "it does not say why"
+			r.rejected = "it does not say why"
 			return eachField(value, func(number protowire.Number, value []byte) error {
 				if number == statusMessage {
-					r.refused = truncate(string(value))
+					r.rejected = truncate(string(value))
 				}
 				return nil
 			})
-		default: // other fields are of no use here
+		default: // the other fields are not needed
 		}
 		return nil
 	})
 	return r, err
 }
 
-// eachField calls fn for the fields of a message that hold bytes, texts or messages.
+// eachField calls fn for each field of a message that holds bytes, a string or a message.
 func eachField(text []byte, fn func(number protowire.Number, value []byte) error) error {
 	for len(text) > 0 {
 		number, kind, n := protowire.ConsumeTag(text)

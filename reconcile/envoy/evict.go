@@ -17,13 +17,15 @@ import (
 	"mantlet/schema"
 )
 
-// Evict ends Envoys of this network namespace that this program did not start. A mantlet that was killed leaves one behind
-// where that was stopped: the signal that is to end it waits until it goes on. It would share the listeners' connections,
-// and let in what the configuration of then did. What they have in the runtime directory is removed. It is called before the
-// first Start.
+// Evict ends Envoys of this network namespace that this program did not start, and removes their files from the runtime directory. It is
+// called before the first Start.
 //
-// Every process can have the command line of an Envoy. The kernel lets none but Envoy's own user share its listeners, and whoever
-// has none of them shares nothing: such a process is left alone where it can't be ended.
+// Such an Envoy is left behind when its mantlet is killed while the Envoy is stopped (SIGSTOP): the SIGTERM that it gets when mantlet
+// dies has no effect until it continues. It would then share the listeners with the next Envoy, and let in what its outdated
+// configuration allows.
+//
+// Any process can have the command line of an Envoy. One that can't be ended is tolerated if it has none of the listeners: the kernel
+// lets only processes of Envoy's user share them.
 func (r *Runner) Evict() error {
 	b, err := newBase(nil)
 	if err != nil {
@@ -70,10 +72,10 @@ func (r *Runner) Evict() error {
 type leftover struct {
 	pid int
 	fd  int   // its pidfd, or -1
-	err error // why it has not ended
+	err error // why it has not ended, if it has not
 }
 
-// awaitExits returns those that have not ended within termLimit, all together.
+// awaitExits waits for processes to end, for termLimit in all, and returns those that have not.
 func awaitExits(all []leftover) (left []leftover) {
 	deadline := time.Now().Add(termLimit)
 	for _, l := range all {
@@ -102,7 +104,7 @@ func awaitExit(fd int, deadline time.Time) error {
 	}
 }
 
-// hasIngressListeners reports whether Envoy's user has a listener at one of the ingress listeners' addresses.
+// hasIngressListeners reports whether Envoy's user listens at one of the ports of the ingress listeners.
 func (r *Runner) hasIngressListeners() (bool, error) {
 	all, err := bind.Listeners()
 	return slices.ContainsFunc(all, func(l bind.Listener) bool {
@@ -111,11 +113,12 @@ func (r *Runner) hasIngressListeners() (bool, error) {
 	}), err
 }
 
-// isEnvoy reports whether a process was started as an Envoy of the network namespace that the base is made from, and is a user's.
+// isEnvoy reports whether a process runs as a user and has the command line of an Envoy with this base ID, that is of this network
+// namespace.
 func (b *base) isEnvoy(pid, uid int) bool {
 	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 	if err != nil || !runsAs(pid, uid) {
-		return false // or it has ended
+		return false // it may have ended
 	}
 	arguments := strings.Split(string(bytes.TrimRight(line, "\x00")), "\x00")
 	i := slices.Index(arguments, "--base-id")
@@ -126,7 +129,7 @@ func (b *base) isEnvoy(pid, uid int) bool {
 	return err == nil && id%(1<<baseBits) == uint64(b.id)
 }
 
-// runsAs reports whether one of a process's user IDs, real, effective, saved or the file system's, is a user's.
+// runsAs reports whether one of a process's user IDs, real, effective, saved or of the file system, is uid.
 func runsAs(pid, uid int) bool {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
@@ -140,8 +143,8 @@ func runsAs(pid, uid int) bool {
 	return false
 }
 
-// kill sends SIGKILL to a process if it still is an Envoy of the base: its number may be another's since it was looked at. It returns
-// the process's pidfd, or -1 where there is none to wait for.
+// kill sends SIGKILL to a process, after checking through a pidfd that it still is an Envoy of this base ID: its process ID may have been
+// reused. It returns the pidfd, or -1 where there is nothing to wait for.
 func (b *base) kill(pid, uid int) (fd int, err error) {
 	fd, err = unix.PidfdOpen(pid, 0)
 	if errors.Is(err, unix.ESRCH) {

@@ -30,7 +30,7 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Proc
 	}
 	for _, old := range r.Running() {
 		if old.base == p.base && old.Epoch <= p.Epoch-epochs {
-			old.Kill() // it was told to end, and hangs
+			old.Kill() // it hangs: its child told it to end
 			<-old.exited
 		}
 	}
@@ -104,13 +104,13 @@ func (r *Runner) start(p *Process, arguments []string) error {
 	return nil
 }
 
-// spawn makes the pipes too on the spawner's thread: Envoy opens /dev/stdout, and may only if its user made it. dumpable is why others
-// can look into the process, if they can.
+// spawn starts Envoy with pipes that are made on the spawner's thread as well: Envoy opens /dev/stdout, and may do so only if its user
+// made the pipe. dumpable is why other processes of the user can read Envoy's memory; nil if they can't.
 func (r *Runner) spawn(p *Process, arguments []string) (stdout, stderr io.ReadCloser, dumpable, err error) {
 	p.cmd = exec.Command(r.Path, arguments...)
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{
 		Setpgid: true, // a terminal's Ctrl-C is for mantlet, which ends Envoy when it is time
-		// Until Envoy asks for SIGTERM itself: an Envoy without mantlet would serve what nobody watches.
+		// Until Envoy asks for SIGTERM itself: without mantlet, nobody watches over what it serves.
 		Pdeathsig: syscall.SIGKILL,
 	}
 	err = r.spawner.do(func() (err error) {
@@ -149,7 +149,7 @@ func arguments(config, socket string, base uint32, epoch int, settings schema.En
 	}
 }
 
-// oomKills returns how many processes the kernel killed since they took too much memory; false where it does not tell.
+// oomKills returns how many processes the kernel killed because they took too much memory; false where it does not tell.
 func (r *Runner) oomKills() (count uint64, ok bool) {
 	if r.Memory == nil {
 		return 0, false
@@ -158,7 +158,7 @@ func (r *Runner) oomKills() (count uint64, ok bool) {
 	return count, err == nil
 }
 
-// explainKill says why a process was killed that mantlet did not kill, when before was what kills returned as it started.
+// explainKill says who killed a process that mantlet did not kill. before is what oomKills returned when the process started.
 func (r *Runner) explainKill(before uint64) string {
 	switch now, ok := r.oomKills(); {
 	case !ok:

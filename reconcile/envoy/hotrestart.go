@@ -10,10 +10,10 @@ import (
 	"time"
 )
 
-// epochs is how many can run at a time: Envoy has that many names for their sockets.
+// epochs is how many epochs of a base ID can run at a time: Envoy has that many names for their sockets.
 const epochs = 3
 
-// newProcess returns what shall be the epoch after the parent's, or without a parent epoch 0 of a base that no running Envoy has.
+// newProcess returns the epoch after the parent; without a parent, epoch 0 of a base ID that no running Envoy has.
 func (r *Runner) newProcess(parent *Process) (*Process, error) {
 	if parent != nil {
 		return &Process{Epoch: parent.Epoch + 1, base: parent.base}, nil
@@ -26,7 +26,7 @@ func (r *Runner) newProcess(parent *Process) (*Process, error) {
 	return &Process{base: b}, nil
 }
 
-// hotRestartError returns why no epoch can follow a process, if it is known beforehand.
+// hotRestartError returns why no epoch can follow a process, as far as that is known beforehand.
 func (r *Runner) hotRestartError(parent *Process) error {
 	_, err := os.Stat(parent.base.path())
 	return errors.Join(parent.base.blocked, err, r.spawner.do(func() error { return checkListening(r.parentSocket(parent)) }))
@@ -41,22 +41,22 @@ func checkListening(socket string) error {
 	return conn.Close()
 }
 
-// socket is the prefix of the hot restart's sockets. They are files of the runtime directory: abstract ones could be
-// spoken to by every container of the pod.
+// socket returns the prefix of the hot restart's sockets. They are files of the runtime directory, since every container of the pod could
+// talk to abstract ones.
 func (r *Runner) socket() string { return filepath.Join(r.RuntimeDirectory, "epoch") }
 
-// parentSocket is where a process listens for what its successor asks and tells.
+// parentSocket returns where a process listens for the messages of its child.
 func (r *Runner) parentSocket(p *Process) string {
 	return fmt.Sprintf("%s_parent_%d", r.socket(), int(p.base.id)*10+p.Epoch%epochs)
 }
 
-// childSocket is where the successor of a process gets its answers.
+// childSocket returns where a process's child listens for its answers.
 func (r *Runner) childSocket(parent *Process) string {
 	return fmt.Sprintf("%s_child_%d", r.socket(), int(parent.base.id)*10+(parent.Epoch+1)%epochs)
 }
 
-// standInForParent takes the place of a parent that ends before its child told it to: a child that finds nobody to tell aborts.
-// One message comes, and needs no answer. A parent that ends in its time is replaced all the same; nobody calls then.
+// standInForParent listens in place of a parent that ends before its child has told it to end: the child aborts if nobody listens. The
+// child sends one message and waits for no answer. A parent that ends when it is told to is replaced all the same; nothing is sent then.
 func (r *Runner) standInForParent(parent, child *Process) {
 	<-parent.exited
 	sink, err := r.listenAsParent(parent, child)
@@ -70,8 +70,8 @@ func (r *Runner) standInForParent(parent, child *Process) {
 	_ = sink.Close()
 }
 
-// listenAsParent listens where the parent did. Where the child does not serve any more it has told the parent already, and
-// the place may be a later epoch's.
+// listenAsParent opens the parent's socket. If the child does not serve any more, it has told the parent already, and the socket's name
+// may be a later epoch's.
 func (r *Runner) listenAsParent(parent, child *Process) (sink *net.UnixConn, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -85,7 +85,7 @@ func (r *Runner) listenAsParent(parent, child *Process) (sink *net.UnixConn, err
 	return sink, err
 }
 
-// listenAt takes a socket's place, so that it is never missing: an Envoy that finds none there aborts at once.
+// listenAt replaces a socket in one step: Envoy aborts at once if it finds no socket.
 func listenAt(path string) (*net.UnixConn, error) {
 	sink, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path + "_", Net: "unixgram"})
 	if err != nil {
@@ -97,9 +97,9 @@ func listenAt(path string) (*net.UnixConn, error) {
 // answerLimit is much more than the milliseconds in which a busy Envoy answers.
 const answerLimit = 2 * time.Second
 
-// drainAnswers takes the place of a child that died until its parent has answered all that the child asked. Otherwise the next
-// child would get these answers, and take the socket of one listener for that of another; and a parent that finds nobody
-// there aborts after ten seconds. The error says why no child can follow any more.
+// drainAnswers listens in place of a child that died until its parent has answered all that the child asked. Otherwise the next child
+// would get these answers, and take one listener's socket for another's; and a parent that finds nobody listening aborts after ten
+// seconds. The error says why no child can follow any more.
 func (r *Runner) drainAnswers(parent *Process) error {
 	var sink *net.UnixConn
 	err := r.spawner.do(func() (err error) {
@@ -121,11 +121,11 @@ func (r *Runner) drainAnswers(parent *Process) error {
 	return err
 }
 
-// drainPoll is how often a process that was relieved is asked whether it still listens: each answer takes its main thread some 0.5 ms.
+// drainPoll is how often a parent is asked whether it still listens. Each answer takes its main thread about 0.5 ms.
 const drainPoll = 5 * time.Millisecond
 
-// awaitDrain returns once a parent that was relieved accepts no more connections: it would let them in by the state of
-// before, while the rules are those of the next. It is told to stop and does not say that it has; one that goes on is ended.
+// awaitDrain returns once a parent accepts no more connections. It would accept them by the previous state, while the rules are already
+// those of the next. Envoy is told to stop accepting and does not confirm it, so it is asked; a parent that goes on accepting is killed.
 func (r *Runner) awaitDrain(parent *Process, limit time.Duration) {
 	deadline := time.NewTimer(limit)
 	defer deadline.Stop()
@@ -140,7 +140,7 @@ func (r *Runner) awaitDrain(parent *Process, limit time.Duration) {
 		case <-parent.exited:
 			return
 		case <-deadline.C:
-			r.Log.Warn("ending an Envoy that was relieved and goes on accepting connections", "epoch", parent.Epoch, "listeners", left, "error", err)
+			r.Log.Warn("ending an Envoy that still accepts connections after another one took over", "epoch", parent.Epoch, "listeners", left, "error", err)
 			parent.Kill()
 			<-parent.exited
 			return

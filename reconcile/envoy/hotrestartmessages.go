@@ -9,7 +9,7 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// What Envoys say to each other as one relieves the other: a child asks its parent and waits for the answer, over a socket
+// The messages between Envoys while one takes over from the other: a child asks its parent and waits for the answer, over a socket
 // each (source/server/hot_restart.proto, hot_restarting_base.cc). An answer has no mark of what it answers.
 
 // Field numbers of a HotRestartMessage.
@@ -22,7 +22,7 @@ const (
 	gaugesField   = 4
 )
 
-// ask sends a question that no child asks here, and returns once it is answered: then so is all that was asked before.
+// ask sends a question that the child never asks, and returns once it is answered: all earlier questions are answered then, too.
 func ask(from *net.UnixConn, socket string) error {
 	if err := from.SetDeadline(time.Now().Add(answerLimit)); err != nil {
 		return err
@@ -41,7 +41,7 @@ func ask(from *net.UnixConn, socket string) error {
 	}
 }
 
-// askForStats asks an Envoy for its statistics, as children do that add them to their own.
+// askForStats asks an Envoy for its statistics, as a child does to add them to its own.
 func askForStats(from *net.UnixConn, socket string) error {
 	request := protowire.AppendBytes(protowire.AppendTag(nil, statsField, protowire.BytesType), nil)
 	message := protowire.AppendBytes(protowire.AppendTag(nil, requestField, protowire.BytesType), request)
@@ -55,7 +55,7 @@ func statsOf(message []byte) (stats []byte, ok bool) {
 	return within(message, replyField, statsField)
 }
 
-// within returns the bytes of a field, in the field before it and so on.
+// within returns the bytes of a field that is nested in other fields.
 func within(message []byte, path ...protowire.Number) ([]byte, bool) {
 	for _, field := range path {
 		number, kind, n := protowire.ConsumeTag(message)
@@ -71,7 +71,7 @@ func within(message []byte, path ...protowire.Number) ([]byte, bool) {
 	return message, true
 }
 
-// eachStat calls do for each counter and gauge among statistics. A counter's value is what it grew by since it was told last.
+// eachStat calls do for each counter and gauge. A counter's value is how much it grew since it was last sent.
 func eachStat(stats []byte, do func(name string, value uint64)) error {
 	for len(stats) > 0 {
 		number, kind, n := protowire.ConsumeTag(stats)
@@ -90,7 +90,7 @@ func eachStat(stats []byte, do func(name string, value uint64)) error {
 	return nil
 }
 
-// mapEntry reads an entry of a map of strings to numbers.
+// mapEntry reads an entry of a protobuf map of strings to numbers.
 func mapEntry(entry []byte) (name string, value uint64) {
 	for len(entry) > 0 {
 		number, kind, n := protowire.ConsumeTag(entry)
@@ -112,7 +112,7 @@ func mapEntry(entry []byte) (name string, value uint64) {
 	return name, value
 }
 
-// receive reads one message: its length in eight bytes, then itself, in datagrams of 4096 bytes at most.
+// receive reads one message. It comes in datagrams of 4096 bytes at most; the first 8 bytes are its length.
 func receive(from *net.UnixConn) ([]byte, error) {
 	var message []byte
 	for datagram := make([]byte, 4096); ; {

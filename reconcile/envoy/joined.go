@@ -12,11 +12,11 @@ import (
 )
 
 // Joined returns an error that names the listeners which another process has joined; nil where there is none. The kernel lets processes
-// of Envoy's user do that (SO_REUSEPORT), and gives them a part of the listener's connections. It must be called on a thread in the
-// pod's network namespace, and not while an Envoy starts.
+// of Envoy's user join them (SO_REUSEPORT), and gives them a share of the listener's connections. Joined must be called on a thread in
+// the pod's network namespace, and not while an Envoy starts.
 //
-// Envoy's sockets do not tell whose they are, so they are counted: it has one for each listener and worker, which a hot restart hands
-// over.
+// The kernel does not tell which process a socket belongs to, so sockets are counted: Envoy has one for each listener and worker, and a
+// hot restart hands them over.
 func (r *Runner) Joined() error {
 	names, most := map[netip.AddrPort]string{}, 0
 	for _, p := range r.Running() {

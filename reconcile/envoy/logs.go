@@ -17,18 +17,18 @@ import (
 	"mantlet/schema"
 )
 
-// logFormat makes Envoy write its level, the component and the message. Line breaks come escaped, and so would tabs.
+// logFormat makes Envoy write its level, the component and the message. Line breaks and tabs are escaped.
 const logFormat = "%l|%n|%v"
 
-// logs relays what an Envoy writes to mantlet's own log.
+// logs relays an Envoy's output to mantlet's own log.
 type logs struct {
 	to       *slog.Logger
 	refused  *refusals
 	upstream func(listen string) status.Upstream // of an egress entry; may be nil
 	peers    *peers.Table                        // gets the connections that are made; may be nil
 
-	rejections chan string     // why Envoy did not take a secret
-	trials     chan accessLine // what failed in the trial
+	rejections chan string     // why Envoy rejected a secret
+	trials     chan accessLine // handshakes of the trial that failed
 
 	mu   sync.Mutex
 	last string
@@ -39,7 +39,7 @@ func newLogs(to *slog.Logger, refused *refusals, upstream func(listen string) st
 	return &logs{to: to, refused: refused, upstream: upstream, rejections: make(chan string, some), trials: make(chan accessLine, some)}
 }
 
-// discardAnswers drops what was told of secrets and trials before.
+// discardAnswers drops what was logged about secrets and trials before.
 func (l *logs) discardAnswers() {
 	for len(l.rejections)+len(l.trials) > 0 {
 		select {
@@ -50,7 +50,7 @@ func (l *logs) discardAnswers() {
 	}
 }
 
-// rejection waits for why Envoy did not take a secret.
+// rejection waits for the reason why Envoy rejected a secret.
 func (l *logs) rejection() string {
 	select {
 	case text := <-l.rejections:
@@ -60,7 +60,7 @@ func (l *logs) rejection() string {
 	}
 }
 
-// offer sends without waiting.
+// offer sends a value if the channel has room.
 func offer[T any](to chan<- T, one T) {
 	select {
 	case to <- one:
@@ -68,10 +68,10 @@ func offer[T any](to chan<- T, one T) {
 	}
 }
 
-// updateRejected begins what Envoy says of a secret that it does not take.
+// updateRejected is the beginning of Envoy's message about a secret that it rejects.
 const updateRejected = "Filesystem config update rejected: "
 
-// level returns slog's level for what Envoy says at one of its own (spdlog's). Some warnings belong to each orderly restart.
+// level returns slog's level for one of Envoy's (spdlog's). Some warnings belong to every orderly restart, and are no warnings here.
 func level(name, text string) slog.Level {
 	if name == "warning" && (text == "caught ENVOY_SIGTERM" || text == "shutting down admin due to child startup") {
 		name = "info"
@@ -98,7 +98,7 @@ func (l *logs) messages(from io.Reader) {
 		text := unescape(fields[2])
 		severity := level(fields[0], text)
 		if why, ok := strings.CutPrefix(text, updateRejected); ok {
-			severity = slog.LevelDebug // mantlet says it
+			severity = slog.LevelDebug // mantlet reports it itself
 			offer(l.rejections, why)
 		}
 		if severity >= slog.LevelError {
@@ -108,8 +108,8 @@ func (l *logs) messages(from io.Reader) {
 	}
 }
 
-// noteError keeps the last error. The backtraces of an Envoy that aborts say less than what came before them; where nothing did,
-// their first line names the signal.
+// noteError keeps the last error. The backtrace of an Envoy that aborts says less than the message before it, so it counts only if there
+// was none: its first line names the signal.
 func (l *logs) noteError(component, text string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -118,7 +118,7 @@ func (l *logs) noteError(component, text string) {
 	}
 }
 
-// unescape undoes --log-format-escaped, which is C's way, and leaves single spaces for line breaks.
+// unescape reverses --log-format-escaped, which escapes as C does, and replaces white space by single spaces.
 func unescape(text string) string {
 	if plain, err := strconv.Unquote(`"` + strings.ReplaceAll(text, `\'`, `'`) + `"`); err == nil {
 		text = plain
@@ -142,7 +142,7 @@ func (l *logs) access(from io.Reader) {
 		}
 		c, err := parseAccessLine(text)
 		if err != nil {
-			if leftOut, ok := l.refused.admit("", time.Now()); ok { // whoever makes lines that are too long must not fill the log
+			if leftOut, ok := l.refused.admit("", time.Now()); ok { // strangers can cause lines that are too long, and must not fill the log
 				l.to.Info("Envoy says", "text", truncate(text), "left_out_before", leftOut)
 			}
 			continue
@@ -188,7 +188,7 @@ func (l *logs) access(from io.Reader) {
 	}
 }
 
-// noteConnection passes on who is connected.
+// noteConnection passes on who made a connection.
 func (l *logs) noteConnection(line string) {
 	fields := strings.Split(line, "\t")
 	if l.peers == nil || len(fields) != render.ConnectedFields {
@@ -199,15 +199,15 @@ func (l *logs) noteConnection(line string) {
 	}
 }
 
-// The longest lines that are taken whole. An access line can have a peer's names twice, six characters for each byte of them, and
-// its certificate in URL encoding. All of that is a part of the 100 KiB of certificates that BoringSSL takes.
+// The longest lines that are read as a whole. An access line can hold a peer's names twice, with six characters for each of their bytes, and
+// its certificate in URL encoding. All of it comes from the 100 KiB of certificates that BoringSSL accepts at most.
 const (
 	longestMessage = 64 << 10
 	longestAccess  = 2 << 20
 )
 
-// lines yields lines until the stream ends, those that are too long in parts. It goes on reading whatever comes: a full pipe
-// would stop Envoy.
+// lines yields lines until the stream ends. Lines that are too long come in parts. It reads on in any case: a full pipe would block
+// Envoy.
 func lines(from io.Reader, longest int) func(yield func(string) bool) {
 	return func(yield func(string) bool) {
 		reader := bufio.NewReader(from)

@@ -9,33 +9,34 @@ import (
 	"time"
 )
 
-// parentStats is what mantlet asks an Envoy that has no admin interface, in the place of the Envoy that relieved it, or is to. A child that
-// starts has this place to itself.
+// parentStats is how mantlet asks an Envoy for statistics once it has no admin interface: it sends the question that a child asks its
+// parent, from the child's socket. While a child starts, the socket is the child's alone.
 type parentStats struct {
 	mu            sync.Mutex
-	conn          *net.UnixConn // nil until it is needed
-	waiting       bool          // for an answer
-	childStarting bool          // one starts
+	conn          *net.UnixConn // at the child's socket; nil until it is needed
+	waiting       bool          // an answer is due
+	childStarting bool          // and has the socket
 
-	stopped     uint64 // listeners that take no more connections
-	connections uint64 // that go through the process
+	stopped     uint64 // listeners that accept no more connections
+	connections uint64 // open through the process
 }
 
 // isConnection matches the statistics that count connections which would be cut if the process ended.
 var isConnection = regexp.MustCompile(openConnections)
 
-// setChildStarting leaves the place to a child that starts, or takes it back. What was asked and not answered yet still finds a socket there.
-func (i *parentStats) setChildStarting(child bool) {
+// setChildStarting leaves the socket to a child that starts, or takes it back. The old socket stays open: an answer that is still due
+// finds somebody there.
+func (i *parentStats) setChildStarting(is bool) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	i.conn, i.waiting, i.childStarting = nil, false, child
+	i.conn, i.waiting, i.childStarting = nil, false, is
 }
 
-// refreshParentStats has a process tell anew what its interview holds.
+// refreshParentStats has a process send its statistics again. The caller holds the lock of its parentStats.
 func (r *Runner) refreshParentStats(p *Process) error {
 	i := &p.parentStats
 	if i.childStarting {
-		return errors.New("the Envoy that is to relieve it asks it")
+		return errors.New("the Envoy that takes over from it asks it")
 	}
 	err := r.spawner.do(func() (err error) {
 		if i.conn == nil {
@@ -43,7 +44,7 @@ func (r *Runner) refreshParentStats(p *Process) error {
 				return err
 			}
 			at := i.conn
-			r.standIns.Go(func() { <-p.exited; _ = at.Close() }) // an Envoy that finds nobody there aborts
+			r.standIns.Go(func() { <-p.exited; _ = at.Close() }) // Envoy aborts if nobody listens there
 		}
 		if err := i.conn.SetDeadline(time.Now().Add(askLimit)); err != nil || i.waiting {
 			return err
@@ -56,7 +57,7 @@ func (r *Runner) refreshParentStats(p *Process) error {
 	i.waiting = true
 	message, err := receive(i.conn)
 	if err != nil {
-		return fmt.Errorf("asking Envoy: %w", err) // a late answer is as good
+		return fmt.Errorf("asking Envoy: %w", err) // the next call takes an answer that comes late
 	}
 	i.waiting = false
 	stats, ok := statsOf(message)
@@ -82,7 +83,7 @@ func (r *Runner) connectionsOfParent(p *Process) (int, error) {
 	return int(p.parentStats.connections), err
 }
 
-// stillListening returns how many listeners of a process that was relieved still take connections.
+// stillListening returns how many listeners of a process that another one took over from still accept connections.
 func (r *Runner) stillListening(p *Process) (int, error) {
 	p.parentStats.mu.Lock()
 	defer p.parentStats.mu.Unlock()

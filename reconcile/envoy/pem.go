@@ -14,9 +14,9 @@ import (
 	"unicode"
 )
 
-// This file reads PEM more strictly than RFC 7468 asks. Parsers differ in what they pass over in silence: where Go goes on
-// at the next block, Envoy stops, and a CA that Go has seen is not in force. So each block that begins is one that is read,
-// or an error that names it; and what Envoy gets is written anew from what was read.
+// This file reads PEM more strictly than RFC 7468 asks. Parsers differ in what they skip silently: where Go goes on with the next block,
+// Envoy stops, and a CA that Go has read is not in force. So every block that begins is either read or an error that names it, and Envoy
+// gets a text that is written from what was read.
 
 // block is a PEM block and the number of the line that it begins at.
 type block struct {
@@ -32,12 +32,12 @@ const (
 )
 
 var (
-	// beginning finds where a block begins, or was meant to.
+	// beginning matches where a block begins, or was meant to begin.
 	beginning = regexp.MustCompile(beginMarker + `|[-–—]\s?BEGIN ([A-Z0-9]+ )*(CERTIFICATE|KEY|CRL|PARAMETERS|REQUEST)`)
 	label     = regexp.MustCompile(`^[A-Z0-9]+( [A-Z0-9]+)*$`)
 )
 
-// blocks returns all blocks of a text, which may have other text around them. The error names the block and its line.
+// blocks returns all blocks of a text. Other text around them is skipped. The error names the block and its line.
 func blocks(text []byte) ([]block, error) {
 	var all []block
 	var r blockReader
@@ -57,12 +57,12 @@ func blocks(text []byte) ([]block, error) {
 	return all, nil
 }
 
-// blockReader reads the lines of blocks.
+// blockReader reads blocks line by line.
 type blockReader struct {
 	block
 
-	lines  int // that were read
-	count  int // of blocks that began
+	lines  int // read so far
+	count  int // of blocks that have begun
 	inside bool
 	body   strings.Builder
 }
@@ -98,7 +98,7 @@ func (r *blockReader) read(line string) (complete bool, err error) {
 	return false, nil
 }
 
-// begin starts a block with a line that has a marker, as far as it looks, at a place.
+// begin starts a block at a line that has, at an offset, what looks like a marker.
 func (r *blockReader) begin(line string, at int) error {
 	if r.inside && !strings.HasPrefix(line, endMarker) {
 		return r.wrong("is cut off: the next one begins at line %d, before its last line", r.lines)
@@ -145,7 +145,7 @@ func isBase64(line string) bool {
 
 const byteOrderMark = "\ufeff" // of UTF-8
 
-// notPEM says what a text without a block is.
+// notPEM says what a text without a block is instead.
 func notPEM(text []byte) error {
 	base64ed := base64.StdEncoding.EncodeToString([]byte(beginMarker))
 	switch {
@@ -162,7 +162,7 @@ func notPEM(text []byte) error {
 	}
 }
 
-// parseCertificates returns the certificates of a PEM text: as many as blocks begin in it, at least one.
+// parseCertificates returns the certificates of a PEM text: one for each block that begins in it, at least one.
 func parseCertificates(text []byte) ([]*x509.Certificate, error) {
 	all, err := blocks(text)
 	if err != nil {
@@ -191,7 +191,7 @@ func parseCertificates(text []byte) ([]*x509.Certificate, error) {
 	return certificates, nil
 }
 
-// parseKey returns the first private key of a PEM text, which may hold other things too, and its block.
+// parseKey returns the first private key of a PEM text, and its block. The text may hold other things, too.
 func parseKey(text []byte) (crypto.Signer, *pem.Block, error) {
 	all, err := blocks(text)
 	if err != nil {
@@ -242,7 +242,7 @@ func privateKey(b *pem.Block) (crypto.Signer, error) {
 	return signer, nil
 }
 
-// isPSS reports whether a PKCS #8 key (RFC 5958) is one for RSASSA-PSS alone (RFC 4055, section 1.2).
+// isPSS reports whether a PKCS #8 key (RFC 5958) may only be used with RSASSA-PSS (RFC 4055, section 1.2).
 func isPSS(der []byte) bool {
 	var info struct {
 		Version   int

@@ -16,7 +16,7 @@ import (
 	"mantlet/render"
 )
 
-// preflight tries what a new epoch could fail at: once it runs, a failure costs the old one its admin interface.
+// preflight has Envoy validate a bootstrap before a new epoch starts: a failure after that costs the old epoch its admin interface.
 func (r *Runner) preflight(ctx context.Context, state render.State) error {
 	config, err := r.write("preflight.json", state.Bootstrap)
 	if err != nil {
@@ -49,7 +49,7 @@ func (r *Runner) tryBinds(b *bootstrapv3.Bootstrap) error {
 	})
 }
 
-// ports returns those of a bootstrap's listeners.
+// ports returns the ports of a bootstrap's listeners.
 func ports(b *bootstrapv3.Bootstrap) (ports []uint32) {
 	for _, l := range b.StaticResources.Listeners {
 		if address := l.GetAddress().GetSocketAddress(); address != nil {

@@ -38,11 +38,11 @@ type Process struct {
 	killedBy    string // who killed it, if somebody did; valid once exited is closed
 }
 
-// pollInterval is how often an Envoy that starts is asked whether it is live: a small part of what it takes.
+// pollInterval is how often an Envoy that starts is asked whether it is live. It is short compared with a start.
 const pollInterval = time.Millisecond
 
-// waitLive returns nil once the process is live. It gives up where the parent that it takes over from, if any, ends: an
-// Envoy waits for its parent's answers for ever.
+// waitLive returns nil once the process is live. It gives up if the parent that it takes over from ends: an Envoy waits for its parent's
+// answers for ever.
 func (p *Process) waitLive(ctx context.Context, parent *Process) error {
 	began := time.Now()
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -60,8 +60,8 @@ func (p *Process) waitLive(ctx context.Context, parent *Process) error {
 	defer tick.Stop()
 	var last error
 	for asked := false; ; {
-		_, err := os.Lstat(p.admin.socket) // spares an Envoy that starts the company of a busy client
-		// As a rule the first answer says that it is live. Each takes Envoy's main thread 4 ms.
+		_, err := os.Lstat(p.admin.socket) // an Envoy that starts should not be slowed down by requests
+		// The first answer usually says that it is live. Each answer takes Envoy's main thread 4 ms.
 		if err == nil && asked {
 			err = p.admin.ready(ctx)
 		}
@@ -71,7 +71,7 @@ func (p *Process) waitLive(ctx context.Context, parent *Process) error {
 			}
 			asked = true
 		}
-		if ctx.Err() == nil || last == nil { // what it said last tells more than that it was asked once too often
+		if ctx.Err() == nil || last == nil { // its last answer says more than an expired context does
 			last = err
 		}
 		select {
@@ -84,8 +84,8 @@ func (p *Process) waitLive(ctx context.Context, parent *Process) error {
 	}
 }
 
-// checkLive returns nil if the process says that it is live as the epoch, and with the state, that it was started as: so it has all
-// listeners, for without one of them it would have ended.
+// checkLive returns nil if the process says that it is live as the epoch and with the state that it was started with. It has all
+// listeners then: without one of them it would have ended.
 func (p *Process) checkLive(ctx context.Context) error {
 	info, err := p.admin.info(ctx)
 	if err != nil {
@@ -102,8 +102,8 @@ func (p *Process) checkLive(ctx context.Context) error {
 	return nil
 }
 
-// Check returns nil if the process says that it is ready and has all listeners. Which process it is need not be asked
-// again: each epoch has an admin socket of its own.
+// Check returns nil if the process says that it is ready and has all listeners. It need not identify itself again: each epoch has an
+// admin socket of its own.
 func (p *Process) Check(ctx context.Context) error {
 	if err := p.admin.ready(ctx); err != nil {
 		return err
@@ -133,7 +133,7 @@ func (p *Process) alive() bool {
 // Exited is closed once the process has ended and is reaped.
 func (p *Process) Exited() <-chan struct{} { return p.exited }
 
-// Err says how the process ended, with the last error that it logged. Exited must be closed.
+// Err says how the process ended, with the last error that it logged. It must not be called before Exited is closed.
 func (p *Process) Err() error {
 	err := p.err
 	switch {
@@ -148,7 +148,7 @@ func (p *Process) Err() error {
 	return fmt.Errorf("Envoy epoch %d exited: %w", p.Epoch, err)
 }
 
-// exitSignal returns the signal that ended a process; 0 where none did.
+// exitSignal returns the signal that ended a process; 0 for none.
 func exitSignal(err error) syscall.Signal {
 	exit, ok := errors.AsType[*exec.ExitError](err)
 	if !ok {
@@ -164,23 +164,23 @@ func exitSignal(err error) syscall.Signal {
 // PID returns the process's id.
 func (p *Process) PID() int { return p.cmd.Process.Pid }
 
-// Kill ends the process at once. It does not wait.
+// Kill ends the process by SIGKILL. It does not wait.
 func (p *Process) Kill() {
 	p.killed.Store(true)
 	p.signal(syscall.SIGKILL)
 }
 
-// signal goes to the process group: Path may be a script whose child Envoy is. The only error is that it has ended.
+// signal sends a signal to the process group: Path may be a script whose child is Envoy. It does nothing once the process has ended.
 func (p *Process) signal(s syscall.Signal) {
-	if p.alive() { // else its number may be another's by now
+	if p.alive() { // otherwise another process may have its ID by now
 		_ = p.spawner.do(func() error { return syscall.Kill(-p.PID(), s) })
 	}
 }
 
-// termLimit is what Envoy gets to end by itself after SIGTERM; it closes connections and leaves in some 10 ms.
+// termLimit is how long Envoy gets to end after SIGTERM. It closes its connections and ends within about 10 ms.
 const termLimit = 3 * time.Second
 
-// Stop ends the process, if need be by force, and returns when it is gone.
+// Stop ends the process, by SIGKILL if need be, and returns once it has ended.
 func (p *Process) Stop() {
 	p.signal(syscall.SIGTERM)
 	timer := time.AfterFunc(termLimit, p.Kill)

@@ -23,7 +23,7 @@ import (
 	"mantlet/internal/status"
 )
 
-// Reason is why a connection came to nothing: a name for metrics, that stays.
+// Reason is the stable code of why a connection failed, for metrics and logs.
 type Reason string
 
 // The reasons.
@@ -49,8 +49,8 @@ const (
 	NoEndpoint             Reason = "no_endpoint"
 )
 
-// reasonTexts says reasons to people. PEER is the client or the endpoint, LIST the key of the entry that names who is allowed, NAME the
-// upstream's name and ANSWER what name servers say of it.
+// reasonTexts are the reasons in words. PEER stands for the client or the endpoint, LIST for the key of the entry that names who is
+// allowed, NAME for the upstream's name, and ANSWER for what name servers say of it.
 var reasonTexts = map[Reason]string{
 	NoClientCertificate:    "no client certificate",
 	UnknownCA:              "unknown CA: the PEER's certificate does not lead to the mesh CA",
@@ -73,7 +73,7 @@ var reasonTexts = map[Reason]string{
 	NoEndpoint:             "the upstream's name has no address: NAME (ANSWER)",
 }
 
-// accessLine is a line of the access log, as package render has it written. What Envoy does not know is empty.
+// accessLine is a line of the access log, as package render configures it. Fields that Envoy does not know are empty.
 type accessLine struct {
 	Log         string `json:"log"` // which connections have a line: refused, all
 	Direction   string `json:"direction"`
@@ -113,7 +113,7 @@ func parseAccessLine(text string) (c accessLine, err error) {
 
 const egress = "egress" // a direction
 
-// reason returns why the connection came to nothing; nothing if it did not.
+// reason returns why the connection failed; empty if it did not.
 func (c accessLine) reason() Reason {
 	flags := strings.Split(c.Flags, ",")
 	switch {
@@ -140,13 +140,13 @@ func (c accessLine) reason() Reason {
 // connectionReset is the reason in the TLS error of a connection that the peer reset.
 const connectionReset = "Connection_reset_by_peer"
 
-// isPortCheck reports whether a client reset its connection before the server said anything, as load balancers do to look whether a
-// port is open. As long as no curve is agreed on, the server has said nothing.
+// isPortCheck reports whether a client reset its connection before the server sent anything, as load balancers do to check that a port is
+// open. The server has sent nothing as long as no curve is agreed on.
 func (c accessLine) isPortCheck() bool {
 	return c.Curve == "" && strings.HasSuffix(c.Refused, ":"+connectionReset+":TLS_error_end")
 }
 
-// tlsReason returns what a TLS error means here: the first of the errors that it is made of, unless the verifier has the last.
+// tlsReason returns the Reason of a TLS error. Of several errors the first one decides, unless the last one is the verifier's.
 func tlsReason(detail string) Reason {
 	reasons, more := tlsErrors(detail)
 	if len(reasons) == 0 {
@@ -177,8 +177,8 @@ func tlsReason(detail string) Reason {
 	}
 }
 
-// tlsErrors returns the reasons of a TLS error, and what follows them: TLS_error: and for each of them
-// |NUMBER:LIBRARY:OPENSSL_internal:REASON. A peer's SANs may be in what follows, so no reason is looked for there.
+// tlsErrors splits a TLS error into its reasons and what follows them. Its form is TLS_error: and for each reason
+// |NUMBER:LIBRARY:OPENSSL_internal:REASON. What follows may contain a peer's SANs, so no reason is looked for there.
 func tlsErrors(detail string) (reasons []string, more string) {
 	more, _ = strings.CutPrefix(detail, "TLS_error:")
 	for {
@@ -195,7 +195,7 @@ func tlsErrors(detail string) (reasons []string, more string) {
 	}
 }
 
-// verifierReason returns what an error of Envoy's verifier means here.
+// verifierReason returns the Reason of an error of Envoy's certificate verifier.
 func verifierReason(text string) Reason {
 	if strings.HasPrefix(text, "SAN_matcher,") {
 		return SANNotAllowed
@@ -216,15 +216,15 @@ func verifierReason(text string) Reason {
 	}
 }
 
-// What a stranger put into a certificate is neither logged nor kept without a bound. What is cut off is told by words that no
-// SAN can have: those of the kinds that are looked at are ASCII (RFC 5280, section 4.2.1.6).
+// Bounds of what is logged and kept of a stranger's certificate. What is cut off is marked by characters that no SAN can have: DNS names and
+// URIs are ASCII (RFC 5280, section 4.2.1.6).
 const (
 	maxSANs = 10
 	maxText = 256
 )
 
-// sans returns the first names in the peer's certificate. Where Go does not take the certificate, the names stand as Envoy joins
-// them: a comma may be a part of one. Where verifying an endpoint's failed, only the error tells them.
+// sans returns the first SANs of the peer's certificate. Where crypto/x509 does not parse the certificate, they are as Envoy joins them,
+// by commas, which may also be a part of one. Where an endpoint's certificate did not verify, only the error has them.
 func (c accessLine) sans() []string {
 	var all []string
 	_, list, failed := strings.Cut(c.Failed, "_SAN_matcher,_certificate_SANs_are_[")
@@ -251,10 +251,10 @@ func truncate(text string) string {
 	if len(text) <= maxText {
 		return text
 	}
-	return fmt.Sprintf("%s… (%d bytes)", strings.ToValidUTF8(text[:maxText], ""), len(text)) // not to keep the whole
+	return fmt.Sprintf("%s… (%d bytes)", strings.ToValidUTF8(text[:maxText], ""), len(text)) // a copy: the whole text is not kept
 }
 
-// attrs returns what a line of the log says of every connection.
+// attrs returns the attributes of the log line of any connection.
 func (c accessLine) attrs() []slog.Attr {
 	all := []slog.Attr{slog.String("direction", c.Direction), slog.String("peer", c.Peer), slog.String("destination", c.Destination)}
 	if c.Upstream != "" && c.Upstream != c.Destination {
@@ -269,7 +269,7 @@ func (c accessLine) attrs() []slog.Attr {
 	return append(all, slog.Int64("bytes_in", c.BytesIn), slog.Int64("bytes_out", c.BytesOut), slog.Int64("duration_ms", c.DurationMS))
 }
 
-// untrustedReason returns why Envoy found no way from a peer's certificate to the mesh CA.
+// untrustedReason returns why Envoy found no chain from a peer's certificate to the mesh CA.
 func (c *Certificates) untrustedReason(leaf *x509.Certificate, now time.Time) Reason {
 	if c == nil || leaf == nil {
 		return UnknownCA
@@ -294,7 +294,7 @@ func (c *Certificates) untrustedReason(leaf *x509.Certificate, now time.Time) Re
 	}
 }
 
-// refusal describes a connection that came to nothing. Of an egress entry the upstream is given.
+// refusal describes a connection that failed. upstream is that of the egress entry, if it is one's.
 func (c accessLine) refusal(reason Reason, upstream status.Upstream) status.Refusal {
 	peer, list := "client", "allow"
 	if c.Direction == egress {
@@ -306,12 +306,12 @@ func (c accessLine) refusal(reason Reason, upstream status.Upstream) status.Refu
 		Detail: truncate(cmp.Or(c.Refused, c.Failed, c.Ended)),
 	}
 	if from, err := netip.ParseAddrPort(c.Peer); err == nil {
-		r.Peer = from.Addr().String() // the port of a client is another each time
+		r.Peer = from.Addr().String() // a client's port differs each time
 	}
 	return r
 }
 
-// answerOf is what name servers say of an upstream that Envoy had no address of.
+// answerOf returns what name servers say of an upstream of which Envoy had no address.
 func answerOf(u status.Upstream) string {
 	switch {
 	case u.Asked.IsZero():
@@ -323,7 +323,7 @@ func answerOf(u status.Upstream) string {
 	}
 }
 
-// toItself reports whether a connection that came to nothing went to an address of this pod.
+// toItself reports whether a failed connection went to an address of this pod.
 func (c accessLine) toItself(reason Reason) bool {
 	if c.Direction != egress || reason == "" || reason == NoEndpoint {
 		return false
@@ -332,34 +332,34 @@ func (c accessLine) toItself(reason Reason) bool {
 	return err == nil && bind.IsOwn(to.Addr())
 }
 
-// sameRefusal reports whether both are one to people.
+// sameRefusal reports whether two refusals are one to people: they differ in time and detail at most.
 func sameRefusal(a, b status.Refusal) bool {
 	return a.Direction == b.Direction && a.Peer == b.Peer && a.Destination == b.Destination && a.Code == b.Code && slices.Equal(a.SANs, b.SANs)
 }
 
-// A burst of refusals is logged as it comes; a peer that goes on and on gets some lines a second: whoever is refused must
-// not be able to fill the log.
+// Limits of what is logged: a burst of refusals as it comes, and after that some lines a second. Whoever is refused must not be able to fill
+// the log.
 const (
 	refusalsPerSecond = 5
 	refusalsAtOnce    = 50
 )
 
-// lastRefusals is how many are kept: a screen of them.
+// lastRefusals is how many refusals are kept: as many as fit on a screen.
 const lastRefusals = 20
 
-// refusals counts and keeps refusals of all epochs. The zero value is ready.
+// refusals counts and keeps refusals of all epochs. The zero value is ready to use.
 type refusals struct {
 	own atomic.Pointer[Certificates] // what Envoy was given; nil for nothing
 
 	mu     sync.Mutex
 	last   []status.Refusal            // the newest last
 	counts map[status.RefusalCount]int // each with Count 0
-	limits map[string]*logLimit        // by direction: strangers outside must not hide what fails on the way out
+	limits map[string]*logLimit        // by direction: strangers outside must not hide failures of outgoing connections
 
 	followers map[*follower]bool
 }
 
-// Bounds of those who follow refusals as they come.
+// Limits of followers.
 const (
 	maxFollowers   = 8
 	followerBuffer = 256 // a burst
@@ -371,7 +371,7 @@ type follower struct {
 	leftOut  int
 }
 
-// pass gives a refusal to the follower, unless that is too slow.
+// pass gives a refusal to the follower if its buffer has room.
 func (f *follower) pass(refusal status.Refusal) {
 	select {
 	case f.refusals <- status.Followed{Refusal: refusal, LeftOut: f.leftOut}:
@@ -381,7 +381,7 @@ func (f *follower) pass(refusal status.Refusal) {
 	}
 }
 
-// follow makes a follower until ctx ends.
+// follow adds a follower until ctx ends.
 func (r *refusals) follow(ctx context.Context) (<-chan status.Followed, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -401,8 +401,8 @@ func (r *refusals) follow(ctx context.Context) (<-chan status.Followed, error) {
 	return f.refusals, nil
 }
 
-// Follow returns refusals as they come, until ctx ends; an error where too many follow already. Those that come faster than they are
-// taken are left out, and counted.
+// Follow returns refusals as they come, until ctx ends; an error where too many follow already. Refusals that come faster than they are
+// received are left out and counted.
 func (r *Runner) Follow(ctx context.Context) (<-chan status.Followed, error) {
 	return r.refused.follow(ctx)
 }
@@ -413,7 +413,7 @@ type logLimit struct {
 	leftOut int
 }
 
-// admit reports whether a line may be logged and, if so, how many were not since the last one that was.
+// admit reports whether a line may be logged and, if so, how many were left out since the last one.
 func (r *refusals) admit(direction string, now time.Time) (leftOut int, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -455,7 +455,7 @@ func (r *refusals) note(refusal status.Refusal) {
 	r.last = append(r.last, refusal)
 }
 
-// mostFrequent returns the oldest of those refusals whose reason is kept most often: a flood of one kind leaves the others.
+// mostFrequent returns the oldest of those refusals whose code is kept most often: so a flood of one kind does not displace the others.
 func (r *refusals) mostFrequent() int {
 	kept := map[string]int{}
 	for _, refusal := range r.last {
@@ -465,7 +465,7 @@ func (r *refusals) mostFrequent() int {
 	return slices.IndexFunc(r.last, func(refusal status.Refusal) bool { return kept[refusal.Code] == most })
 }
 
-// Refusals returns the connections that came to nothing last, the newest last, and how many there were by reason.
+// Refusals returns the last failed connections, the newest last, and how many there were by code.
 func (r *Runner) Refusals() (last []status.Refusal, counts []status.RefusalCount) {
 	r.refused.mu.Lock()
 	defer r.refused.mu.Unlock()

@@ -53,16 +53,16 @@ type Runner struct {
 	running []*Process        // by epoch: those that drain, and at last the one that serves; some may have ended
 }
 
-// defaultLiveLimit bounds initialisation: 45-100 ms as a rule; a busy machine takes longer, a hung start for ever.
+// defaultLiveLimit bounds initialisation. It takes 45-100 ms as a rule, longer on a busy machine, and for ever where it hangs.
 const defaultLiveLimit = 20 * time.Second
 
-// partLimit is what a filter chain or a cluster adds to that: four times what one takes of a processor.
+// partLimit is added for each filter chain and cluster: four times what one takes of a processor.
 const partLimit = 6 * time.Millisecond
 
-// Start executes Envoy for a state and waits until it says by itself that it is live with that state. Where another Envoy
-// serves, it takes over from it without a connection being refused, and the other one drains and ends by itself.
+// Start executes Envoy for a state and waits until Envoy says that it is live with that state. Where another Envoy serves, the new one
+// takes over from it without a connection being refused, and the old one drains and ends by itself.
 //
-// Where the new one does not get live in time, it is killed, and whatever served goes on; but it may have lost its admin
+// Where the new Envoy does not get live in time, it is killed, and the one that served goes on. That one may have lost its admin
 // interface, which only another Start brings back, with any state that works.
 func (r *Runner) Start(ctx context.Context, state render.State, settings schema.Envoy) (*Process, error) {
 	p, err := r.startNext(ctx, state, settings)
@@ -74,21 +74,21 @@ func (r *Runner) Start(ctx context.Context, state render.State, settings schema.
 }
 
 func (r *Runner) startNext(ctx context.Context, state render.State, settings schema.Envoy) (*Process, error) {
-	if err := r.spawner.do(func() error { return nil }); err != nil { // before anything is made that it would have to remove
+	if err := r.spawner.do(func() error { return nil }); err != nil { // before there is a file that only this thread may remove
 		return nil, err
 	}
 	if err := r.spawner.do(r.peers.Open); err != nil {
 		r.Log.Warn("it is not known who is connected: a change that forbids one client ends the connections of all", "error", err)
 	}
 	parent := r.serving()
-	// Where it drains already, the one after it died: nobody listens, and a failure can't make it worse.
+	// A parent that drains has lost the Envoy that took over from it. Nobody listens then, and a failure can't make that worse.
 	if parent != nil && !parent.drains {
 		r.progress("having Envoy validate the bootstrap", r.limit(state))
 		if err := r.preflight(ctx, state); err != nil {
 			return nil, err
 		}
 		r.progress("counting connections", askLimit)
-		r.refreshStats(ctx) // while it still answers
+		r.refreshStats(ctx) // later it has no admin interface
 	}
 	if err := r.tryBinds(state.Bootstrap); err != nil {
 		return nil, err
@@ -118,7 +118,7 @@ func (r *Runner) startNext(ctx context.Context, state render.State, settings sch
 	return p, nil
 }
 
-// startEpoch executes an Envoy that is to relieve a parent, if there is one, and returns it once it is live.
+// startEpoch executes an Envoy that takes over from a parent, if there is one, and returns it once it is live.
 func (r *Runner) startEpoch(ctx context.Context, state render.State, settings schema.Envoy, parent *Process) (*Process, error) {
 	if parent != nil {
 		parent.parentStats.setChildStarting(true)
@@ -134,7 +134,7 @@ func (r *Runner) startEpoch(ctx context.Context, state render.State, settings sc
 	if err := p.waitLive(ctx, parent); err != nil {
 		r.failed.Add(1)
 		r.progress("ending an Envoy that does not start", answerLimit)
-		p.Kill() // SIGTERM would make it end its parent, which serves
+		p.Kill() // on SIGTERM it would end its parent, which serves
 		<-p.exited
 		if parent != nil && parent.alive() {
 			parent.base.blocked = errors.Join(r.spawner.do(parent.base.clearInitializing), r.drainAnswers(parent))
@@ -144,7 +144,7 @@ func (r *Runner) startEpoch(ctx context.Context, state render.State, settings sc
 	return p, nil
 }
 
-// limit bounds initialisation with a state.
+// limit returns the bound of initialisation with a state.
 func (r *Runner) limit(state render.State) time.Duration {
 	resources, parts := state.Bootstrap.StaticResources, 0
 	for _, l := range resources.Listeners {
@@ -153,7 +153,7 @@ func (r *Runner) limit(state render.State) time.Duration {
 	return cmp.Or(r.liveLimit, defaultLiveLimit) + time.Duration(parts+len(resources.Clusters))*partLimit
 }
 
-// grace is what a step may take beyond its limit on a machine that is busy.
+// grace is what a step may take beyond its limit on a busy machine.
 const grace = 5 * time.Second
 
 func (r *Runner) progress(what string, limit time.Duration) {
@@ -162,8 +162,8 @@ func (r *Runner) progress(what string, limit time.Duration) {
 	}
 }
 
-// addRunning makes a process the one that serves, and its parent one that drains, for a time at most. It removes the files of those
-// that have ended.
+// addRunning makes a process the one that serves, and its parent one that drains, for a given time at most. It removes the files of
+// processes that have ended.
 func (r *Runner) addRunning(p, parent *Process, most time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -183,7 +183,8 @@ func (r *Runner) addRunning(p, parent *Process, most time.Duration) {
 	r.removeUnusedBases()
 }
 
-// removeUnusedBases removes what bases left that no process has any more. What can't be removed now is tried again.
+// removeUnusedBases removes the shared memory and sockets of base IDs that no process has any more. What can't be removed now is tried
+// again.
 func (r *Runner) removeUnusedBases() {
 	r.bases = slices.DeleteFunc(r.bases, func(b *base) bool {
 		used := slices.ContainsFunc(r.running, func(p *Process) bool { return p.base == b && p.alive() })
@@ -230,7 +231,7 @@ func (r *Runner) Epochs(ctx context.Context) []status.Epoch {
 	return all
 }
 
-// serving returns the newest process.
+// serving returns the newest process that has not ended; nil where there is none.
 func (r *Runner) serving() *Process {
 	if running := r.Running(); len(running) > 0 {
 		return running[len(running)-1]
@@ -238,14 +239,14 @@ func (r *Runner) serving() *Process {
 	return nil
 }
 
-// Stop ends all processes, the newest first: its end is no loss to the others.
+// Stop ends all processes, the newest first: the others lose nothing by its end.
 func (r *Runner) Stop() {
 	for _, p := range slices.Backward(r.Running()) {
 		p.Stop()
 	}
 }
 
-// Close ends the Runner and removes what its Envoys left behind. No Process may be running.
+// Close ends the Runner and removes the files of its Envoys. No Process may be running.
 func (r *Runner) Close() error {
 	r.standIns.Wait()
 	errs := []error{r.peers.Close()}
@@ -256,7 +257,8 @@ func (r *Runner) Close() error {
 	return errors.Join(append(errs, r.removeLeftovers(), r.remove("sds-*.json"))...)
 }
 
-// removeLeftovers removes what Envoys, and a mantlet that was killed while it wrote, leave in the runtime directory. None may be running.
+// removeLeftovers removes the files that Envoys leave in the runtime directory, and a mantlet that was killed while it wrote one. No
+// Envoy may be running.
 func (r *Runner) removeLeftovers() error {
 	return r.remove("epoch_*", "admin-*.sock", "trial-*.sock", "bootstrap-*.json", "preflight.json", ".*.json*", "../.*.json*")
 }

@@ -11,17 +11,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// base is what epochs of one Envoy share: a number that names their shared memory and sockets.
+// base is what the epochs of one Envoy share: the base ID (--base-id), which names their shared memory and sockets.
 type base struct {
 	id      uint32
-	blocked error // why no further epoch can start
+	blocked error // why no further epoch can start; nil if one can
 }
 
-// baseBits is how much of the number is the network namespace's; Envoy multiplies it by ten within 32 bits.
+// baseBits is how many bits of the base ID come from the network namespace. Envoy multiplies the ID by ten within 32 bits.
 const baseBits = 27
 
-// newBase chooses the number for an epoch 0. It is made from that of the network namespace, of which there is one mantlet
-// each: Envoys whose /dev/shm is one must not meet. Where Envoys of that number still run, it is another one.
+// newBase chooses the base ID for an epoch 0. It is made from the inode number of the network namespace, in which there is one mantlet at
+// most: Envoys of several pods that share a /dev/shm must not collide. While Envoys with that ID still run, it is another one.
 func newBase(running []*Process) (*base, error) {
 	var stat unix.Stat_t
 	if err := unix.Stat("/proc/thread-self/ns/net", &stat); err != nil {
@@ -46,8 +46,8 @@ const (
 
 func (b *base) path() string { return fmt.Sprintf("/dev/shm/envoy_shared_memory_%d", b.id*10) }
 
-// clearInitializing clears the flag that an epoch which died before it was live leaves behind; while it is set, every
-// later epoch is refused. The process that set it must have been reaped.
+// clearInitializing clears the flag that an epoch sets while it starts, and leaves behind if it dies before it is live. Every later epoch
+// is refused while the flag is set. The process that set it must have been reaped.
 func (b *base) clearInitializing() error {
 	f, err := os.OpenFile(b.path(), os.O_RDWR, 0)
 	if err != nil {

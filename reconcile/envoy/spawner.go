@@ -16,9 +16,9 @@ import (
 	"mantlet/internal/sandbox"
 )
 
-// Confine makes the thread that starts Envoys their user's, within rules where the kernel can enforce them, and lets no
-// other user but root into the runtime directory. In between, while the thread still has what all threads are to give up
-// alike, it calls drop. Where Envoys can't have a user of their own, none is started: Start says why.
+// Confine gives the thread that starts Envoys their user, restricts it by rules where the kernel can enforce them, and closes the runtime
+// directory to all users but that one and root. In between, while the thread still has the privileges that all threads give up together,
+// it calls drop. Where Envoys can't have a user of their own, none is started: Start says why.
 func (r *Runner) Confine(rules sandbox.Rules, drop func() error) error {
 	failed := os.MkdirAll(r.RuntimeDirectory, 0o700)
 	if failed == nil {
@@ -44,7 +44,7 @@ func (r *Runner) Confine(rules sandbox.Rules, drop func() error) error {
 	return nil
 }
 
-// executableError returns why Envoys' user can't execute the binary, where its path tells.
+// executableError returns why Envoy's user can't execute the binary, as far as its path tells.
 func (r *Runner) executableError() error {
 	path, err := exec.LookPath(r.Path)
 	if err != nil {
@@ -57,8 +57,7 @@ func (r *Runner) executableError() error {
 	return err
 }
 
-// writeFile replaces a file by one that Envoy may read, and no other user, whatever the mode of the one that was there. Its
-// group is the directory's, which Envoy's is.
+// writeFile replaces a file by one that only Envoy's group may read, whatever the mode of the old one. The group is the directory's.
 func writeFile(path string, content []byte) error {
 	file, err := prepareFile(path, content)
 	if err != nil {
@@ -68,7 +67,7 @@ func writeFile(path string, content []byte) error {
 	return files.Replacing(path, file.CloseAtomicallyReplace())
 }
 
-// prepareFile writes what is to replace a file as writeFile does, and leaves the replacement to its caller.
+// prepareFile writes the new file of writeFile, and leaves replacing the old one to its caller.
 func prepareFile(path string, content []byte) (*renameio.PendingFile, error) {
 	file, err := renameio.NewPendingFile(path, renameio.WithStaticPermissions(0o640), renameio.WithTempDir(filepath.Dir(path)))
 	if err != nil {
@@ -80,24 +79,24 @@ func prepareFile(path string, content []byte) (*renameio.PendingFile, error) {
 	return file, nil
 }
 
-// spawner is the OS thread that starts Envoys, lives as long as they do, and does whatever else only their user may.
+// spawner is the OS thread that starts Envoys, lives as long as they do, and does whatever only their user may do.
 //
-// It must live: Envoy asks the kernel for SIGTERM at its parent's death, and the kernel takes the end of the thread that
-// forked it for that; Go ends threads as it likes.
+// It must live that long: Envoy asks the kernel for SIGTERM when its parent dies, and the kernel takes the end of the thread that forked
+// it for that. Go ends threads as it likes.
 type spawner struct {
 	mu     sync.Mutex
 	calls  chan func()
-	failed error // why it does nothing
+	failed error // why it does nothing any more
 
-	untraced bool // the kernel does not let the thread trace what it starts; the thread alone has it
+	untraced bool // the kernel does not let the thread trace what it starts; used only on the thread
 }
 
-// errUntraced is that a process could not be started as one that is traced.
+// errUntraced says that a process could not be started as a traced one.
 var errUntraced = errors.New("the kernel does not let mantlet trace Envoy as it starts")
 
 // start starts a command as a process that other processes of its user can't look into. It is called on the thread. The error is
-// errUntraced where the kernel forbids the first such attempt: the next ones are as usual. A process that runs with dumpable set could
-// not be made undumpable: why is told.
+// errUntraced where the kernel forbids tracing; later calls start processes without it. dumpable says why others can look into the
+// process, if they can.
 func (s *spawner) start(cmd *exec.Cmd) (dumpable, err error) {
 	cmd.SysProcAttr.Ptrace = !s.untraced
 	if err := cmd.Start(); err != nil {
@@ -129,8 +128,9 @@ func (s *spawner) do(fn func() error) error {
 	return <-done
 }
 
-// runThread calls what comes, on a thread that is never unlocked and so ends with the goroutine. The process's first thread
-// can't end, and its user is the process's to others: that one is held until another is found.
+// runThread runs calls on a thread that is never unlocked, and so ends with the goroutine. It can't be the process's first thread: that
+// one can't end, and others take its user for the process's. If the goroutine is on the first thread, it holds that until it has started
+// one on another.
 func runThread(calls <-chan func()) {
 	runtime.LockOSThread()
 	if unix.Gettid() == unix.Getpid() {
@@ -149,7 +149,7 @@ func runThread(calls <-chan func()) {
 	}
 }
 
-// stop ends the thread. It says why nothing is done any more.
+// stop ends the thread. why is the error of all later calls.
 func (s *spawner) stop(why error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

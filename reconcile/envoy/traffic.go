@@ -25,7 +25,7 @@ const (
 		`cluster\.egress-.*\.upstream_cx_(connect_fail|connect_attempts_exceeded|none_healthy))$`
 )
 
-// refreshStats asks the process that serves for its statistics. Those that drain take no new connections.
+// refreshStats asks the process that serves for its statistics. Those that drain accept no new connections.
 func (r *Runner) refreshStats(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, askLimit)
 	defer cancel()
@@ -40,8 +40,7 @@ func (r *Runner) refreshStats(ctx context.Context) {
 	}
 }
 
-// Traffic returns how many connections there were since the start. What an Envoy counted between the last look at it and its
-// crash is not among them.
+// Traffic returns how many connections there were since the start. What a crashed Envoy counted after it was last asked is missing.
 func (r *Runner) Traffic(ctx context.Context) status.Traffic {
 	r.refreshStats(ctx)
 	r.mu.Lock()
@@ -77,7 +76,7 @@ var overLimit = map[string]*regexp.Regexp{
 	egress:    regexp.MustCompile(`^listener\.egress-.*\.downstream_(cx_overflow|cx_overload_reject)$`),
 }
 
-// countOverLimit returns how many connections were closed as they came, since too many were open, by direction.
+// countOverLimit returns how many connections were closed at once because too many were open, by direction.
 func countOverLimit(all map[string]uint64) map[string]uint64 {
 	counts := map[string]uint64{}
 	for direction, names := range overLimit {
@@ -100,7 +99,7 @@ func (r *Runner) Statistics(ctx context.Context) ([]byte, error) {
 	return serving.admin.statistics(ctx)
 }
 
-// addCounters adds numbers to others by their names.
+// addCounters adds counters to others of the same names.
 func addCounters(to, more map[string]uint64) map[string]uint64 {
 	if to == nil {
 		to = map[string]uint64{}
@@ -125,7 +124,7 @@ func (r *Runner) Connections(ctx context.Context) (int, error) {
 	return sum, errors.Join(errs...)
 }
 
-// connections returns how many connections go through a process. One that was relieved, or whose relief failed, has no
+// connections returns how many connections go through a process. One that another took over from, or whose child failed to start, has no
 // admin interface any more, and is asked in its child's place.
 func (r *Runner) connections(ctx context.Context, p *Process) (int, error) {
 	if open, err := p.admin.connections(ctx); err == nil {
@@ -134,5 +133,5 @@ func (r *Runner) connections(ctx context.Context, p *Process) (int, error) {
 	return r.connectionsOfParent(p)
 }
 
-// askLimit bounds what a status takes of an Envoy that hangs.
+// askLimit bounds how long a status waits for an Envoy that hangs.
 const askLimit = time.Second
