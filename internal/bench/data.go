@@ -38,7 +38,7 @@ func (b *bench) trials() []trial {
 			}
 			all = append(all, trial{
 				name: fmt.Sprintf("Connect/workers=%d/handshakes=%s", workers, sessions),
-				job:  load.Job{Kind: load.Connect, Workers: workers, Warm: b.during / 3, For: b.during * time.Duration(1+workers/64), Least: int64(4 * workers)},
+				job:  load.Job{Kind: load.Connect, Workers: workers, Warm: b.during / 3, For: b.during * time.Duration(1+workers/64), Least: int64(20 + 4*workers)},
 				full: full, none: !full, pods: workers == 16 && !full, value: connections,
 			})
 		}

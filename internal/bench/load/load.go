@@ -48,7 +48,7 @@ type Job struct {
 	Workers int           `json:"workers"` // connections at a time
 	Warm    time.Duration `json:"warm"`    // before anything is counted
 	For     time.Duration `json:"for"`
-	Least   int64         `json:"least"` // it takes longer, ten times at most, if fewer were counted
+	Least   int64         `json:"least"` // how much is counted at least, before and then; for that it takes longer, ten times at most
 	Every   time.Duration `json:"every"` // the pace of each worker's requests
 }
 
@@ -89,7 +89,10 @@ func Run(job Job, in io.Reader, out io.Writer) error {
 			}
 		})
 	}
-	time.Sleep(job.Warm)
+	// As many as it takes for every connection to find a session to resume, and all caches warm.
+	for began := time.Now(); time.Since(began) < job.Warm || c.count.Load() < job.Least && time.Since(began) < 10*job.For; {
+		time.Sleep(job.Warm / 10)
+	}
 	c.failed.Store(0)
 	c.counting.Store(true)
 	before, began := c.count.Load(), time.Now()
