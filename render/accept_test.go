@@ -171,7 +171,7 @@ func TestBrokenIsRefused(t *testing.T) {
 		fault func(*bootstrapv3.Bootstrap_StaticResources)
 	}{
 		{"must be set when", validator.place, func(r *bootstrapv3.Bootstrap_StaticResources) {
-			edit(t, r.Listeners[0].FilterChains[0].Filters[0].GetTypedConfig(), func(p *tcpproxyv3.TcpProxy) { p.MaxEarlyDataBytes = nil })
+			edit(t, r.Listeners[0].FilterChains[0].Filters[1].GetTypedConfig(), func(p *tcpproxyv3.TcpProxy) { p.MaxEarlyDataBytes = nil })
 		}},
 		{"duplicate cluster", validator.place, func(r *bootstrapv3.Bootstrap_StaticResources) { r.Clusters = append(r.Clusters, r.Clusters[0]) }},
 		{".json' does not exist", elsewhere, func(*bootstrapv3.Bootstrap_StaticResources) {}},

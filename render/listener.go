@@ -11,7 +11,6 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	dataaccesslogv3 "github.com/envoyproxy/go-control-plane/envoy/data/accesslog/v3"
-	celv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/filters/cel/v3"
 	streamv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/stream/v3"
 	originaldstv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_dst/v3"
 	originalsrcv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_src/v3"
@@ -112,7 +111,7 @@ func (r *renderer) ingressChain(name string, mode schema.Mode, allow, alpn []str
 		Name:                          name,
 		TransportSocket:               r.downstreamTLS(mode, allow, alpn),
 		TransportSocketConnectTimeout: durationpb.New(handshakeTimeout),
-		Filters:                       []*listenerv3.Filter{r.telling(allow != nil, r.connectedClient, r.ingressLog, proxy)},
+		Filters:                       append(r.spoke(), r.telling(allow != nil, r.connectedClient, r.ingressLog, proxy)),
 	}
 }
 
@@ -177,7 +176,7 @@ func (r *renderer) accessLog(direction, peer string) []*accesslogv3.AccessLog {
 	}
 	filter := onConnected(false)
 	if r.mesh.AccessLog == schema.AccessLogRefused {
-		filter = r.refused()
+		filter = r.refused(peer)
 	}
 	return r.logTo(map[string]string{
 		"log":         string(r.mesh.AccessLog),
@@ -247,27 +246,4 @@ func (r *renderer) stdout(format *corev3.SubstitutionFormatString, filter *acces
 			AccessLogFormat: &streamv3.StdoutAccessLog_LogFormat{LogFormat: format},
 		})},
 	}
-}
-
-// refused lets connections through to the log that came to nothing: the client's TLS handshake failed or took too long,
-// all attempts to connect onwards failed, or there was nowhere to connect to. Once the handshake is done Envoy connects
-// onwards: a TLS error after that, as of a client that ends its connection by a reset, is no refusal. The flag of a failed
-// attempt alone (UF) stays on a connection whose next attempt succeeded.
-func (r *renderer) refused() *accesslogv3.AccessLogFilter {
-	const handshake = `connection.transport_failure_reason != "" && upstream.request_attempt_count == 0 || ` +
-		`connection.termination_details != ""`
-	filters := []*accesslogv3.AccessLogFilter{
-		{FilterSpecifier: &accesslogv3.AccessLogFilter_ExtensionFilter{ExtensionFilter: &accesslogv3.ExtensionFilter{
-			Name: "envoy.access_loggers.extension_filters.cel",
-			ConfigType: &accesslogv3.ExtensionFilter_TypedConfig{
-				TypedConfig: r.pack(&celv3.ExpressionFilter{Expression: handshake}),
-			},
-		}}},
-		{FilterSpecifier: &accesslogv3.AccessLogFilter_ResponseFlagFilter{
-			ResponseFlagFilter: &accesslogv3.ResponseFlagFilter{Flags: []string{"URX", "UH"}},
-		}},
-	}
-	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_OrFilter{
-		OrFilter: &accesslogv3.OrFilter{Filters: filters},
-	}}
 }
