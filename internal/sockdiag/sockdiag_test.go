@@ -2,6 +2,8 @@ package sockdiag
 
 import (
 	"context"
+	"errors"
+	"io"
 	"net"
 	"net/netip"
 	"testing"
@@ -64,6 +66,55 @@ func TestCookies(t *testing.T) {
 		nobody := Socket{Local: at, Remote: netip.AddrPortFrom(at.Addr(), 1)}
 		if found, err := finder.Find(nobody); found != 0 || err != nil {
 			t.Errorf("%v: cookie %d, %v; want none, although somebody listens there", nobody, found, err)
+		}
+	}
+}
+
+// TestDestroy ends sockets of IPv4, of IPv6 and of both, more than are ended together, and no others.
+func TestDestroy(t *testing.T) {
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(Supported())
+	listener, err := net.Listen("tcp", ":0") // for both
+	must(err)
+	defer func() { _ = listener.Close() }()
+	_, port, err := net.SplitHostPort(listener.Addr().String())
+	must(err)
+	type pair struct{ client, server net.Conn }
+	var all []pair
+	matches := map[Socket]bool{}
+	for i := range 2*atOnce + 10 {
+		client, err := net.Dial("tcp", net.JoinHostPort([]string{"127.0.0.1", "::1"}[i%2], port))
+		must(err)
+		defer func() { _ = client.Close() }()
+		server, err := listener.Accept()
+		must(err)
+		defer func() { _ = server.Close() }()
+		all = append(all, pair{client, server})
+		if i >= 2 {
+			matches[Socket{Local: client.RemoteAddr().(*net.TCPAddr).AddrPort(), Remote: client.LocalAddr().(*net.TCPAddr).AddrPort()}] = true
+		}
+	}
+	ended, err := Destroy(func(s Socket) bool { return matches[s] })
+	if err != nil || len(ended) != len(matches) {
+		t.Errorf("ended %d of %d: %v", len(ended), len(matches), err)
+	}
+	for i, p := range all {
+		if i < 2 {
+			_, err := p.client.Write([]byte("x"))
+			must(err)
+			_, err = p.server.Read(make([]byte, 1))
+			must(err)
+			continue
+		}
+		for _, conn := range []net.Conn{p.client, p.server} {
+			if _, err := conn.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
+				t.Errorf("connection %d ends by %v", i, err)
+			}
 		}
 	}
 }

@@ -4,6 +4,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -37,20 +39,34 @@ func (t *Table) Move(marks map[sockdiag.Socket]render.Mark) (moved []sockdiag.So
 		return nil, fmt.Errorf("connecting to conntrack: %w", err)
 	}
 	defer func() { _ = conn.Close() }()
-	for socket, mark := range marks {
-		family, data, err := moving(socket, mark)
-		if err != nil {
-			return nil, err
+	for some := range slices.Chunk(slices.Collect(maps.Keys(marks)), atOnce) {
+		var requests []netlink.Message
+		for i, socket := range some {
+			family, data, err := moving(socket, marks[socket])
+			if err != nil {
+				return nil, err
+			}
+			request := message(conntrackNew, netlink.Request|netlink.Acknowledge, family, 0, data)
+			request.Header.Sequence = uint32(i) + 1
+			requests = append(requests, request)
 		}
-		switch _, err := conn.Execute(message(conntrackNew, netlink.Request|netlink.Acknowledge, family, 0, data)); {
-		case err == nil:
-			moved = append(moved, socket)
-		case !errors.Is(err, unix.ENOENT):
-			return nil, fmt.Errorf("changing the mark of a connection: %w", err)
+		if _, err := conn.SendMessages(requests); err != nil {
+			return nil, fmt.Errorf("changing the marks of connections: %w", err)
+		}
+		for _, socket := range some {
+			switch _, err := conn.Receive(); {
+			case err == nil:
+				moved = append(moved, socket)
+			case !errors.Is(err, unix.ENOENT):
+				return nil, fmt.Errorf("changing the mark of a connection: %w", err)
+			}
 		}
 	}
 	return moved, nil
 }
+
+// atOnce is how many requests are sent together. Their answers fit into the socket's buffer.
+const atOnce = 64
 
 // moving is the message that changes mantlet's bits of a connection's mark, and no others.
 func moving(s sockdiag.Socket, mark render.Mark) (family byte, data []byte, err error) {
