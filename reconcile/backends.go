@@ -18,8 +18,8 @@ type Kernel interface {
 	Replace(render.Ruleset) error
 	// Check returns nil if the table holds what Replace put there last, and otherwise an error that says what differs.
 	Check() error
-	// Mend puts back what Replace put there last where the table holds something else, and returns what differed.
-	Mend() (found []string, err error)
+	// Repair puts back what Replace put there last where the table holds something else, and returns what differed.
+	Repair() (found []string, err error)
 	// Refused returns how many packets the rules ended since the start, by the names of render.Refusals.
 	Refused() (map[string]uint64, error)
 	// Inbound returns the connections from outside that are open, and how full conntrack's table is.
@@ -32,8 +32,8 @@ type Kernel interface {
 	// addresses on loopback, the ones that judge has a reason to end. It gets the socket that was dialled, and the connection's mark,
 	// MarkNone where it is not from outside. End returns what it ended, and why.
 	End(judge func(sockdiag.Socket, render.Mark) status.EndReason) (ended map[sockdiag.Socket]status.EndReason, err error)
-	// Undermining returns what there is in other tables that would undermine the rules, a line each. Nothing of it is touched.
-	Undermining() ([]string, error)
+	// Conflicts returns what there is in other tables that would undermine the rules, a line each. Nothing of it is touched.
+	Conflicts() ([]string, error)
 	// Watch sends a note when another process changed rules in the kernel, until ctx ends: its name where it changed the
 	// table, else "". It may miss changes. The channel is closed once all that it takes has ended.
 	Watch(ctx context.Context) <-chan string

@@ -25,14 +25,14 @@ func (d *Daemon) capacity() status.Capacity {
 	return status.Capacity{Ingress: c.Ingress, By: c.By, Egress: c.Egress, Memory: d.Limits.Memory, Descriptors: d.Limits.Descriptors}
 }
 
-// lookForShed is how often Envoy is asked whether connections were too many: it writes no line of the access log for them.
-const lookForShed = 10 * time.Second
+// overLimitPoll is how often Envoy is asked whether connections were too many: it writes no line of the access log for them.
+const overLimitPoll = 10 * time.Second
 
-// tellShed logs connections that were too many, until ctx ends.
-func (d *Daemon) tellShed(ctx context.Context) {
-	tick := time.NewTicker(lookForShed)
+// logOverLimit logs connections that were too many, until ctx ends.
+func (d *Daemon) logOverLimit(ctx context.Context) {
+	tick := time.NewTicker(overLimitPoll)
 	defer tick.Stop()
-	told := map[string]uint64{}
+	logged := map[string]uint64{}
 	for {
 		select {
 		case <-ctx.Done():
@@ -41,11 +41,11 @@ func (d *Daemon) tellShed(ctx context.Context) {
 		}
 		capacity := d.capacity()
 		for direction, count := range d.Proxy.Traffic(ctx).Shed {
-			if count > told[direction] {
-				d.Log.Warn("connections rejected", "code", connectionLimit, "direction", direction, "count", count-told[direction],
+			if count > logged[direction] {
+				d.Log.Warn("connections rejected", "code", connectionLimit, "direction", direction, "count", count-logged[direction],
 					"reason", "too many are open", "limit_ingress", capacity.Ingress, "limit_by", capacity.By, "limit_egress", capacity.Egress)
 			}
-			told[direction] = count
+			logged[direction] = count
 		}
 	}
 }

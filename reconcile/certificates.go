@@ -32,7 +32,7 @@ func (d *Daemon) certify(ctx context.Context, reread <-chan struct{}) {
 		d.readCertificates(ctx)
 		d.watchdog.idle(certificates)
 		var retry <-chan time.Time
-		if d.badCertificates != nil || d.certifying.unread {
+		if d.badCertificates != nil || d.certifying.untried {
 			retry = time.After(retryInputs)
 		}
 		select {
@@ -57,23 +57,23 @@ func (d *Daemon) readCertificates(ctx context.Context) {
 	before := d.starting()
 	had := d.Secrets.Good()
 	revoked, err := d.Secrets.Update(ctx)
-	d.certifying.unread = errors.Is(err, status.ErrUntried) && (before.now || d.starting() != before)
+	d.certifying.untried = errors.Is(err, status.ErrUntried) && (before.now || d.starting() != before)
 	has := d.Secrets.Good()
 	if !reflect.DeepEqual(has, had) {
-		d.applied(status.ApplyCertificates, time.Since(began), nil)
+		d.countApplied(status.ApplyCertificates, time.Since(began), nil)
 	}
-	if err != nil && !d.certifying.unread {
+	if err != nil && !d.certifying.untried {
 		what := "the certificates were rejected; the last good ones stay in use"
 		if len(has) == 0 {
 			what = status.WaitingForCertificates
 		}
 		event := "certificates rejected"
-		if unwritable(err) {
+		if isDiskFull(err) {
 			event, what = "certificates not published", status.RuntimeDirectoryNotWritable
 		}
-		if d.complain(&d.badCertificates, event, what, err) {
-			d.failed(status.CheckCertificates, err)
-			d.applied(status.ApplyCertificates, time.Since(began), err)
+		if d.setProblem(&d.badCertificates, event, what, err) {
+			d.noteFailure(status.CheckCertificates, err)
+			d.countApplied(status.ApplyCertificates, time.Since(began), err)
 		}
 	}
 	var isNew bool
@@ -83,12 +83,12 @@ func (d *Daemon) readCertificates(ctx context.Context) {
 		d.supplied, d.certified, d.revoked = supplied, certified, d.revoked || revoked
 	})
 	if isNew {
-		notify(d.notes.news)
+		notify(d.notes.changed)
 	}
 	if err == nil {
-		d.settle(&d.badCertificates, "certificates accepted again")
+		d.clearProblem(&d.badCertificates, "certificates accepted again")
 	}
-	d.foresee(has, time.Now())
+	d.warnOfExpiry(has, time.Now())
 }
 
 // starting is whether an Envoy starts, and how many starts there were.
@@ -102,14 +102,14 @@ func (d *Daemon) starting() (s starting) {
 	return s
 }
 
-// unwritable reports whether an error is that a file system takes no more. Reading gives none of these.
-func unwritable(err error) bool {
+// isDiskFull reports whether an error is that a file system takes no more. Reading gives none of these.
+func isDiskFull(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EROFS)
 }
 
-// foresee warns while there is time left to mend it: what expires should have been replaced by the last fifth of its life. What is
+// warnOfExpiry warns while there is time left to mend it: what expires should have been replaced by the last fifth of its life. What is
 // on the path of this workload comes before what only peers may need.
-func (d *Daemon) foresee(has []status.Certificate, now time.Time) {
+func (d *Daemon) warnOfExpiry(has []status.Certificate, now time.Time) {
 	var needed, other error
 	for _, c := range has {
 		verb := "expires"
@@ -133,7 +133,7 @@ func (d *Daemon) foresee(has []status.Certificate, now time.Time) {
 		d.locked(func() { d.expiring = nil })
 		return
 	}
-	if d.complain(&d.expiring, "certificates expire soon", "the certificates should be replaced", err) {
-		d.failed(status.CheckCertificates, d.expiring)
+	if d.setProblem(&d.expiring, "certificates expire soon", "the certificates should be replaced", err) {
+		d.noteFailure(status.CheckCertificates, d.expiring)
 	}
 }

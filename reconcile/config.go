@@ -28,7 +28,7 @@ func (d *Daemon) configure(ctx context.Context, reload <-chan struct{}, reread c
 	defer watching.Wait()
 	if d.Environment.ReadsFile() {
 		watching.Go(func() { watch(ctx, filepath.Dir(d.Environment.Process.ConfigFile), changed, d.Log) })
-		watching.Go(func() { d.keepAll(ctx) })
+		watching.Go(func() { d.storeFiles(ctx) })
 	}
 	for {
 		d.watchdog.begin(configurer, "reading the configuration", configLimit)
@@ -62,7 +62,7 @@ func (d *Daemon) readConfig() {
 		}
 	})
 	if err == nil {
-		d.settle(&d.badConfig, "configuration accepted again")
+		d.clearProblem(&d.badConfig, "configuration accepted again")
 		return
 	}
 	if !d.configuring.configured {
@@ -77,8 +77,8 @@ func (d *Daemon) readConfig() {
 	if !d.configuring.configured {
 		what = status.WaitingForConfiguration
 	}
-	if d.complain(&d.badConfig, "configuration rejected", what, err) {
-		d.failed(status.CheckConfig, err)
+	if d.setProblem(&d.badConfig, "configuration rejected", what, err) {
+		d.noteFailure(status.CheckConfig, err)
 	}
 }
 
@@ -100,10 +100,10 @@ func (d *Daemon) load() error {
 		return d.configuring.parsed.err
 	}
 	var next *desired
-	if next, now.err = d.merge(content); now.err == nil {
+	if next, now.err = d.mergeFile(content); now.err == nil {
 		d.offer(next)
-		d.locked(func() { d.unkept = content.Text })
-		notify(d.notes.keeps)
+		d.locked(func() { d.unstored = content.Text })
+		notify(d.notes.toStore)
 	}
 	d.configuring.parsed = &now
 	return now.err
@@ -113,11 +113,11 @@ func (d *Daemon) load() error {
 func (d *Daemon) offer(next *desired) {
 	d.configuring.configured = true
 	d.locked(func() { d.offered = next })
-	notify(d.notes.news)
+	notify(d.notes.changed)
 }
 
-// take makes the configuration that was offered last, if there is one, the wanted one.
-func (d *Daemon) take() {
+// takeOffered makes the configuration that was offered last, if there is one, the wanted one.
+func (d *Daemon) takeOffered() {
 	var next *desired
 	d.locked(func() { next, d.offered = d.offered, nil })
 	if next != nil {
@@ -125,8 +125,8 @@ func (d *Daemon) take() {
 	}
 }
 
-// merge renders what a content of the override file makes of the environment.
-func (d *Daemon) merge(content schema.Content) (*desired, error) {
+// mergeFile renders what a content of the override file makes of the environment.
+func (d *Daemon) mergeFile(content schema.Content) (*desired, error) {
 	next, err := d.render(d.Environment.MergeContent(content))
 	if err != nil {
 		return nil, err
@@ -139,7 +139,7 @@ func (d *Daemon) render(config schema.Config, err error) (*desired, error) {
 	if err != nil {
 		return nil, err
 	}
-	place := d.look()
+	place := d.currentPlace()
 	state, err := render.Render(config.Mesh, place)
 	if err == nil {
 		err = d.Limits.Fit(state.Cost)
@@ -166,7 +166,7 @@ func (d *Daemon) accept(next *desired) {
 			d.Log.Info("configuration changed", "step", step.What, "needs", step.Need)
 		}
 	}
-	d.loop.pause, d.loop.notBefore = backoff{}, time.Time{} // what failed was another state
+	d.loop.backoff, d.loop.notBefore = backoff{}, time.Time{} // what failed was another state
 	d.locked(func() {
 		d.accepted++
 		next.number = d.accepted
@@ -175,69 +175,69 @@ func (d *Daemon) accept(next *desired) {
 	d.follow()
 }
 
-// kept is the last good override file, in the runtime directory, and the digest of the environment that it was merged
+// storedFile is the last good override file, in the runtime directory, and the digest of the environment that it was merged
 // with: with another one it could mean something else.
-type kept struct {
+type storedFile struct {
 	Environment string `json:"environment"`
 	Content     []byte `json:"content"`
 }
 
-// maxKept is more than the largest override file takes in base64.
-const maxKept = 8 << 20
+// maxStored is more than the largest override file takes in base64.
+const maxStored = 8 << 20
 
-func (d *Daemon) keptPath() string {
+func (d *Daemon) storedPath() string {
 	return filepath.Join(d.Environment.Process.RuntimeDirectory, "last-good.json")
 }
 
-// keepAll keeps each good file for a restart of mantlet, until ctx ends. What can't be kept is tried again: a full disk gives
+// storeFiles keeps each good file for a restart of mantlet, until ctx ends. What can't be kept is tried again: a full disk gives
 // no event when it has room.
-func (d *Daemon) keepAll(ctx context.Context) {
+func (d *Daemon) storeFiles(ctx context.Context) {
 	for {
 		var retry <-chan time.Time
 		d.locked(func() {
-			if d.unkept != nil {
+			if d.unstored != nil {
 				retry = time.After(retryInputs)
 			}
 		})
 		select {
 		case <-ctx.Done():
 			return
-		case <-d.notes.keeps:
+		case <-d.notes.toStore:
 		case <-retry:
 		}
-		d.keep()
+		d.store()
 	}
 }
 
-// keep writes down what is to be kept, if it is not there already.
-func (d *Daemon) keep() {
+// store writes down what is to be kept, if it is not there already.
+func (d *Daemon) store() {
 	var content []byte
-	d.locked(func() { content = d.unkept })
+	d.locked(func() { content = d.unstored })
 	if content == nil {
 		return
 	}
-	err := d.write(content)
-	if err != nil && !same(err, d.configuring.notKept) {
+	err := d.writeStored(content)
+	if err != nil && !sameError(err, d.configuring.storeErr) {
 		d.Log.Warn("the override file could not be kept for a restart of mantlet; it is tried again", "error", err)
 	}
-	d.configuring.notKept = err
+	d.configuring.storeErr = err
 	d.locked(func() {
-		if err == nil && bytes.Equal(content, d.unkept) { // else there is a newer one already
-			d.unkept = nil
+		if err == nil && bytes.Equal(content, d.unstored) { // else there is a newer one already
+			d.unstored = nil
 		}
 	})
 }
 
-func (d *Daemon) write(content []byte) error {
+func (d *Daemon) writeStored(content []byte) error {
 	digest, err := d.Environment.Digest()
 	if err != nil {
 		return err
 	}
-	text, err := json.Marshal(kept{digest, content})
+	text, err := json.Marshal(storedFile{digest, content})
 	if err != nil {
 		return err
 	}
-	path := d.keptPath()
+	path := d.storedPath()
 	isThere := func() bool {
 		have, err := schema.ReadFile(path, int64(len(text)))
 		return err == nil && bytes.Equal(have, text)
@@ -260,13 +260,13 @@ func (d *Daemon) write(content []byte) error {
 
 // restore returns what the last good file makes of the environment. The error is os.ErrNotExist where none was kept.
 func (d *Daemon) restore() (*desired, error) {
-	text, err := schema.ReadFile(d.keptPath(), maxKept)
+	text, err := schema.ReadFile(d.storedPath(), maxStored)
 	if err != nil {
 		return nil, err
 	}
-	var last kept
+	var last storedFile
 	if err := json.Unmarshal(text, &last); err != nil {
-		return nil, fmt.Errorf("reading %s: %w", d.keptPath(), err)
+		return nil, fmt.Errorf("reading %s: %w", d.storedPath(), err)
 	}
 	digest, err := d.Environment.Digest()
 	if err != nil {
@@ -275,5 +275,5 @@ func (d *Daemon) restore() (*desired, error) {
 	if digest != last.Environment {
 		return nil, errors.New("it was merged with another environment")
 	}
-	return d.merge(schema.Content{Text: last.Content})
+	return d.mergeFile(schema.Content{Text: last.Content})
 }

@@ -13,13 +13,13 @@ import (
 func Explain(err error, mesh schema.Mesh) error {
 	if conflicts, ok := errors.AsType[bind.Conflicts](err); ok {
 		for i := range conflicts {
-			conflicts[i].For = purpose(conflicts[i].Address, mesh)
+			conflicts[i].For = purposeOf(conflicts[i].Address, mesh)
 		}
 	}
 	return err
 }
 
-func purpose(address netip.AddrPort, mesh schema.Mesh) string {
+func purposeOf(address netip.AddrPort, mesh schema.Mesh) string {
 	if i := slices.IndexFunc(mesh.Egress, func(e schema.Egress) bool { return e.Listen == address }); i >= 0 {
 		return "egress entry " + title(mesh.Egress[i])
 	}

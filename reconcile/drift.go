@@ -32,7 +32,7 @@ func Diff(mesh schema.Mesh, place render.Place, have Live) (Difference, error) {
 	add := func(need Need, format string, args ...any) {
 		d.Steps = append(d.Steps, Step{fmt.Sprintf(format, args...), need})
 	}
-	live, told := inForce(mesh, place, have)
+	live, reported := inForce(mesh, place, have)
 	d.Steps = Compare(live, mesh)
 	_, generations, known := render.ReadBack(have.Rules)
 	d.Details = have.diffRules(mesh, generations)
@@ -47,7 +47,7 @@ func Diff(mesh schema.Mesh, place render.Place, have Live) (Difference, error) {
 	for _, line := range have.Certificates {
 		add(SDS, "%s", line)
 	}
-	steps, details := diffEnvoy(state, mesh.Envoy, have.Envoy, told)
+	steps, details := diffEnvoy(state, mesh.Envoy, have.Envoy, reported)
 	d.Steps, d.Details = append(d.Steps, steps...), append(d.Details, details...)
 	return d, nil
 }
@@ -63,16 +63,16 @@ func (l Live) diffRules(mesh schema.Mesh, generations render.Generations) []stri
 
 // inForce returns the mesh that kernel and Envoy have, as far as they tell; all else is taken from a wanted one. It reports whether
 // Envoy tells.
-func inForce(mesh schema.Mesh, place render.Place, have Live) (live schema.Mesh, told bool) {
+func inForce(mesh schema.Mesh, place render.Place, have Live) (live schema.Mesh, reported bool) {
 	live = mesh
 	if before, ok := render.MeshOf(have.Envoy.Bootstrap, have.Envoy.Digest, place); ok {
 		before.Probes, before.OtherProtocols, before.StatusPort = mesh.Probes, mesh.OtherProtocols, mesh.StatusPort
-		live, told = before, true
+		live, reported = before, true
 	}
 	modes, generations, ok := render.ReadBack(have.Rules)
 	if !ok || render.Denies(have.Rules) {
 		live.Ingress = mesh.Ingress
-		return live, told
+		return live, reported
 	}
 	live.Ingress = withModes(modes, live.Ingress)
 	differ := func(other schema.OtherProtocols) int {
@@ -85,7 +85,7 @@ func inForce(mesh schema.Mesh, place render.Place, have Live) (live schema.Mesh,
 	} else {
 		live.OtherProtocols = schema.OtherProtocolsDrop
 	}
-	return live, told
+	return live, reported
 }
 
 // withModes returns entries, which are sorted, with the lists of clients that others have.
@@ -107,9 +107,9 @@ func withModes(modes, lists []schema.Ingress) (all []schema.Ingress) {
 	return all
 }
 
-// diffEnvoy compares a running Envoy with a state. Where the Envoy told which mesh it was started for, steps to another one are known
+// diffEnvoy compares a running Envoy with a state. Where Envoy reported which mesh it was started for, steps to another one are known
 // already.
-func diffEnvoy(state render.State, settings schema.Envoy, have status.Envoy, told bool) (steps []Step, details []string) {
+func diffEnvoy(state render.State, settings schema.Envoy, have status.Envoy, reported bool) (steps []Step, details []string) {
 	add := func(format string, args ...any) {
 		steps = append(steps, Step{fmt.Sprintf(format, args...), HotRestart})
 	}
@@ -130,7 +130,7 @@ func diffEnvoy(state render.State, settings schema.Envoy, have status.Envoy, tol
 	for _, line := range render.DiffBootstraps(state.Bootstrap, have.Bootstrap) {
 		details = append(details, "Envoy: "+line)
 	}
-	if !told {
+	if !reported {
 		compareSettings(have.Settings, settings, add)
 		add("Envoy: epoch %d runs the state %.12s, not %.12s; -v lists what differs", have.Epoch, have.Digest, state.Digest)
 	}

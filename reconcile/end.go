@@ -43,12 +43,12 @@ func (d *Daemon) tighten(next *desired, revoked bool) *change {
 		return nil
 	}
 	c.trust = d.Secrets.Trust()
-	d.ask(c)
+	d.readPeers(c)
 	return c
 }
 
-// ask looks who is connected. Where that can't be told, it counts as not known.
-func (d *Daemon) ask(c *change) {
+// readPeers looks who is connected. Where that can't be told, it counts as not known.
+func (d *Daemon) readPeers(c *change) {
 	var err error
 	if c.known, err = d.Proxy.Peers(); err != nil {
 		d.Log.Warn("it can't be told who is connected: a change that forbids one client ends the connections of all at its port", "error", err)
@@ -76,8 +76,8 @@ func forbidden(from, to schema.Mesh, revoked bool) map[netip.AddrPort]route {
 	return routes
 }
 
-// judge returns why a connection may not go on; empty if it may. It implements the argument of Kernel.End.
-func (c *change) judge(s sockdiag.Socket, mark render.Mark) status.EndReason {
+// reasonToEnd returns why a connection may not go on; empty if it may. It implements the argument of Kernel.End.
+func (c *change) reasonToEnd(s sockdiag.Socket, mark render.Mark) status.EndReason {
 	if mark == render.MarkNone {
 		return c.endpoint(s)
 	}
@@ -140,12 +140,12 @@ func (c *change) isTrusted(p *peers.Peer) bool {
 	return leads
 }
 
-// spare moves those connections to the new generations of their ports that a change does not forbid, and returns how many there are. The
+// moveAllowed moves those connections to the new generations of their ports that a change does not forbid, and returns how many there are. The
 // rules of before then admit both generations; those of after admit the new one alone. Whoever is not moved is ended by them.
 //
 // A connection is known by addresses, which another one can have the next moment. So whoever is moved is looked at again afterwards: a
 // connection that begins still later has the generation of before again.
-func (d *Daemon) spare(c *change) (spared int) {
+func (d *Daemon) moveAllowed(c *change) (spared int) {
 	if c == nil || c.from == nil || len(c.known) == 0 {
 		return 0
 	}
@@ -189,7 +189,7 @@ func (d *Daemon) moveAll(c *change, to map[sockdiag.Socket]render.Mark) (spared 
 	back := map[sockdiag.Socket]render.Mark{}
 	moved, err := d.Kernel.Move(to)
 	if err == nil {
-		d.ask(c)
+		d.readPeers(c)
 	} else {
 		c.known, moved = nil, nil
 		for s := range to {
@@ -202,7 +202,7 @@ func (d *Daemon) moveAll(c *change, to map[sockdiag.Socket]render.Mark) (spared 
 		}
 	}
 	if _, failed := d.Kernel.Move(back); failed != nil {
-		d.loop.spent = true
+		d.loop.exhausted = true
 		return len(to), failed
 	}
 	return len(moved) - len(back), err
@@ -215,10 +215,10 @@ func (d *Daemon) end(c *change) {
 		return
 	}
 	d.watchdog.begin(loop, "ending connections", kernelLimit)
-	ended, err := d.Kernel.End(c.judge)
+	ended, err := d.Kernel.End(c.reasonToEnd)
 	d.watchdog.begin(loop, "its turn", turnLimit)
 	if err != nil {
 		d.Log.Warn("connections that are forbidden now end at their next packet, and those to egress entries with the Envoy that has them", "error", err)
 	}
-	d.tell(c, ended)
+	d.logEnded(c, ended)
 }

@@ -50,8 +50,8 @@ func (e *endings) add(all []status.Ending) {
 	e.last = slices.Clone(e.last[max(0, len(e.last)-lastEndings):])
 }
 
-// tell logs, counts and keeps what a change ended.
-func (d *Daemon) tell(c *change, ended map[sockdiag.Socket]status.EndReason) {
+// logEnded logs, counts and keeps what a change ended.
+func (d *Daemon) logEnded(c *change, ended map[sockdiag.Socket]status.EndReason) {
 	all := c.sum(ended)
 	if len(all) == 0 {
 		return

@@ -16,22 +16,22 @@ func (d *Daemon) enforce(want *desired) (err error) {
 	}()
 	next, mesh := *want, want.enforced()
 	if d.have != nil {
-		next.generations = advance(d.have.generations, d.have.enforced(), mesh, revoked)
-	} else if before, generations, ok := loosest(d.Found, mesh); ok {
-		next.generations = advance(generations, before, mesh, revoked)
+		next.generations = nextGenerations(d.have.generations, d.have.enforced(), mesh, revoked)
+	} else if before, generations, ok := laxestBefore(d.Found, mesh); ok {
+		next.generations = nextGenerations(generations, before, mesh, revoked)
 	}
 	next.moving = false
 	change := d.tighten(&next, revoked)
 	if rules := next.rules(); d.have == nil || rules.Text() != d.have.rules().Text() {
-		spared := d.spare(change)
+		spared := d.moveAllowed(change)
 		if err := d.replace(rules); err != nil {
-			d.loop.spent = d.loop.spent || spared > 0 // the next attempt may forbid what has a mark of the future already
+			d.loop.exhausted = d.loop.exhausted || spared > 0 // the next attempt may forbid what has a mark of the future already
 			return err
 		}
 		d.Log.Info("rules are in force", "ingress_entries", len(want.mesh.Ingress), "egress_entries", len(want.mesh.Egress))
 	}
 	d.end(change)
-	d.loop.spent = d.loop.spent || d.have != nil && d.loop.raises.add(time.Now(), d.have.generations, next.generations)
+	d.loop.exhausted = d.loop.exhausted || d.have != nil && d.loop.advances.add(time.Now(), d.have.generations, next.generations)
 	d.locked(func() { d.have = &next })
 	d.follow()
 	notify(d.notes.enforced)
@@ -50,12 +50,12 @@ func (d *Daemon) revoke() {
 	}
 }
 
-// renew ends all connections where the generations of a port are used up: the next one could bring back what it ended.
-func (d *Daemon) renew() {
-	if !d.loop.spent {
+// restartExhausted ends all connections where the generations of a port are used up: the next one could bring back what it ended.
+func (d *Daemon) restartExhausted() {
+	if !d.loop.exhausted {
 		return
 	}
-	d.loop.spent = false
+	d.loop.exhausted = false
 	d.Log.Warn("the rules can't tell what is forbidden from what is not any more, as after too many changes of one port: Envoy is started anew")
 	d.watchdog.begin(loop, "stopping Envoy", stopLimit)
 	d.Proxy.Stop()
@@ -67,9 +67,9 @@ func (d *Daemon) replace(rules render.Ruleset) error {
 	d.watchdog.begin(loop, "putting the rules in force", kernelLimit)
 	err := d.Kernel.Replace(rules)
 	d.watchdog.begin(loop, "its turn", turnLimit)
-	d.applied(status.ApplyRules, time.Since(began), err)
+	d.countApplied(status.ApplyRules, time.Since(began), err)
 	if err != nil {
-		return located{status.CheckRules, about(status.RulesNotInForce, err)}
+		return checkError{status.CheckRules, withReason(status.RulesNotInForce, err)}
 	}
 	return nil
 }

@@ -34,23 +34,23 @@ func (d *Daemon) start(ctx context.Context, want *desired) error {
 	if d.serving.process != nil {
 		kind = status.ApplyHotRestart
 		if began.Before(d.serving.drained) {
-			d.loop.cuts = append(d.loop.cuts, began)
-			d.loop.cuts = d.loop.cuts[max(0, len(d.loop.cuts)-cutsAtOnce):]
+			d.loop.drainCuts = append(d.loop.drainCuts, began)
+			d.loop.drainCuts = d.loop.drainCuts[max(0, len(d.loop.drainCuts)-drainCutsAtOnce):]
 		}
 	}
 	d.locked(func() {
 		d.handover = true
 		d.starts++
 	})
-	process, err := d.await(ctx, want)
+	process, err := d.startAndRevoke(ctx, want)
 	d.locked(func() { d.handover = false })
 	notify(d.notes.started)
 	if ctx.Err() == nil {
-		d.applied(kind, time.Since(began), err)
+		d.countApplied(kind, time.Since(began), err)
 		d.locked(func() { d.envoys.Add(err == nil, d.have != nil && (d.serving.process == nil || want == d.have)) })
 	}
 	if err != nil {
-		return about(status.EnvoyNotStarted, Explain(err, want.mesh))
+		return withReason(status.EnvoyNotStarted, Explain(err, want.mesh))
 	}
 	if d.serving.process != nil {
 		d.serving.drained = time.Now().Add(want.mesh.Envoy.DrainTime)
@@ -59,8 +59,8 @@ func (d *Daemon) start(ctx context.Context, want *desired) error {
 	return nil
 }
 
-// await starts an Envoy, and revokes while it starts.
-func (d *Daemon) await(ctx context.Context, want *desired) (process Process, err error) {
+// startAndRevoke starts an Envoy, and revokes while it starts.
+func (d *Daemon) startAndRevoke(ctx context.Context, want *desired) (process Process, err error) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -75,10 +75,10 @@ func (d *Daemon) await(ctx context.Context, want *desired) (process Process, err
 		case <-done:
 			d.watchdog.begin(loop, "its turn", turnLimit)
 			if news {
-				notify(d.notes.news) // there may be another configuration, too
+				notify(d.notes.changed) // there may be another configuration, too
 			}
 			return process, err
-		case <-d.notes.news:
+		case <-d.notes.changed:
 			news = true
 			d.watchdog.begin(loop, "its turn", turnLimit)
 			d.revoke()
@@ -86,17 +86,17 @@ func (d *Daemon) await(ctx context.Context, want *desired) (process Process, err
 	}
 }
 
-// ended takes note that the Envoy which served has ended.
-func (d *Daemon) ended() {
-	err, delay := d.serving.process.Err(), d.loop.pause.next(time.Now())
+// envoyEnded takes note that the Envoy which served has ended.
+func (d *Daemon) envoyEnded() {
+	err, delay := d.serving.process.Err(), d.loop.backoff.next(time.Now())
 	d.Log.Error("Envoy ended; new connections wait until it is back", "error", err, "restart_in", delay.String())
 	d.loop.notBefore = time.Now().Add(delay)
-	err = about(status.EnvoyDown, err)
+	err = withReason(status.EnvoyDown, err)
 	d.locked(func() {
-		d.serving.process, d.down = nil, err
+		d.serving.process, d.unapplied = nil, err
 		d.envoys.Ended++
 	})
-	d.failed(status.CheckEnvoy, err)
+	d.noteFailure(status.CheckEnvoy, err)
 }
 
 // exited returns the channel that tells the end of the running Envoy, or nil where none runs.

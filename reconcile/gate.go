@@ -14,16 +14,16 @@ func (d *Daemon) serveGate(ctx context.Context) {
 	for ; path != "" && ctx.Err() == nil; sleep(ctx, gateRetry) {
 		listener, err := gate.Listen(path)
 		if err == nil {
-			d.locked(func() { d.ungated = nil })
+			d.locked(func() { d.gateErr = nil })
 			err = gate.Serve(ctx, listener, func(ctx context.Context) bool { return len(d.Unready(ctx)) == 0 })
 		}
 		if err == nil {
 			return
 		}
-		if !same(err, d.ungated) {
+		if !sameError(err, d.gateErr) {
 			d.Log.Warn("the gate's socket is not served: gated workloads do not start", "error", err)
 		}
-		d.locked(func() { d.ungated = err })
+		d.locked(func() { d.gateErr = err })
 	}
 }
 

@@ -9,14 +9,14 @@ import (
 	"mantlet/schema"
 )
 
-// advance returns the generations for a mesh that follows another one: a new one at each port where connections may be
+// nextGenerations returns the generations for a mesh that follows another one: a new one at each port where connections may be
 // open that would not be let in any more, and the old one at all others. revoked tells that a mesh CA was taken away, which
 // is nothing to ports that ask for no certificate.
 //
 // The mode's mark alone would not do: a connection that says nothing while its port goes to another mode and back would
 // outlive what was tightened meanwhile. Each port counts by itself, so ports share generations, and the chains of these: a
 // connection has one port, and a mark of another port's past is nothing to it.
-func advance(have render.Generations, from, to schema.Mesh, revoked bool) render.Generations {
+func nextGenerations(have render.Generations, from, to schema.Mesh, revoked bool) render.Generations {
 	raised := to.TLS.MinVersion > from.TLS.MinVersion
 	ranges := make([]schema.Ports, 0, len(have.Ports))
 	for _, p := range have.Ports {
@@ -39,10 +39,10 @@ func advance(have render.Generations, from, to schema.Mesh, revoked bool) render
 	return next
 }
 
-// loosest returns the loosest mesh that can have been in force before this mantlet, and its generations: the rules that it
+// laxestBefore returns the most permissive mesh that can have been in force before this mantlet, and its generations: the rules that it
 // found tell modes and generations, and not which clients were let in, or with which TLS. Where they can't be read, nobody knows
 // what was before. It reports false where there was nothing.
-func loosest(found render.Ruleset, want schema.Mesh) (schema.Mesh, render.Generations, bool) {
+func laxestBefore(found render.Ruleset, want schema.Mesh) (schema.Mesh, render.Generations, bool) {
 	ingress, generations, ok := render.ReadBack(found)
 	if !ok {
 		ingress = slices.Clone(want.Ingress)
@@ -53,32 +53,32 @@ func loosest(found render.Ruleset, want schema.Mesh) (schema.Mesh, render.Genera
 	return schema.Mesh{Ingress: ingress, TLS: schema.TLS{MinVersion: schema.TLS12}}, generations, len(found.Chains) > 0
 }
 
-// raises are the changes of generations that are not longer than silence ago.
-type raises []raise
+// advances are the changes of generations that are not longer than maxSilence ago.
+type advances []advance
 
-type raise struct {
+type advance struct {
 	at       time.Time
 	from, to render.Generations
 }
 
 const (
-	// silence is more than a connection can go without a packet, by which a change that forbids it ends it: Envoy's keepalive
+	// maxSilence is more than a connection can go without a packet, by which a change that forbids it ends it: Envoy's keepalive
 	// asks after a minute.
-	silence = 3 * time.Minute
-	// maxRaises bounds what is kept, and looked through.
-	maxRaises = 500
+	maxSilence = 3 * time.Minute
+	// maxAdvances bounds what is kept, and looked through.
+	maxAdvances = 500
 	// maxRaisesOfPort leaves out the generation that a port is in, and the one that connections are moved to: see render.Generations.
 	maxRaisesOfPort = int(render.MaxGeneration) - 1
 )
 
 // add takes note of a change. It reports whether some port has had so many that the next one could bring back a generation
 // which silent connections have; then all is forgotten, for the caller ends them.
-func (r *raises) add(now time.Time, from, to render.Generations) bool {
+func (r *advances) add(now time.Time, from, to render.Generations) bool {
 	if reflect.DeepEqual(from, to) {
 		return false
 	}
-	*r = append(slices.DeleteFunc(*r, func(old raise) bool { return now.Sub(old.at) > silence }), raise{now, from, to})
-	exhausted := len(*r) >= maxRaises
+	*r = append(slices.DeleteFunc(*r, func(old advance) bool { return now.Sub(old.at) > maxSilence }), advance{now, from, to})
+	exhausted := len(*r) >= maxAdvances
 	if len(*r) >= maxRaisesOfPort {
 		ports := []uint16{0} // which no entry contains, as most ports
 		var ranges []schema.Ports

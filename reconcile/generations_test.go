@@ -35,7 +35,7 @@ func TestAdvance(t *testing.T) {
 		from, generations := mesh.Draw(t, "mesh"), render.Generations{}
 		for range 50 {
 			to, revoked := mesh.Draw(t, "mesh"), rapid.IntRange(0, 9).Draw(t, "revoked") == 0
-			next := advance(generations, from, to, revoked)
+			next := nextGenerations(generations, from, to, revoked)
 			for port := uint16(1); port < 80; port++ {
 				was, is := schema.PolicyOf(from.Ingress, port), schema.PolicyOf(to.Ingress, port)
 				tightened := revoked && was.Mode != schema.ModeTLS || to.TLS.MinVersion > from.TLS.MinVersion || !was.Within(is)
@@ -58,7 +58,7 @@ func TestGenerationsAreShared(t *testing.T) {
 	var generations render.Generations
 	for port := uint16(1); port < 100; port++ {
 		to := schema.Mesh{Ingress: []schema.Ingress{{Ports: schema.Ports{First: port, Last: port}, Mode: schema.ModeTLS}}}
-		generations = advance(generations, from, to, false)
+		generations = nextGenerations(generations, from, to, false)
 		from = to
 	}
 	if chains := len(render.Rules(from, generations).Chains); chains > 15 {
@@ -70,17 +70,17 @@ func TestGenerationsAreShared(t *testing.T) {
 // take turns, nor where it takes longer than a connection can be silent.
 func TestRaises(t *testing.T) {
 	all := func(until int, pause time.Duration, port func(int) uint16) (exhausted []int) {
-		var r raises
+		var r advances
 		var have render.Generations
 		now := time.Now()
 		open := schema.Mesh{}
 		for i := range until {
 			shut := schema.Mesh{Ingress: []schema.Ingress{{Ports: schema.Ports{First: port(i), Last: port(i)}, Mode: schema.ModeMTLS, Allow: []string{"a"}}}}
-			next := advance(have, open, shut, false)
+			next := nextGenerations(have, open, shut, false)
 			if r.add(now, have, next) {
 				exhausted = append(exhausted, i+1)
 			}
-			have = advance(next, shut, open, false)
+			have = nextGenerations(next, shut, open, false)
 			now = now.Add(pause)
 		}
 		return exhausted

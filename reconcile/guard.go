@@ -19,18 +19,18 @@ const (
 	changesEvery  = 10 * time.Second
 )
 
-// valve lets some lines of the log through and counts the others.
-type valve struct {
+// logLimit lets some lines of the log through and counts the others.
+type logLimit struct {
 	limiter *rate.Limiter
 	leftOut int
 }
 
-func newValve() *valve {
-	return &valve{limiter: rate.NewLimiter(rate.Every(changesEvery), changesAtOnce)}
+func newLogLimit() *logLimit {
+	return &logLimit{limiter: rate.NewLimiter(rate.Every(changesEvery), changesAtOnce)}
 }
 
 // admit reports whether a line may be logged and, if so, how many were not since the last one that was.
-func (v *valve) admit() (leftOut int, ok bool) {
+func (v *logLimit) admit() (leftOut int, ok bool) {
 	if !v.limiter.AllowN(time.Now(), 1) {
 		v.leftOut++
 		return 0, false
@@ -47,9 +47,9 @@ func (d *Daemon) guard(ctx context.Context) {
 		for range changes { // it is closed once Watch has ended
 		}
 	}()
-	d.guarding.log = newValve()
+	d.guarding.log = newLogLimit()
 	var surveying sync.WaitGroup // beside: other software may have many rules
-	surveying.Go(func() { d.surveyAll(ctx) })
+	surveying.Go(func() { d.watchOtherTables(ctx) })
 	defer surveying.Wait()
 	look := time.NewTicker(resync)
 	defer look.Stop()
@@ -60,50 +60,50 @@ func (d *Daemon) guard(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case who := <-changes:
-			d.mend(who)
+			d.repair(who)
 		case <-look.C:
-			d.mend("")
-			d.heed(time.Now())
-			d.lookAtListeners()
-			d.look()
+			d.repair("")
+			d.watchValidity(time.Now())
+			d.watchListeners()
+			d.currentPlace()
 		}
 	}
 }
 
-// heed says, once each, that peers do not accept the certificates any more, and that they do again: no input changes when a
+// watchValidity says, once each, that peers do not accept the certificates any more, and that they do again: no input changes when a
 // certificate expires.
-func (d *Daemon) heed(now time.Time) {
+func (d *Daemon) watchValidity(now time.Time) {
 	err := d.Secrets.Valid(now)
 	switch {
 	case err != nil && d.guarding.invalid == nil:
-		err = about(status.CertificatesNotValid, err)
+		err = withReason(status.CertificatesNotValid, err)
 		d.Log.Error("mantlet is not ready", "reason", err)
-		d.failed(status.CheckCertificates, err)
+		d.noteFailure(status.CheckCertificates, err)
 	case err == nil && d.guarding.invalid != nil:
 		d.Log.Info("peers accept the certificates again")
 	}
 	d.guarding.invalid = err
 }
 
-// lookAtListeners says, once each, that another process joined Envoy's listeners, and that it left them.
-func (d *Daemon) lookAtListeners() {
+// watchListeners says, once each, that another process joined Envoy's listeners, and that it left them.
+func (d *Daemon) watchListeners() {
 	d.watchdog.begin(guard, "looking at Envoy's listeners", kernelLimit)
-	joined, known := d.tryListeners()
+	joined, known := d.joinedListeners()
 	switch {
-	case !known || joined == nil && d.guarding.joined == nil || same(joined, d.guarding.joined):
+	case !known || joined == nil && d.guarding.joined == nil || sameError(joined, d.guarding.joined):
 		return
 	case joined != nil:
-		err := about(status.EnvoyListenerJoined, joined)
+		err := withReason(status.EnvoyListenerJoined, joined)
 		d.Log.Error("mantlet is not ready", "reason", err)
-		d.failed(status.CheckEnvoy, err)
+		d.noteFailure(status.CheckEnvoy, err)
 	default:
 		d.Log.Info("no other process listens where Envoy does any more")
 	}
 	d.guarding.joined = joined
 }
 
-// tryListeners returns which listeners another process has joined. While an Envoy starts that is not known: it may have more threads.
-func (d *Daemon) tryListeners() (joined error, known bool) {
+// joinedListeners returns which listeners another process has joined. While an Envoy starts that is not known: it may have more threads.
+func (d *Daemon) joinedListeners() (joined error, known bool) {
 	starts := func() (n int, now bool) {
 		d.locked(func() { n, now = d.starts, d.handover })
 		return n, now

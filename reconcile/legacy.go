@@ -15,10 +15,10 @@ const liftLimit = 10 * time.Second
 // followLegacy looks at iptables-legacy from time to time, until ctx ends, and, where it is to, removes what a guest booted with once
 // mantlet's own rules are in force.
 func (d *Daemon) followLegacy(ctx context.Context) {
-	var told []string
+	var logged []string
 	for {
 		d.watchdog.begin(legacy, "looking at iptables-legacy", liftLimit)
-		d.lookAtLegacy(ctx, &told)
+		d.lookAtLegacy(ctx, &logged)
 		d.watchdog.idle(legacy)
 		select {
 		case <-ctx.Done():
@@ -29,21 +29,21 @@ func (d *Daemon) followLegacy(ctx context.Context) {
 	}
 }
 
-// lookAtLegacy takes note of what there is, and removes what it is to. told is what the log has already.
-func (d *Daemon) lookAtLegacy(ctx context.Context, told *[]string) {
+// lookAtLegacy takes note of what there is, and removes what it is to. logged is what the log has already.
+func (d *Daemon) lookAtLegacy(ctx context.Context, logged *[]string) {
 	rules, err := d.Legacy.Read()
 	var inForce bool
 	d.locked(func() {
-		d.legacyRules, d.unreadLegacy = rules.Others, err
+		d.legacyRules, d.legacyErr = rules.Others, err
 		inForce = d.have != nil
 	})
 	if err != nil {
 		return
 	}
-	if len(rules.Denies) > 0 && !slices.Equal(rules.Denies, *told) {
+	if len(rules.Denies) > 0 && !slices.Equal(rules.Denies, *logged) {
 		d.Log.Warn("iptables-legacy drops what comes in over IPv4", "rules", rules.Denies, "to_be_removed", d.Environment.Process.LiftDefaultDeny)
 	}
-	*told = rules.Denies
+	*logged = rules.Denies
 	if !inForce || !d.Environment.Process.LiftDefaultDeny {
 		return
 	}
@@ -54,12 +54,12 @@ func (d *Daemon) lookAtLegacy(ctx context.Context, told *[]string) {
 		}
 		d.Log.Info("a rule of iptables-legacy that dropped what comes in is removed: mantlet's own rules are in force", "rule", rule)
 	}
-	d.locked(func() { d.unlifted = failed })
+	d.locked(func() { d.liftErr = failed })
 }
 
-// denied returns why nothing comes in over IPv4 although mantlet's rules let it in; nil where iptables-legacy does not keep it from
+// legacyDenial returns why nothing comes in over IPv4 although mantlet's rules let it in; nil where iptables-legacy does not keep it from
 // that.
-func (d *Daemon) denied() error {
+func (d *Daemon) legacyDenial() error {
 	if d.Legacy == nil {
 		return nil
 	}
@@ -68,7 +68,7 @@ func (d *Daemon) denied() error {
 		return nil // Notes has the error
 	}
 	var unlifted error
-	d.locked(func() { unlifted = d.unlifted })
+	d.locked(func() { unlifted = d.liftErr })
 	remedy := errors.New("set MANTLET_LIFT_DEFAULT_DENY=true to have mantlet remove it")
 	if d.Environment.Process.LiftDefaultDeny {
 		remedy = errors.New("mantlet is about to remove it")

@@ -85,8 +85,8 @@ func (d *Daemon) Upstream(listen string) status.Upstream {
 	return status.Upstream{}
 }
 
-// toldUnresolved is how many entries are told of among the problems: the status has all.
-const toldUnresolved = 5
+// maxUnresolved is how many entries are told of among the problems: the status has all.
+const maxUnresolved = 5
 
 // unresolved says of which egress entries the upstream has no address, or none that is confirmed. Until the first lookup is done
 // that is no problem.
@@ -102,8 +102,8 @@ func (d *Daemon) unresolved(now time.Time) []error {
 				u.Listen, u.Upstream, now.Sub(*u.StaleSince).Round(time.Second), u.Answer))
 		}
 	}
-	if more := len(all) - toldUnresolved; more > 0 {
-		all = append(all[:toldUnresolved], fmt.Errorf("and %d more egress entries whose upstream has no address, or none that is confirmed", more))
+	if more := len(all) - maxUnresolved; more > 0 {
+		all = append(all[:maxUnresolved], fmt.Errorf("and %d more egress entries whose upstream has no address, or none that is confirmed", more))
 	}
 	return all
 }

@@ -15,19 +15,19 @@ import (
 // one before last still drains, and a new generation of a port's policy, of which there are few. Where such changes come too often, the
 // ports that they are about are closed until they may be served again.
 const (
-	// In cutsWithin there are cutsAtOnce hot restarts at most that cut what drains.
-	cutsAtOnce = 2
-	cutsWithin = 30 * time.Second
-	// After raisesAtOnce new generations within silence, the next one waits for raisesEvery. Together they stay below
+	// In drainCutsWithin there are drainCutsAtOnce hot restarts at most that cut what drains.
+	drainCutsAtOnce = 2
+	drainCutsWithin = 30 * time.Second
+	// After advancesAtOnce new generations within maxSilence, the next one waits for advancesEvery. Together they stay below
 	// maxRaisesOfPort, from which on all of Envoy's connections would have to end.
-	raisesAtOnce = 11
-	raisesEvery  = 10 * time.Second
+	advancesAtOnce = 11
+	advancesEvery  = 10 * time.Second
 )
 
-// hold returns how long a state has to wait: for the back-off, because a hot restart would cut the connections of the epoch
+// delay returns how long a state has to wait: for the back-off, because a hot restart would cut the connections of the epoch
 // before the one that serves, or because changes that tighten come too often.
-func (d *Daemon) hold(now time.Time, want *desired) time.Duration {
-	wait := d.loop.raises.pause(now)
+func (d *Daemon) delay(now time.Time, want *desired) time.Duration {
+	wait := d.loop.advances.pause(now)
 	if d.have == nil || want.sameRules(d.have) {
 		wait = 0
 	}
@@ -41,28 +41,28 @@ func (d *Daemon) hold(now time.Time, want *desired) time.Duration {
 	if !tightens(d.have.mesh, want.mesh) {
 		return max(wait, d.serving.drained.Sub(now))
 	}
-	if len(d.loop.cuts) == cutsAtOnce {
-		wait = max(wait, min(d.serving.drained.Sub(now), d.loop.cuts[0].Add(cutsWithin).Sub(now)))
+	if len(d.loop.drainCuts) == drainCutsAtOnce {
+		wait = max(wait, min(d.serving.drained.Sub(now), d.loop.drainCuts[0].Add(drainCutsWithin).Sub(now)))
 	}
 	return wait
 }
 
 // pause returns how long the next new generation has to wait.
-func (r raises) pause(now time.Time) time.Duration {
+func (r advances) pause(now time.Time) time.Duration {
 	recent := 0
 	for _, one := range r {
-		if now.Sub(one.at) <= silence {
+		if now.Sub(one.at) <= maxSilence {
 			recent++
 		}
 	}
-	if recent < raisesAtOnce {
+	if recent < advancesAtOnce {
 		return 0
 	}
-	return r[len(r)-1].at.Add(raisesEvery).Sub(now)
+	return r[len(r)-1].at.Add(advancesEvery).Sub(now)
 }
 
-// closing is what a state that has to wait forbids.
-type closing struct {
+// portClosure is what a state that has to wait forbids.
+type portClosure struct {
 	ports []schema.Ports
 	mesh  schema.Mesh // what the rules are made of: at the ports that of the state which waits, else that of the state in force
 }
@@ -99,8 +99,8 @@ func (s *desired) sameRules(other *desired) bool {
 	return s.closed == nil && other.closed == nil && len(tightened(s.mesh, other.mesh)) == 0 && len(tightened(other.mesh, s.mesh)) == 0
 }
 
-// close ends what a state forbids that has to wait, and lets nobody in at these ports until another state is in force.
-func (d *Daemon) close(want *desired) error {
+// closePorts ends what a state forbids that has to wait, and lets nobody in at these ports until another state is in force.
+func (d *Daemon) closePorts(want *desired) error {
 	if d.have == nil {
 		return nil
 	}
@@ -110,7 +110,7 @@ func (d *Daemon) close(want *desired) error {
 		return nil
 	}
 	next := *d.have
-	next.closed = &closing{ports: schema.Cut(append(ports, d.have.closedPorts()...)), mesh: have}
+	next.closed = &portClosure{ports: schema.Cut(append(ports, d.have.closedPorts()...)), mesh: have}
 	next.closed.mesh.TLS.MinVersion = max(have.TLS.MinVersion, want.mesh.TLS.MinVersion)
 	next.closed.mesh.Ingress = nil
 	for _, part := range schema.Cut(append(schema.Parts(have.Ingress, want.mesh.Ingress), ports...)) {
@@ -137,5 +137,5 @@ func (s *desired) whyClosed() error {
 	if s == nil || s.closed == nil {
 		return nil
 	}
-	return located{status.CheckRules, fmt.Errorf("ports %s are closed for seconds: the configuration changes so often to what forbids something that it can't be served at once", portList(s.closed.ports))}
+	return checkError{status.CheckRules, fmt.Errorf("ports %s are closed for seconds: the configuration changes so often to what forbids something that it can't be served at once", portList(s.closed.ports))}
 }

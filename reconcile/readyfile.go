@@ -63,7 +63,7 @@ func (d *Daemon) keepReadyFile(ctx context.Context) {
 		} else if err = os.Symlink(alive, link); errors.Is(err, fs.ErrExist) {
 			err = nil
 		}
-		if err != nil && !same(err, failed) {
+		if err != nil && !sameError(err, failed) {
 			d.Log.Warn("the ready file does not say how it is", "error", err)
 		}
 		failed = err

@@ -50,29 +50,29 @@ type Daemon struct {
 
 // notes are channels that tell a goroutine that there is something to do.
 type notes struct {
-	news     chan struct{} // for the loop: another configuration, other certificates, or another place
+	changed  chan struct{} // for the loop: another configuration, other certificates, or another place
 	started  chan struct{} // for the reader of the certificates: an Envoy was started, or could not be
-	keeps    chan struct{} // for the keeper: another override file is to be kept
+	toStore  chan struct{} // for the keeper: another override file is to be kept
 	enforced chan struct{} // for who looks at iptables-legacy: rules were put in force
 }
 
 // shared is what several goroutines have. Whoever alone writes a field reads it without the mutex.
 type shared struct {
 	// Written by the loop.
-	want     *desired // the last good configuration; nil until an override file that is named could be read
-	have     *desired // what is in force, with the rules as they are in the kernel; nil at first
-	serving  serving
-	handover bool // to another Envoy: meanwhile the one that serves does not answer
-	starts   int  // how many were begun
-	stopping bool
-	accepted uint64 // how many configurations were
-	envoys   status.Envoys
-	endings  endings // connections that changes ended
-	down     error   // why what is wanted is not in force; nil where it is
+	want      *desired // the last good configuration; nil until an override file that is named could be read
+	have      *desired // what is in force, with the rules as they are in the kernel; nil at first
+	serving   serving
+	handover  bool // to another Envoy: meanwhile the one that serves does not answer
+	starts    int  // how many were begun
+	stopping  bool
+	accepted  uint64 // how many configurations were
+	envoys    status.Envoys
+	endings   endings // connections that changes ended
+	unapplied error   // why what is wanted is not in force; nil where it is
 
 	// Written by the reader of the configuration and its keeper.
 	offered   *desired // a good configuration that the loop has not taken yet
-	unkept    []byte   // the override file that is to be kept
+	unstored  []byte   // the override file that is to be kept
 	reloaded  status.Reload
 	badConfig error // nil where the configuration is good
 
@@ -84,21 +84,21 @@ type shared struct {
 	expiring        error // nil where none expires soon
 
 	// Written by the guard.
-	repairs  []status.Repair // the last ones
-	repaired int             // how many there were
-	foreign  []string        // what undermines the rules from other tables
+	repairs   []status.Repair // the last ones
+	repaired  int             // how many there were
+	conflicts []string        // what undermines the rules from other tables
 
 	// Written by who looks at iptables-legacy.
-	legacyRules  []string // but those that drop all
-	unreadLegacy error    // why they could not be read
-	unlifted     error    // why one that drops all could not be removed
+	legacyRules []string // but those that drop all
+	legacyErr   error    // why they could not be read
+	liftErr     error    // why one that drops all could not be removed
 
 	// Written by several.
 	since     time.Time // it runs
 	lastError *status.Failure
 	applies   applies
-	unserved  error              // why the status address is not served
-	ungated   error              // why the gate's socket is not served
+	statusErr error              // why the status address is not served
+	gateErr   error              // why the gate's socket is not served
 	outcomes  map[string]outcome // of probes of the workload, by name
 }
 
@@ -111,31 +111,31 @@ type serving struct {
 
 // loopState is what the loop alone has.
 type loopState struct {
-	raises    raises
-	cuts      []time.Time // of the last hot restarts that cut what the one before last drained
-	spent     bool        // the generations of a port are used up
-	pause     backoff     // of starts that fail, and of Envoys that die
+	advances  advances
+	drainCuts []time.Time // of the last hot restarts that cut what the one before last drained
+	exhausted bool        // the generations of a port are used up
+	backoff   backoff     // of starts that fail, and of Envoys that die
 	notBefore time.Time   // the next start
 }
 
 // guardState is what the guard alone has.
 type guardState struct {
-	log        *valve // of repairs
-	unrepaired error  // why the rules could not be looked at or put back
-	joined     error  // listeners that another process had joined when it last looked
-	invalid    error  // why peers did not accept what Envoy has when it last looked
+	log       *logLimit // of repairs
+	repairErr error     // why the rules could not be looked at or put back
+	joined    error     // listeners that another process had joined when it last looked
+	invalid   error     // why peers did not accept what Envoy has when it last looked
 }
 
 // configState is what the reader of the configuration has alone, and its keeper notKept.
 type configState struct {
 	parsed     *parsed
 	configured bool  // there was a good configuration
-	notKept    error // why the last good override file could not be kept
+	storeErr   error // why the last good override file could not be kept
 }
 
 // certifyState is what the reader of the certificates has alone.
 type certifyState struct {
-	unread bool // an Envoy was starting, so that none could try the certificates
+	untried bool // an Envoy was starting, so that none could try the certificates
 }
 
 // desired is a desired state and what it was rendered from.
@@ -145,8 +145,8 @@ type desired struct {
 	state       render.State // its Ruleset is that of a mesh without a past; rules has the one in force
 	generations render.Generations
 
-	closed *closing // ports are closed until another state comes
-	moving bool     // the rules admit the next generation of each port, too, while connections are moved to it
+	closed *portClosure // ports are closed until another state comes
+	moving bool         // the rules admit the next generation of each port, too, while connections are moved to it
 
 	number               uint64 // of the accepted configuration
 	source, sourceDigest string // the override file, if one was read
@@ -167,7 +167,7 @@ const retryInputs = time.Second
 // Reading the inputs, publishing certificates and looking after the rules go on beside the loop, each in a goroutine of its
 // own: none of them waits for an Envoy that starts, nor for a file that hangs.
 func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
-	d.notes = notes{news: make(chan struct{}, 1), started: make(chan struct{}, 1), keeps: make(chan struct{}, 1), enforced: make(chan struct{}, 1)}
+	d.notes = notes{changed: make(chan struct{}, 1), started: make(chan struct{}, 1), toStore: make(chan struct{}, 1), enforced: make(chan struct{}, 1)}
 	d.locked(func() { d.since = time.Now() })
 	beside, stop := context.WithCancel(context.WithoutCancel(ctx))
 	reread := make(chan struct{}, 1)
@@ -178,7 +178,7 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 	if d.Legacy != nil {
 		running.Go(func() { d.followLegacy(beside) })
 	}
-	running.Go(func() { d.tellShed(beside) })
+	running.Go(func() { d.logOverLimit(beside) })
 	defer running.Wait()
 	defer stop()
 	defer d.watchdog.idle(loop)
@@ -192,9 +192,9 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 		case <-ctx.Done():
 			d.stop(abort)
 			return
-		case <-d.notes.news:
+		case <-d.notes.changed:
 		case <-d.exited():
-			d.ended()
+			d.envoyEnded()
 		case <-again:
 		}
 	}
@@ -204,8 +204,8 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 // be called again, if at all.
 func (d *Daemon) converge(ctx context.Context) time.Duration {
 	d.watchdog.begin(loop, "its turn", turnLimit)
-	d.take()
-	if err := d.move(); err != nil {
+	d.takeOffered()
+	if err := d.renderForPlace(); err != nil {
 		d.Log.Error("the state can't be rendered for this place", "error", err)
 	}
 	var supplied bool
@@ -214,24 +214,24 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 		return 0
 	}
 	d.revoke()
-	d.renew()
-	want, err := d.next()
+	d.restartExhausted()
+	want, err := d.nextState()
 	if err == nil {
-		if wait := d.hold(time.Now(), want); wait > 0 {
-			if err := d.close(want); err != nil {
+		if wait := d.delay(time.Now(), want); wait > 0 {
+			if err := d.closePorts(want); err != nil {
 				d.Log.Error("what a change forbids goes on until it is in force", "error", err)
 				wait = min(wait, retryInputs)
 			}
 			return wait
 		}
 		err = d.apply(ctx, want)
-		d.renew()
+		d.restartExhausted()
 	}
 	if err == nil && want != d.want {
-		return atOnce
+		return immediately
 	}
 	if err == nil {
-		d.locked(func() { d.down = nil })
+		d.locked(func() { d.unapplied = nil })
 		return 0
 	}
 	if ctx.Err() != nil {
@@ -240,11 +240,11 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 	if d.have != nil {
 		err = errors.Join(err, d.fallBack(ctx))
 	}
-	again := same(err, d.down)
-	d.locked(func() { d.down = err })
-	d.failed(placeOf(err), err)
+	again := sameError(err, d.unapplied)
+	d.locked(func() { d.unapplied = err })
+	d.noteFailure(checkOf(err), err)
 	now := time.Now()
-	wait := max(d.loop.pause.next(now), atOnce)
+	wait := max(d.loop.backoff.next(now), immediately)
 	d.loop.notBefore = now.Add(wait)
 	level := slog.LevelError
 	if again {
@@ -254,13 +254,13 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 	return wait
 }
 
-// atOnce lets other inputs have their turn.
-const atOnce = time.Millisecond
+// immediately lets other inputs have their turn.
+const immediately = time.Millisecond
 
-// next returns the state to go to: the one that is wanted, or one between. Envoy changes before the rules, so that for a
+// nextState returns the state to go to: the one that is wanted, or one between. Envoy changes before the rules, so that for a
 // moment ports have the mode of before and the TLS of after: where a port comes to ask for certificates, and an older TLS is
 // let in, there it would let in whom neither state does. So such a change keeps the TLS of before at first.
-func (d *Daemon) next() (*desired, error) {
+func (d *Daemon) nextState() (*desired, error) {
 	if d.have == nil || d.want.mesh.TLS.MinVersion >= d.have.mesh.TLS.MinVersion {
 		return d.want, nil
 	}
@@ -294,11 +294,11 @@ func (d *Daemon) apply(ctx context.Context, want *desired) error {
 	return d.enforce(want)
 }
 
-// complain notes a reason why the daemon is not where it should be, and reports whether it is new. A new one is logged as the
+// setProblem notes a reason why the daemon is not where it should be, and reports whether it is new. A new one is logged as the
 // event. What the reason means stands before its error.
-func (d *Daemon) complain(reason *error, event, what string, err error) bool {
+func (d *Daemon) setProblem(reason *error, event, what string, err error) bool {
 	err = fmt.Errorf("%s: %w", what, err)
-	isNew := !same(err, *reason)
+	isNew := !sameError(err, *reason)
 	if isNew {
 		d.Log.Warn(event, "reason", err) //nolint:sloglint // the caller's constant
 	}
@@ -306,15 +306,17 @@ func (d *Daemon) complain(reason *error, event, what string, err error) bool {
 	return isNew
 }
 
-// settle drops a complaint. It logs the event where there was one: else the log's last word would be the complaint.
-func (d *Daemon) settle(reason *error, event string) {
+// clearProblem drops a complaint. It logs the event where there was one: else the log's last word would be the complaint.
+func (d *Daemon) clearProblem(reason *error, event string) {
 	if *reason != nil {
 		d.Log.Info(event) //nolint:sloglint // the caller's constant
 	}
 	d.locked(func() { *reason = nil })
 }
 
-func same(err, other error) bool { return err != nil && other != nil && err.Error() == other.Error() }
+func sameError(err, other error) bool {
+	return err != nil && other != nil && err.Error() == other.Error()
+}
 
 func (d *Daemon) locked(change func()) {
 	d.mu.Lock()

@@ -124,7 +124,7 @@ func (w *world) Check() error {
 	return w.found
 }
 
-func (w *world) Mend() ([]string, error) {
+func (w *world) Repair() ([]string, error) {
 	w.mu.Lock()
 	found, err := w.found, w.rulesErr
 	if found != nil {
@@ -138,7 +138,7 @@ func (w *world) Mend() ([]string, error) {
 	return []string{found.Error()}, err
 }
 
-func (w *world) Undermining() ([]string, error) {
+func (w *world) Conflicts() ([]string, error) {
 	w.wait("survey")
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -558,7 +558,7 @@ func TestForesightOfPaths(t *testing.T) {
 		"an intermediate of no path, later": {[]status.Certificate{leaf, certificate(status.RoleIntermediate, "CN=cross", time.Hour, false)}, "CN=cross) expires at "},
 	} {
 		w := newWorld(t)
-		w.foresee(c.given, now)
+		w.warnOfExpiry(c.given, now)
 		if said := fmt.Sprint(w.expiring); c.says == "" && w.expiring != nil || !strings.Contains(said, c.says) {
 			t.Errorf("%s: %s; want %q", name, said, c.says)
 		}
@@ -777,7 +777,7 @@ func TestFlips(t *testing.T) {
 						t.Fatal(err)
 					}
 					w.readConfig()
-					for pause = w.converge(t.Context()); pause == atOnce; pause = w.converge(t.Context()) {
+					for pause = w.converge(t.Context()); pause == immediately; pause = w.converge(t.Context()) {
 					}
 					for _, did := range w.done() {
 						if did == "start Envoy" {
@@ -946,7 +946,7 @@ func TestFrozen(t *testing.T) {
 		until := make(chan struct{})
 		w.set(func() { w.hang = map[string]chan struct{}{"mend": until} })
 		time.Sleep(certificateLimit)
-		time.AfterFunc(resumed/2, func() { close(until) })
+		time.AfterFunc(resumeGrace/2, func() { close(until) })
 		if err := w.Dead(t.Context()); err != nil {
 			t.Error(err)
 		}
@@ -1001,7 +1001,7 @@ func TestOfferedMeanwhile(t *testing.T) {
 			t.Fatal(err)
 		}
 		w.locked(func() { w.offered = next })
-		notify(w.notes.news)
+		notify(w.notes.changed)
 		expect(t, w)
 		close(until)
 		expect(t, w, "rules")
@@ -1120,8 +1120,8 @@ func TestLastGood(t *testing.T) {
 	}
 	read := func(d *Daemon) {
 		d.readConfig()
-		d.take()
-		d.keep()
+		d.takeOffered()
+		d.store()
 	}
 	write := func(text string) {
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {

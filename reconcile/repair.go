@@ -21,15 +21,15 @@ func (d *Daemon) Repairs() (last []status.Repair, count int) {
 	return slices.Clone(d.repairs), d.repaired
 }
 
-// mend puts the rules back where somebody changed them.
-func (d *Daemon) mend(who string) {
+// repair puts the rules back where somebody changed them.
+func (d *Daemon) repair(who string) {
 	d.watchdog.begin(guard, "looking at the rules", kernelLimit)
-	found, err := d.Kernel.Mend()
+	found, err := d.Kernel.Repair()
 	if len(found) == 0 {
-		if err != nil && !same(err, d.guarding.unrepaired) {
+		if err != nil && !sameError(err, d.guarding.repairErr) {
 			d.Log.Error("the rules can't be looked at", "error", err)
 		}
-		d.guarding.unrepaired = err
+		d.guarding.repairErr = err
 		return
 	}
 	r := status.Repair{Time: time.Now(), By: who, Found: found}
@@ -37,7 +37,7 @@ func (d *Daemon) mend(who string) {
 		r.Found = found[:maxFound]
 	}
 	switch {
-	case err != nil && same(err, d.guarding.unrepaired):
+	case err != nil && sameError(err, d.guarding.repairErr):
 		return // it is said already
 	case err != nil:
 		r.Error = err.Error()
@@ -50,7 +50,7 @@ func (d *Daemon) mend(who string) {
 			d.Log.Error("rules were changed from outside and could not be put back", append(about, "error", err)...)
 		}
 	}
-	d.guarding.unrepaired = err
+	d.guarding.repairErr = err
 	d.locked(func() {
 		d.repairs = append(d.repairs, r)
 		d.repairs = d.repairs[max(0, len(d.repairs)-keptRepairs):]

@@ -15,17 +15,17 @@ import (
 	"mantlet/schema"
 )
 
-// located is an error that knows its place.
-type located struct {
+// checkError is an error that knows its place.
+type checkError struct {
 	place string
 	error
 }
 
-func (l located) Unwrap() error { return l.error }
+func (l checkError) Unwrap() error { return l.error }
 
-// placeOf returns where an error is; Envoy is what most is about.
-func placeOf(err error) string {
-	if l, ok := errors.AsType[located](err); ok {
+// checkOf returns where an error is; Envoy is what most is about.
+func checkOf(err error) string {
+	if l, ok := errors.AsType[checkError](err); ok {
 		return l.place
 	}
 	return status.CheckEnvoy
@@ -55,7 +55,7 @@ func (d *Daemon) Unready(ctx context.Context) []status.Reason {
 		because(status.CheckCertificates, d.badCertificates)
 	}
 	if process == nil || have == nil {
-		because(placeOf(d.down), d.down)
+		because(checkOf(d.unapplied), d.unapplied)
 	}
 	d.mu.Unlock()
 	var checks sync.WaitGroup
@@ -63,7 +63,7 @@ func (d *Daemon) Unready(ctx context.Context) []status.Reason {
 	checks.Go(func() { certificates = d.Secrets.Valid(time.Now()) })
 	if process != nil && !handover {
 		checks.Go(func() {
-			if found, known := d.tryListeners(); known {
+			if found, known := d.joinedListeners(); known {
 				joined = found
 			}
 		})
@@ -80,7 +80,7 @@ func (d *Daemon) Unready(ctx context.Context) []status.Reason {
 	}
 	if have != nil {
 		checks.Go(func() { rules = d.Kernel.Check() })
-		checks.Go(func() { denied = d.denied() })
+		checks.Go(func() { denied = d.legacyDenial() })
 	}
 	checks.Wait()
 	d.locked(func() {
@@ -88,20 +88,20 @@ func (d *Daemon) Unready(ctx context.Context) []status.Reason {
 			envoy = nil
 		}
 	})
-	because(status.CheckCertificates, about(status.CertificatesNotValid, certificates))
-	because(status.CheckCertificates, about(status.CertificatesNotTaken, held))
-	because(status.CheckEnvoy, about(status.EnvoyNotServing, envoy))
-	because(status.CheckEnvoy, about(status.EnvoyListenerJoined, joined))
-	because(status.CheckRules, about(status.RulesChanged, rules))
-	because(status.CheckRules, about(status.DroppedByIptablesLegacy, denied))
+	because(status.CheckCertificates, withReason(status.CertificatesNotValid, certificates))
+	because(status.CheckCertificates, withReason(status.CertificatesNotTaken, held))
+	because(status.CheckEnvoy, withReason(status.EnvoyNotServing, envoy))
+	because(status.CheckEnvoy, withReason(status.EnvoyListenerJoined, joined))
+	because(status.CheckRules, withReason(status.RulesChanged, rules))
+	because(status.CheckRules, withReason(status.DroppedByIptablesLegacy, denied))
 	if len(reasons) == 0 && have == nil {
 		because(status.CheckMantlet, errors.New(status.Starting))
 	}
 	return reasons
 }
 
-// about says what an error, if there is one, means.
-func about(what string, err error) error {
+// withReason says what an error, if there is one, means.
+func withReason(what string, err error) error {
 	if err == nil {
 		return nil
 	}
@@ -123,7 +123,7 @@ func (d *Daemon) Statistics(ctx context.Context) ([]byte, error) {
 
 // Unserved takes note of why the status address is not served; nil once it is. It reports whether the reason is new.
 func (d *Daemon) Unserved(err error) (isNew bool) {
-	d.locked(func() { isNew, d.unserved = !same(err, d.unserved), err })
+	d.locked(func() { isNew, d.statusErr = !sameError(err, d.statusErr), err })
 	return isNew
 }
 
@@ -140,11 +140,11 @@ func (d *Daemon) Notes() (all []status.Problem) {
 		{d.badConfig, status.ConfigurationRejected},
 		{d.badCertificates, status.CertificatesRejected},
 		{d.expiring, status.CertificatesExpireSoon},
-		{d.down, status.StateNotInForce},
-		{d.unserved, status.StatusAddressNotServed},
-		{d.ungated, status.GateNotServed},
+		{d.unapplied, status.StateNotInForce},
+		{d.statusErr, status.StatusAddressNotServed},
+		{d.gateErr, status.GateNotServed},
 		{d.have.whyClosed(), status.PortsClosed},
-		{d.unreadLegacy, status.IptablesLegacyNotRead},
+		{d.legacyErr, status.IptablesLegacyNotRead},
 	} {
 		if n.err != nil {
 			all = append(all, status.NewProblem(n.err.Error(), n.code))
@@ -153,7 +153,7 @@ func (d *Daemon) Notes() (all []status.Problem) {
 	for _, line := range d.Secrets.Warnings() {
 		all = append(all, status.Problem{Code: status.CertificatesDoubtful, Text: line})
 	}
-	for _, line := range slices.Concat(d.foreign, d.legacyRules) {
+	for _, line := range slices.Concat(d.conflicts, d.legacyRules) {
 		all = append(all, status.Problem{Code: status.RulesUndermined, Text: line})
 	}
 	if lines, unread := d.logLost(); unread > 0 {
@@ -198,7 +198,7 @@ func (d *Daemon) Status(ctx context.Context) status.Status {
 		c.LeftSeconds = seconds(time.Until(c.NotAfter))
 		s.Certificates = append(s.Certificates, c)
 	}
-	d.count(ctx, &s)
+	d.addCounts(ctx, &s)
 	s.Repairs, s.Repaired = d.Repairs()
 	s.Repairs = append([]status.Repair{}, s.Repairs...)
 	s.LogDropped, _ = d.logLost()
@@ -214,8 +214,8 @@ func (d *Daemon) Status(ctx context.Context) status.Status {
 	return s
 }
 
-// count fills in what is counted. What can't be read now is left out, and is no problem of the mesh.
-func (d *Daemon) count(ctx context.Context, s *status.Status) {
+// addCounts fills in what is counted. What can't be read now is left out, and is no problem of the mesh.
+func (d *Daemon) addCounts(ctx context.Context, s *status.Status) {
 	s.Upstreams = d.upstreams()
 	s.Traffic = d.Proxy.Traffic(ctx)
 	s.Refused = []status.Refused{}
@@ -294,8 +294,8 @@ func (w *desired) summary() *status.Summary {
 	}
 }
 
-// failed takes note of the last thing that did not work.
-func (d *Daemon) failed(place string, err error) {
+// noteFailure takes note of the last thing that did not work.
+func (d *Daemon) noteFailure(place string, err error) {
 	d.locked(func() { d.lastError = &status.Failure{Time: time.Now(), Place: place, Text: err.Error()} })
 }
 
@@ -315,8 +315,8 @@ func (a applies) all() []status.Applies {
 	return all
 }
 
-// applied counts something that was applied, or could not be.
-func (d *Daemon) applied(kind string, took time.Duration, err error) {
+// countApplied counts something that was applied, or could not be.
+func (d *Daemon) countApplied(kind string, took time.Duration, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.applies == nil {

@@ -52,7 +52,7 @@ func (d *Daemon) drain(limit time.Duration, abort <-chan struct{}) {
 		}
 		select {
 		case <-tick.C:
-		case <-d.notes.news:
+		case <-d.notes.changed:
 			d.revoke()
 		case <-ctx.Done():
 		}

@@ -7,25 +7,25 @@ import (
 	"time"
 )
 
-// surveyAll looks at other tables from time to time, until ctx ends. It takes a tenth of a processor at most.
-func (d *Daemon) surveyAll(ctx context.Context) {
-	log := newValve()
+// watchOtherTables looks at other tables from time to time, until ctx ends. It takes a tenth of a processor at most.
+func (d *Daemon) watchOtherTables(ctx context.Context) {
+	log := newLogLimit()
 	for pause := resync; ; {
 		if sleep(ctx, pause); ctx.Err() != nil {
 			return
 		}
 		began := time.Now()
-		d.survey(log)
+		d.checkOtherTables(log)
 		d.watchdog.idle(surveyor)
 		pause = max(resync, 10*time.Since(began))
 	}
 }
 
-// survey warns of what undermines the rules from other tables when it comes, and says when nothing does any more. They are their
+// checkOtherTables warns of what undermines the rules from other tables when it comes, and says when nothing does any more. They are their
 // owners' business.
-func (d *Daemon) survey(log *valve) {
+func (d *Daemon) checkOtherTables(log *logLimit) {
 	d.watchdog.begin(surveyor, "looking at other tables", surveyLimit)
-	found, err := d.Kernel.Undermining()
+	found, err := d.Kernel.Conflicts()
 	if err != nil {
 		return // mend can't look at the rules either, and says so
 	}
@@ -36,17 +36,17 @@ func (d *Daemon) survey(log *valve) {
 		found = append(slices.Clone(found[:maxFound]), fmt.Sprintf("%d more rules of other tables undermine mantlet's", more))
 	}
 	for _, line := range found {
-		if slices.Contains(d.foreign, line) {
+		if slices.Contains(d.conflicts, line) {
 			continue
 		}
 		if leftOut, ok := log.admit(); ok {
 			d.Log.Warn("rules of another table undermine mantlet's; they are left alone", "found", line, "left_out_before", leftOut)
 		}
 	}
-	if len(d.foreign) > 0 && len(found) == 0 {
+	if len(d.conflicts) > 0 && len(found) == 0 {
 		if leftOut, ok := log.admit(); ok {
 			d.Log.Info("no rules of other tables undermine mantlet's any more", "left_out_before", leftOut)
 		}
 	}
-	d.locked(func() { d.foreign = found })
+	d.locked(func() { d.conflicts = found })
 }

@@ -72,9 +72,9 @@ func (w *watchdog) overdue() error {
 	return nil
 }
 
-// resumed is how long a goroutine has to finish an overdue step before it counts as hanging: where the whole process was
+// resumeGrace is how long a goroutine has to finish an overdue step before it counts as hanging: where the whole process was
 // stopped, as a frozen container is, every step is overdue at first.
-const resumed = time.Second
+const resumeGrace = time.Second
 
 // Dead returns why mantlet should be killed and started again, or nil: only where a goroutine of it hangs. All else it mends
 // by itself, or a new one could not either.
@@ -84,7 +84,7 @@ func (d *Daemon) Dead(ctx context.Context) error {
 	if stopping || d.watchdog.overdue() == nil {
 		return nil
 	}
-	sleep(ctx, resumed)
+	sleep(ctx, resumeGrace)
 	return d.watchdog.overdue()
 }
 

@@ -20,10 +20,10 @@ type others struct {
 	found    []string // what of them undermines mantlet's table
 }
 
-// Undermining returns what there is in other tables that would undermine this one, a line each, sorted; not chains that accept
+// Conflicts returns what there is in other tables that would undermine this one, a line each, sorted; not chains that accept
 // or drop, whatever their priority: neither takes anything away from mantlet's rules. Nothing of it is touched. While the kernel
 // numbers no further transaction it is not read again. It holds up no other method.
-func (t *Table) Undermining() ([]string, error) {
+func (t *Table) Conflicts() ([]string, error) {
 	o := &t.others
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -250,7 +250,7 @@ func TestAnyContentIsADifference(t *testing.T) {
 		nft(t, p.pod, "flush ruleset; add table inet mantlet")
 		fill(p)
 		p.table.want, p.table.intact = want, 0
-		found, err := p.table.Mend()
+		found, err := p.table.Repair()
 		if err != nil || len(found) == 0 {
 			t.Errorf("%s: Mend found %q, %v", name, found, err)
 		}
@@ -271,7 +271,7 @@ func TestCatchAllElementIsADifference(t *testing.T) {
 			number(unix.NFTA_SET_ELEM_FLAGS, catchAll),
 			nest(unix.NFTA_SET_ELEM_DATA, nest(unix.NFTA_DATA_VERDICT, number(unix.NFTA_VERDICT_CODE, accept))))),
 	})
-	if found, err := p.table.Mend(); err != nil || len(found) != 1 || !strings.HasPrefix(found[0], "map modes, element *: ") {
+	if found, err := p.table.Repair(); err != nil || len(found) != 1 || !strings.HasPrefix(found[0], "map modes, element *: ") {
 		t.Errorf("Mend found %q, %v", found, err)
 	}
 	p.check()

@@ -100,7 +100,7 @@ func TestHoldersAtTheSameTime(t *testing.T) {
 	}
 	mended := make(chan error, 1)
 	go func() {
-		_, err := p.table.Mend()
+		_, err := p.table.Repair()
 		mended <- err
 	}()
 	if squatter, err := p.alone(second); squatter != "" || !errors.Is(err, ErrOwned) {

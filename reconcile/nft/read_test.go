@@ -87,7 +87,7 @@ func TestUndermining(t *testing.T) {
 		}
 		p.replace(rules(port1(8080, schema.ModeTLS)))
 		for range 2 { // the second time from memory
-			got, err := p.table.Undermining()
+			got, err := p.table.Conflicts()
 			if diff := cmp.Diff(test.want, got); err != nil || diff != "" {
 				t.Errorf("%s: %v (-want +got):\n%s", name, err, diff)
 			}
@@ -281,7 +281,7 @@ func TestEachStatementCounts(t *testing.T) {
 	p.replace(want)
 	told := func(command, start string) {
 		t.Helper()
-		found, err := p.table.Mend()
+		found, err := p.table.Repair()
 		if err != nil || len(found) != 1 || !strings.HasPrefix(found[0], start) {
 			t.Errorf("after %s differ, %v:\n\t%s\nwant one line that begins\n\t%s", command, err, strings.Join(found, "\n\t"), start)
 		}

@@ -273,8 +273,8 @@ func (t *Table) put(r render.Ruleset) error {
 	return fmt.Errorf("replacing the table inet %s: %w; in the end: %s", render.Table, errBusy, strings.Join(found, "; "))
 }
 
-// Mend puts back what Replace put there last where the table holds something else, and returns what differed.
-func (t *Table) Mend() (found []string, err error) {
+// Repair puts back what Replace put there last where the table holds something else, and returns what differed.
+func (t *Table) Repair() (found []string, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if found, err = t.differences(); err != nil {

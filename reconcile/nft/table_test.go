@@ -599,8 +599,8 @@ func TestMissingCapabilityIsNamed(t *testing.T) {
 		}
 		_, tried["Own"] = table.Own()
 		_, tried["Read"] = table.Read()
-		_, tried["Mend"] = table.Mend()
-		_, tried["Undermining"] = table.Undermining()
+		_, tried["Mend"] = table.Repair()
+		_, tried["Undermining"] = table.Conflicts()
 		tried["DenyAll"], tried["Replace"] = table.DenyAll(render.Ruleset{}), table.Replace(rules())
 		_, tried["Try"] = table.Try()
 		_, tried["CanOwn"] = table.CanOwn()
@@ -687,7 +687,7 @@ func TestCheckNamesWhatDiffers(t *testing.T) {
 		if err == nil || !strings.HasSuffix(err.Error(), " from outside: "+test.names) {
 			t.Errorf("after %q, Check returned\n\t%v\nwant that it names\n\t%s", change, err, test.names)
 		}
-		found, err := p.table.Mend()
+		found, err := p.table.Repair()
 		if err != nil || strings.Join(found, "; ") != test.names {
 			t.Errorf("after %q, Mend returned %q, %v", change, found, err)
 		}
@@ -963,7 +963,7 @@ func TestWatchOverflows(t *testing.T) {
 	loadRules(t, p.pod, many(300))
 	close(held)
 	p.hear(notes)
-	if found, err := p.table.Mend(); err != nil || len(found) < 300 {
+	if found, err := p.table.Repair(); err != nil || len(found) < 300 {
 		t.Errorf("Mend found %d differences: %v", len(found), err)
 	}
 }
