@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -98,7 +99,7 @@ func TestManifests(t *testing.T) {
 			}
 			pod := &deployment.Spec.Template.Spec
 			mesh := sidecar(t, pod)
-			if diff := cmp.Diff(want, mesh, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
+			if diff := cmp.Diff(want, mesh, cmpopts.EquateComparable(netip.AddrPort{}, netip.Prefix{})); diff != "" {
 				t.Errorf("mesh (-want +got):\n%s", diff)
 			}
 			probes(t, pod, mesh)

@@ -20,7 +20,7 @@ import (
 // Diff returns what have has otherwise than want, a line each; none where both are the same. The order of chains, and of
 // maps, means nothing.
 func Diff(want, have Ruleset) []string {
-	if len(have.Timeouts)+len(have.Maps)+len(have.Chains)+len(have.Others) == 0 && len(want.Chains) > 0 {
+	if len(have.Timeouts)+len(have.Maps)+len(have.Allows)+len(have.Accounts)+len(have.Chains)+len(have.Others) == 0 && len(want.Chains) > 0 {
 		return []string{"the table inet " + Table + " is not there, or empty"}
 	}
 	var lines []string
@@ -33,6 +33,10 @@ func Diff(want, have Ruleset) []string {
 	lines = append(lines, diffNamed("ct timeout", want.Timeouts, have.Timeouts, timeoutsName, timeoutsName, diffTimeouts)...)
 	mapName := func(m Map) string { return m.Name }
 	lines = append(lines, diffNamed("map", want.Maps, have.Maps, mapName, mapName, diffMap)...)
+	allowName := func(a Allow) string { return a.Name }
+	lines = append(lines, diffNamed("set", want.Allows, have.Allows, allowName, allowName, diffAllow)...)
+	accountName := func(a Account) string { return a.Name }
+	lines = append(lines, diffNamed("set", want.Accounts, have.Accounts, accountName, accountName, diffAccount)...)
 	chainName := func(c Chain) string { return c.Name }
 	return append(lines, diffNamed("chain", want.Chains, have.Chains, chainName, Chain.describe, diffChain)...)
 }
@@ -68,6 +72,31 @@ func diffNamed[T any](kind string, want, have []T, name, describe func(T) string
 		}
 	}
 	return lines
+}
+
+func diffAllow(title string, want, have Allow) (lines []string) {
+	if want.IPv6 != have.IPv6 {
+		return []string{title + ": of another version of IP"}
+	}
+	for _, d := range want.Destinations {
+		if !slices.Contains(have.Destinations, d) {
+			lines = append(lines, fmt.Sprintf("%s: `%s` missing", title, d))
+		}
+	}
+	for _, d := range have.Destinations {
+		if !slices.Contains(want.Destinations, d) {
+			lines = append(lines, fmt.Sprintf("%s: `%s` not wanted", title, d))
+		}
+	}
+	return lines
+}
+
+// diffAccount compares what an account can hold. What it holds is the rules' affair.
+func diffAccount(title string, want, have Account) []string {
+	if want == have {
+		return nil
+	}
+	return []string{fmt.Sprintf("%s: have size %d and timeout %s, want size %d and timeout %s", title, have.Size, have.Timeout, want.Size, want.Timeout)}
 }
 
 func diffTimeouts(title string, want, have Timeouts) []string {

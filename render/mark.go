@@ -20,6 +20,7 @@ const (
 	MarkPassthrough Mark = 3 << 20
 	MarkOutbound    Mark = 4 << 20
 	MarkInside      Mark = 5 << 20 // it began over lo
+	MarkOwn         Mark = 6 << 20 // Envoy's to an upstream, or of mantlet's resolver
 	MarkClient      Mark = 7 << 20 // Envoy made it to the workload, from the client's address
 	MarkMask        Mark = 0xff << 20
 

@@ -49,6 +49,7 @@ func drawMesh(t *rapid.T) schema.Mesh {
 	mesh.OtherProtocols = rapid.SampledFrom([]schema.OtherProtocols{schema.OtherProtocolsDrop, schema.OtherProtocolsAccept}).Draw(t, "other protocols")
 	mesh.AccessLog = rapid.SampledFrom([]schema.AccessLog{schema.AccessLogNone, schema.AccessLogRefused, schema.AccessLogAll}).Draw(t, "access log")
 	mesh.SourceAddress = rapid.SampledFrom([]schema.SourceAddress{schema.SourceAddressPod, schema.SourceAddressClient}).Draw(t, "source address")
+	mesh.Outbound = drawOutbound(t)
 	edges := rapid.SliceOfNDistinct(rapid.Uint16Min(1), 0, 20, rapid.ID).Draw(t, "edges")
 	slices.Sort(edges)
 	for pair := range slices.Chunk(edges, 2) {
@@ -89,6 +90,69 @@ func drawMesh(t *rapid.T) schema.Mesh {
 		t.Fatalf("%v\n%s", err, file)
 	}
 	return mesh
+}
+
+func drawOutbound(t *rapid.T) schema.Outbound {
+	o := schema.Outbound{
+		Mode: rapid.SampledFrom([]schema.OutboundMode{schema.OutboundAccept, schema.OutboundObserve, schema.OutboundDrop}).Draw(t, "outbound"),
+		DNS:  rapid.Bool().Draw(t, "dns"),
+	}
+	destination := rapid.Custom(func(t *rapid.T) schema.Destination {
+		addr := rapid.SampledFrom([]string{"10.0.0.0", "10.1.2.3", "192.0.2.128", "255.255.255.255", "fd00::", "fd00::1", "2001:db8::7"}).Draw(t, "address")
+		prefix := netip.PrefixFrom(netip.MustParseAddr(addr), 0)
+		prefix, err := prefix.Addr().Prefix(rapid.IntRange(1, prefix.Addr().BitLen()).Draw(t, "length"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return schema.Destination{Prefix: prefix, Port: rapid.SampledFrom([]uint16{1, 53, 443, 65535}).Draw(t, "port")}
+	})
+	o.Allow = rapid.OneOf(rapid.Just[[]schema.Destination](nil), rapid.SliceOfNDistinct(destination, 1, 9, rapid.ID)).Draw(t, "allowed")
+	slices.SortFunc(o.Allow, schema.Destination.Compare)
+	return o
+}
+
+// TestAllowed: the sets of what may leave have the meaning of the list, and nothing in them is a part of something else, which the kernel
+// would refuse.
+func TestAllowed(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		o := drawOutbound(t)
+		o.Mode = schema.OutboundDrop
+		servers := []netip.Addr{netip.MustParseAddr("10.96.0.10"), netip.MustParseAddr("fd00::a"), netip.MustParseAddr("127.0.0.53"), {}}
+		r := render.Rules(schema.Mesh{Outbound: o}, render.Generations{}).WithResolvers(servers)
+		for _, server := range servers[:2] {
+			o.Allow = append(o.Allow, schema.Destination{Prefix: netip.PrefixFrom(server, server.BitLen()), Port: 53})
+		}
+		inside := func(of []schema.Destination, d schema.Destination) (n int) {
+			for _, other := range of {
+				if other.Contains(d) {
+					n++
+				}
+			}
+			return n
+		}
+		var all []schema.Destination
+		for _, set := range r.Allows {
+			for _, d := range set.Destinations {
+				if d.Prefix.Addr().Is6() != set.IPv6 || inside(set.Destinations, d) != 1 {
+					t.Fatalf("%s in %s, of %v", d, set.Name, set.Destinations)
+				}
+			}
+			all = append(all, set.Destinations...)
+		}
+		for _, d := range o.Allow {
+			if inside(all, d) != 1 {
+				t.Fatalf("%s is not in %v", d, all)
+			}
+		}
+		for _, d := range all {
+			if !slices.Contains(o.Allow, d) {
+				t.Fatalf("%s is in no list: %v", d, o.Allow)
+			}
+		}
+		if got := render.OutboundOf(r); got.Mode != o.Mode || !slices.Equal(got.Allow, all) {
+			t.Fatalf("read back as %v", got)
+		}
+	})
 }
 
 // TestSameBytes reads and renders the same over and over, all at once.
@@ -435,7 +499,7 @@ func TestGenerations(t *testing.T) {
 			case schema.ModeTLS: // and what was let in by a certificate before
 				want += fmt.Sprintf(marked+"== 0x%08x accept\n", render.MarkMTLS|render.Mark(number)<<23)
 			case schema.ModePassthrough: // and what was let in at all
-				want = fmt.Sprintf(marked+"!= 0x%08x "+marked+"!= 0x%08x accept\n", render.MarkNone, render.MarkOutbound)
+				want = fmt.Sprintf(marked+"!= 0x%08x "+marked+"!= 0x%08x "+marked+"!= 0x%08x accept\n", render.MarkNone, render.MarkOutbound, render.MarkOwn)
 			}
 			if want += "meta l4proto tcp counter reject with tcp reset\n"; chains[out] != want {
 				t.Errorf("%d is %s in generation %d, and answers by %s, which is\n%s\nwant\n%s", port, mode, number, out, chains[out], want)
@@ -537,12 +601,14 @@ func FuzzPipeline(f *testing.F) {
 
 var (
 	elements = regexp.MustCompile(`\t\telements = \{ ([^}]*) \}\n`)
-	element  = regexp.MustCompile(`^\d+(-\d+)? : goto (mtls|tls|passthrough)_(in|out)$`)
+	element  = regexp.MustCompile(`^(\d+(-\d+)? : goto (mtls|tls|passthrough)_(in|out)|[0-9a-f.:]+(/\d+)? \. \d+)$`)
 )
 
 // wellFormed checks that rules are those of a mesh with the same modes and egress entries but for the elements of the maps.
 func wellFormed(rules []byte, mesh schema.Mesh) error {
-	like := schema.Mesh{OtherProtocols: mesh.OtherProtocols, Egress: mesh.Egress, IngressOff: mesh.IngressOff}
+	like := schema.Mesh{
+		OtherProtocols: mesh.OtherProtocols, Egress: mesh.Egress, IngressOff: mesh.IngressOff, Outbound: schema.Outbound{Mode: mesh.Outbound.Mode},
+	}
 	for i, in := range mesh.Ingress {
 		port := uint16(i + 1)
 		like.Ingress = append(like.Ingress, schema.Ingress{Ports: schema.Ports{First: port, Last: port}, Mode: in.Mode})
@@ -666,15 +732,18 @@ func TestRefusalsAreNamed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	dropping := schema.Outbound{Mode: schema.OutboundDrop}
 	used := map[string]bool{}
 	for _, r := range []render.Ruleset{
 		render.DenyAll(true), render.DenyAll(false), render.OnlyStatus(9901),
 		render.Rules(mesh, render.Generations{Default: 3, Ports: []render.PortsGeneration{{Ports: schema.Ports{First: 8000, Last: 8100}, Generation: 1}}}),
+		render.DenyAll(true).WithOutbound(dropping), render.DenyAll(false).WithOutbound(dropping), render.OnlyStatus(9901).WithOutbound(dropping),
+		render.Rules(schema.Mesh{Outbound: dropping}, render.Generations{}), render.Rules(schema.Mesh{IngressOff: true, Outbound: dropping}, render.Generations{}),
 	} {
 		for _, c := range r.Chains {
 			for _, rule := range c.Rules {
 				name := render.Refusal(c.Name, rule)
-				if counts := strings.Contains(rule.Text(), "counter"); counts != slices.Contains(render.Refusals(), name) || !counts && name != "" {
+				if counts := slices.Contains(rule, render.Statement(render.Count{})); counts != slices.Contains(render.Refusals(), name) || !counts && name != "" {
 					t.Errorf("chain %s, %q: %q", c.Name, rule.Text(), name)
 				}
 				used[name] = true

@@ -19,6 +19,7 @@ var (
 	notTCP  = Protocol{Op: NotEqual, Numbers: []uint8{TCP}}
 	// No other packet of a connection has SYN alone of these.
 	firstSYN    = TCPFlags{Value: SYN, Mask: FIN | SYN | RST | ACK}
+	resets      = TCPFlags{Value: RST, Mask: RST}
 	setTimeouts = SetTimeouts{tcpTimeouts.Name}
 )
 
@@ -236,15 +237,17 @@ var backToEnvoy = Rule{Reply(true), Marked{Mark: MarkClient}, SetPacketMark{Mark
 // original is not enough: it is that of the first packet it saw, which may be the workload's answer where the connection is
 // older.
 func madeByThePod() []Rule {
-	return []Rule{
+	return slices.Concat([]Rule{
 		{Reply(false), Marked{Mark: MarkOutbound}, accept},
+		{Reply(false), Marked{Mark: MarkOwn}, accept},
 		// What the workload says to an egress listener, where lo lacks the listener's address.
 		{Destination{loopback4}, Count{}, drop},
 		{Destination{loopback6}, Count{}, drop},
+	}, ownConnections(), []Rule{
 		{Reply(false), firstSYN, setTimeouts, SetMark{MarkOutbound}, accept},
 		{Reply(false), notTCP, SetMark{MarkOutbound}, accept},
 		{notTCP, accept},
-	}
+	})
 }
 
 // answersToThePod lets in what answers connections that the pod made, or forwarded under its own address. A SYN never
@@ -254,6 +257,7 @@ func answersToThePod(syn Verdict) []Rule {
 	return []Rule{
 		{Reply(true), firstSYN, syn},
 		{Reply(true), Marked{Mark: MarkOutbound}, accept},
+		{Reply(true), Marked{Mark: MarkOwn}, accept},
 		{Reply(true), SourceTranslated{}, accept},
 	}
 }
@@ -303,7 +307,7 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 	for _, p := range inUse(standard, all) {
 		r.Chains = append(r.Chains, p.ingress(), p.egress())
 	}
-	return r
+	return r.WithOutbound(mesh.Outbound)
 }
 
 // onlyEgress redirects and drops nothing that comes in. What it drops is meant for loopback: the listeners of egress entries are
@@ -316,7 +320,7 @@ func onlyEgress(mesh schema.Mesh) Ruleset {
 		inside(goTo(beginsChain)),
 	}}
 	r.Chains = append(r.Chains, begins(mesh)...)
-	return r
+	return r.WithOutbound(mesh.Outbound)
 }
 
 // Closed returns the rules with some ports closed: what comes to them is dropped, also of connections that are open. What the workload
@@ -371,12 +375,17 @@ func statusEgress() Chain {
 // mantletUser is root, whom mantlet is in its container.
 const mantletUser = 0
 
-// ForUser returns the same rules for a mantlet that is another user.
-func (r Ruleset) ForUser(uid uint32) Ruleset {
+// ForUsers returns the same rules for a mantlet and an Envoy that are other users.
+func (r Ruleset) ForUsers(mantlet, envoy uint32) Ruleset {
 	return r.edit(func(rule Rule) Rule {
 		for i, s := range rule {
 			if s, is := s.(SocketUser); is {
-				s.UID = uid
+				switch s.UID {
+				case mantletUser:
+					s.UID = mantlet
+				case envoyUser:
+					s.UID = envoy
+				}
 				rule[i] = s
 			}
 		}
@@ -475,6 +484,7 @@ func (p policy) ingress() Chain {
 		return Chain{Name: p.in(), Rules: []Rule{
 			// Whatever was let in from outside before passes.
 			{onlyTCP, Marked{Mark: MarkOutbound}, Count{}, Reset{}},
+			{onlyTCP, Marked{Mark: MarkOwn}, Count{}, Reset{}},
 			{Marked{Mark: MarkInside}, Count{}, drop},
 			{firstSYN, setTimeouts},
 			{SetMark{p.mark()}, accept},
@@ -523,7 +533,7 @@ func (p policy) egress() Chain {
 		rules = append(rules, Rule{Marked{Mark: admits.mark()}, accept})
 	}
 	if p.mode == schema.ModePassthrough {
-		rules = []Rule{{Marked{NotEqual, MarkNone}, Marked{NotEqual, MarkOutbound}, accept}}
+		rules = []Rule{{Marked{NotEqual, MarkNone}, Marked{NotEqual, MarkOutbound}, Marked{NotEqual, MarkOwn}, accept}}
 	}
 	return Chain{Name: p.out(), Rules: append(rules, Rule{onlyTCP, Count{}, Reset{}})}
 }
@@ -533,7 +543,7 @@ func (p policy) egress() Chain {
 func egress(standard policy) Chain {
 	return Chain{Name: egressChain, Hook: route("output", Accept), Rules: append(
 		outgoing(backToEnvoy),
-		Rule{TCPFlags{Value: RST, Mask: RST}, accept},
+		Rule{resets, accept},
 		Rule{Invalid{}, Count{}, drop},
 		Rule{LookUp{Source: true, Map: answersMap}},
 		Rule{goTo(standard.out())},

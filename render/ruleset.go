@@ -32,6 +32,8 @@ const (
 type Ruleset struct {
 	Timeouts []Timeouts
 	Maps     []Map
+	Allows   []Allow
+	Accounts []Account
 	Chains   []Chain
 	Others   []string // what no rendered ruleset has and a live one may: flags of the table, other sets, counters
 }
@@ -105,6 +107,16 @@ func (r Ruleset) Text() string {
 		fmt.Fprintf(&b, "\tmap %s {\n\t\ttype inet_service : verdict\n\t\tflags interval\n", m.Name)
 		m.elements(&b)
 		b.WriteString("\t}\n")
+		separator = "\n"
+	}
+	for _, set := range r.Allows {
+		b.WriteString(separator)
+		set.text(&b)
+		separator = "\n"
+	}
+	for _, set := range r.Accounts {
+		b.WriteString(separator)
+		set.text(&b)
 		separator = "\n"
 	}
 	for _, c := range r.Chains {

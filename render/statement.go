@@ -105,13 +105,18 @@ type Protocol struct {
 
 // The transport protocols that rules speak of, by their IANA numbers.
 const (
-	ICMP   uint8 = 1
-	TCP    uint8 = 6
-	UDP    uint8 = 17
-	ICMPv6 uint8 = 58
+	ICMP    uint8 = 1
+	TCP     uint8 = 6
+	UDP     uint8 = 17
+	DCCP    uint8 = 33
+	ICMPv6  uint8 = 58
+	SCTP    uint8 = 132
+	UDPLite uint8 = 136
 )
 
-var protocolNames = map[uint8]string{ICMP: "icmp", TCP: "tcp", UDP: "udp", ICMPv6: "ipv6-icmp"}
+var protocolNames = map[uint8]string{
+	ICMP: "icmp", TCP: "tcp", UDP: "udp", DCCP: "dccp", ICMPv6: "ipv6-icmp", SCTP: "sctp", UDPLite: "udplite",
+}
 
 // Text implements Statement.
 func (p Protocol) Text() string {

@@ -58,8 +58,8 @@ const (
 	OverridesNone    Overrides = "none"    // it is not read
 )
 
-// defaultEnvoyUID is nobody's in common images, and what service meshes give their proxies.
-const defaultEnvoyUID = 1337
+// DefaultEnvoyUID is nobody's in common images, and what service meshes give their proxies.
+const DefaultEnvoyUID = 1337
 
 // Process holds what only the environment may say: a mounted file never chooses which binary runs or which CA is trusted.
 type Process struct {
@@ -305,7 +305,7 @@ func ParseEnvironment(environ []string) (*Environment, error) {
 	}
 	env := &Environment{Process: Process{
 		EnvoyPath:        "envoy",
-		EnvoyUID:         defaultEnvoyUID,
+		EnvoyUID:         DefaultEnvoyUID,
 		TLS:              TLSFiles{Directory: DefaultTLSDirectory(isDirectory)},
 		RuntimeDirectory: "/run/mantlet",
 		LogLevel:         "info",

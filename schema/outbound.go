@@ -50,7 +50,8 @@ func (d Destination) String() string {
 	return addr + ":" + strconv.Itoa(int(d.Port))
 }
 
-func (d Destination) compare(other Destination) int {
+// Compare sorts by address; of prefixes that begin alike the wider comes first.
+func (d Destination) Compare(other Destination) int {
 	return cmp.Or(d.Prefix.Addr().Compare(other.Prefix.Addr()), cmp.Compare(d.Prefix.Bits(), other.Prefix.Bits()), cmp.Compare(d.Port, other.Port))
 }
 
@@ -105,7 +106,7 @@ func (c *Config) outbound(r *report) Outbound {
 			o.DNS = true
 		}
 	}
-	slices.SortFunc(o.Allow, Destination.compare)
+	slices.SortFunc(o.Allow, Destination.Compare)
 	o.Allow = slices.Compact(o.Allow)
 	if len(o.Allow) > maxAllowed {
 		r.add(allow.origin, outboundAllow, "", fmt.Sprintf("has %d items; there can be at most %d: join addresses to prefixes", len(o.Allow), maxAllowed))

@@ -55,6 +55,8 @@ func (b *batch) statement(s render.Statement) ([]expr.Any, error) {
 		return []expr.Any{&expr.Meta{Key: key, Register: reg1}, compare(s.Op, native(loopbackIndex))}, nil
 	case render.SocketPriority:
 		return []expr.Any{&expr.Meta{Key: expr.MetaKeyPRIORITY, Register: reg1}, compare(render.Equal, native(s.Priority))}, nil
+	case render.SocketMark:
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1}, compare(render.Equal, native(s.Mark))}, nil
 	case render.SocketUser:
 		return []expr.Any{&expr.Meta{Key: expr.MetaKeySKUID, Register: reg1}, compare(s.Op, native(s.UID))}, nil
 	case render.Destination:
@@ -131,6 +133,12 @@ func (b *batch) statement(s render.Statement) ([]expr.Any, error) {
 		return []expr.Any{&expr.Counter{}}, nil
 	case render.Reset:
 		return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}, nil
+	case render.Prohibit:
+		return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}, nil
+	case render.OnList:
+		return b.onList(s)
+	case render.Tally:
+		return b.tally(s)
 	case render.Verdict:
 		return []expr.Any{verdict(s)}, nil
 	default:
@@ -170,6 +178,47 @@ func onlyFamily(family byte) []expr.Any {
 
 func onlyTCP() []expr.Any {
 	return []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg1}, compare(render.Equal, []byte{render.TCP})}
+}
+
+// daddr loads the destination address, if it is of the family, and returns the registers after it.
+func daddr(ipv6 bool) (all []expr.Any, next, afterNext uint32) {
+	family, offset, size := byte(unix.NFPROTO_IPV4), uint32(16), uint32(4) // RFC 791
+	next, afterNext = unix.NFT_REG32_01, unix.NFT_REG32_02
+	if ipv6 {
+		family, offset, size = unix.NFPROTO_IPV6, 24, 16 // RFC 8200
+		next, afterNext = reg2, unix.NFT_REG32_05        // register 2 is NFT_REG32_04 to the kernel
+	}
+	return append(onlyFamily(family),
+		&expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: size}), next, afterNext
+}
+
+func (b *batch) onList(o render.OnList) ([]expr.Any, error) {
+	set, err := b.set(o.Set)
+	if err != nil {
+		return nil, err
+	}
+	all, next, _ := daddr(o.IPv6)
+	return append(all,
+		&expr.Payload{DestRegister: next, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2},
+		&expr.Lookup{SourceRegister: reg1, SetName: set.Name, SetID: set.ID},
+	), nil
+}
+
+func (b *batch) tally(t render.Tally) ([]expr.Any, error) {
+	set, err := b.set(t.Account)
+	if err != nil {
+		return nil, err
+	}
+	all, next, afterNext := daddr(t.IPv6)
+	all = append(all, &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: next})
+	if t.Portless {
+		all = append(all, &expr.Immediate{Register: afterNext, Data: make([]byte, 2)})
+	} else {
+		all = append(all, &expr.Payload{DestRegister: afterNext, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2})
+	}
+	return append(all, &expr.Dynset{
+		SrcRegKey: reg1, SetName: set.Name, SetID: set.ID, Operation: unix.NFT_DYNSET_OP_UPDATE, Exprs: []expr.Any{&expr.Counter{}},
+	}), nil
 }
 
 // destination loads as many whole bytes of the address as the prefix has: rules use no others.
@@ -241,16 +290,12 @@ func tproxy(to netip.AddrPort) []expr.Any {
 }
 
 func (b *batch) lookUp(l render.LookUp) ([]expr.Any, error) {
-	set, ok := b.maps[l.Map]
-	if b.named {
-		set, ok = &nftables.Set{Name: l.Map}, true
-	}
-	if !ok {
-		return nil, fmt.Errorf("there is no map %q", l.Map)
+	set, err := b.set(l.Map)
+	if err != nil {
+		return nil, err
 	}
 	all, offset := onlyTCP(), uint32(0) // RFC 9293: source port
 	if !l.Source {
-		var err error
 		if all, err = b.protocol(render.Equal, render.TCP, render.UDP); err != nil {
 			return nil, err
 		}
@@ -260,6 +305,18 @@ func (b *batch) lookUp(l render.LookUp) ([]expr.Any, error) {
 		&expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2},
 		&expr.Lookup{SourceRegister: reg1, DestRegister: 0, IsDestRegSet: true, SetName: set.Name, SetID: set.ID},
 	), nil
+}
+
+// set returns a map or set of the transaction by its name.
+func (b *batch) set(name string) (*nftables.Set, error) {
+	if b.named {
+		return &nftables.Set{Name: name}, nil
+	}
+	set, ok := b.maps[name]
+	if !ok {
+		return nil, fmt.Errorf("there is no map or set %q", name)
+	}
+	return set, nil
 }
 
 func verdict(v render.Verdict) *expr.Verdict {

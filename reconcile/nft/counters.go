@@ -95,11 +95,16 @@ func packets(expressions []byte) (uint64, error) {
 		if parts.text(unix.NFTA_EXPR_NAME) != "counter" {
 			continue
 		}
-		counter, err := unpack(parts[unix.NFTA_EXPR_DATA])
-		if err != nil || len(counter[unix.NFTA_COUNTER_PACKETS]) != 8 {
-			return 0, errors.Join(err, errors.New("a counter without a number"))
-		}
-		return binary.BigEndian.Uint64(counter[unix.NFTA_COUNTER_PACKETS]), nil
+		return counted(parts)
 	}
 	return 0, nil
+}
+
+// counted returns the packets that a counter expression counted.
+func counted(expression attributes) (uint64, error) {
+	counter, err := unpack(expression[unix.NFTA_EXPR_DATA])
+	if err != nil || len(counter[unix.NFTA_COUNTER_PACKETS]) != 8 {
+		return 0, errors.Join(err, errors.New("a counter without a number"))
+	}
+	return binary.BigEndian.Uint64(counter[unix.NFTA_COUNTER_PACKETS]), nil
 }

@@ -67,7 +67,7 @@ func (r *reader) guesses(all []expression) (s []render.Statement) {
 		s = append(s,
 			render.Protocol{Op: op(all[1]), Numbers: all[1].data["3.1"]},
 			render.Loopback{Op: op(all[1])}, render.Loopback{Output: true, Op: op(all[1])},
-			render.SocketPriority{Priority: all[1].data.native("3.1")}, render.SocketUser{Op: op(all[1]), UID: all[1].data.native("3.1")},
+			render.SocketPriority{Priority: all[1].data.native("3.1")}, render.SocketMark{Mark: all[1].data.native("3.1")}, render.SocketUser{Op: op(all[1]), UID: all[1].data.native("3.1")},
 		)
 	}
 	if is("meta", "lookup") {
@@ -105,6 +105,15 @@ func (r *reader) guesses(all []expression) (s []render.Statement) {
 	}
 	if is("meta", "lookup", "payload", "lookup") {
 		s = append(s, render.LookUp{Map: all[3].data.text("1")})
+	}
+	if is("meta", "cmp", "payload", "payload", "lookup") {
+		set := all[4].data.text("1")
+		s = append(s, render.OnList{Set: set}, render.OnList{Set: set, IPv6: true})
+	}
+	portless := is("meta", "cmp", "payload", "meta", "immediate", "dynset")
+	if portless || is("meta", "cmp", "payload", "meta", "payload", "dynset") {
+		set := all[5].data.text("1")
+		s = append(s, render.Tally{Account: set, Portless: portless}, render.Tally{Account: set, IPv6: true, Portless: portless})
 	}
 	if is("meta", "cmp", "payload", "bitwise", "cmp") {
 		s = append(s, render.TCPFlags{Mask: all[3].data.byte("4.1"), Value: all[4].data.byte("3.1")})
@@ -218,6 +227,9 @@ func parseExpression(data []byte) (expression, error) {
 		e.data = fields{} // the numbers are no part of the rule
 	case "lookup":
 		delete(e.data, "4") // NFTA_LOOKUP_SET_ID: within a transaction only
+	case "dynset":
+		delete(e.data, "2")   // NFTA_DYNSET_SET_ID
+		delete(e.data, "7.2") // what new elements of the set begin to count with
 	}
 	return e, nil
 }
@@ -226,6 +238,7 @@ func parseExpression(data []byte) (expression, error) {
 // library does not send, and the other way round.
 var implied = map[string]bool{
 	"bitwise 6": true, // NFTA_BITWISE_OP: mask and xor
+	"dynset 6":  true, // NFTA_DYNSET_TIMEOUT: the set's
 	"lookup 5":  true, // NFTA_LOOKUP_FLAGS
 	"reject 2":  true, // NFTA_REJECT_ICMP_CODE
 	"socket 3":  true, // NFTA_SOCKET_LEVEL
@@ -234,7 +247,7 @@ var implied = map[string]bool{
 // nested are the attributes that hold attributes.
 var nested = map[string]bool{
 	"cmp 3": true, "bitwise 4": true, "bitwise 5": true, "bitwise 7": true, "immediate 2": true, "immediate 2.2": true,
-	"element 1": true, "element 2": true, "element 2.2": true,
+	"element 1": true, "element 2": true, "element 2.2": true, "element 10": true, "dynset 7": true,
 }
 
 func flatten(name string, data []byte) (fields, error) {

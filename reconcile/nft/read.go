@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/google/nftables/binaryutil"
 	"github.com/mdlayher/netlink"
@@ -144,6 +145,9 @@ func (t *Table) dump() (render.Ruleset, error) {
 		}
 	}
 	for _, s := range r.sets {
+		if _, ok := s.asAccount(); ok {
+			continue // its content is the rules' affair
+		}
 		request := []netlink.Attribute{
 			text(unix.NFTA_SET_ELEM_LIST_TABLE, render.Table), text(unix.NFTA_SET_ELEM_LIST_SET, s.name),
 		}
@@ -292,7 +296,7 @@ func newReader() *reader {
 		render.SourceTranslated{},
 		render.BoundSocket{},
 		render.Count{},
-		render.Reset{},
+		render.Reset{}, render.Prohibit{},
 	} {
 		r.fixed = append(r.fixed, translated{s, r.compile(s)})
 	}
@@ -303,6 +307,17 @@ func newReader() *reader {
 func (r *reader) ruleset() render.Ruleset {
 	rules := render.Ruleset{Timeouts: r.timeouts, Chains: r.chains, Others: r.others}
 	for _, s := range r.sets {
+		if account, ok := s.asAccount(); ok {
+			rules.Accounts = append(rules.Accounts, account)
+			continue
+		}
+		if allow, odd, ok := s.asAllow(); ok {
+			rules.Allows = append(rules.Allows, allow)
+			for _, key := range odd {
+				rules.Others = append(rules.Others, fmt.Sprintf("set %s, element %s: no destination", s.name, key))
+			}
+			continue
+		}
 		switch m, ok := s.asMap(); {
 		case ok:
 			rules.Maps = append(rules.Maps, m)
@@ -405,22 +420,37 @@ type set struct {
 	name               string
 	flags, keyLen      uint32
 	keyType, valueType uint32
+	size               uint32 // 0 for any
+	timeout            time.Duration
 	elements           []element
 	odd                []string // keys of elements that no rendered set has: catch-all elements, or such with a timeout or a limit
 }
 
 type element struct {
 	key     []byte // of the set's length
+	last    []byte // of a range of concatenated keys; nil for a single one
 	end     bool   // of an interval: the key is the first after it
 	verdict render.Verdict
 }
 
 func (r *reader) addSet(a attributes) error {
-	r.sets = append(r.sets, &set{
+	r.sets = append(r.sets, setOf(a))
+	return nil
+}
+
+// setOf reads a set without its elements.
+func setOf(a attributes) *set {
+	s := &set{
 		name: a.text(unix.NFTA_SET_NAME), flags: a.u32(unix.NFTA_SET_FLAGS), keyLen: a.u32(unix.NFTA_SET_KEY_LEN),
 		keyType: a.u32(unix.NFTA_SET_KEY_TYPE), valueType: a.u32(unix.NFTA_SET_DATA_TYPE),
-	})
-	return nil
+	}
+	if desc, err := unpack(a[unix.NFTA_SET_DESC]); err == nil {
+		s.size = desc.u32(unix.NFTA_SET_DESC_SIZE)
+	}
+	if timeout := a[unix.NFTA_SET_TIMEOUT]; len(timeout) == 8 { // ms
+		s.timeout = time.Duration(binary.BigEndian.Uint64(timeout)) * time.Millisecond
+	}
+	return s
 }
 
 func (s *set) addElements(a attributes) error {
@@ -432,7 +462,7 @@ func (s *set) addElements(a attributes) error {
 		key, flags := fields["1.1"], fields.u32("3")
 		plain := len(key) == int(s.keyLen) && flags&^unix.NFT_SET_ELEM_INTERVAL_END == 0
 		for path := range fields {
-			plain = plain && slices.Contains([]string{"1.1", "2.2.1", "2.2.2", "3", elementComment}, path)
+			plain = plain && slices.Contains([]string{"1.1", "2.2.1", "2.2.2", "3", elementComment, elementEnd}, path)
 		}
 		switch {
 		case plain:
@@ -442,7 +472,7 @@ func (s *set) addElements(a attributes) error {
 			s.odd = append(s.odd, fmt.Sprintf("%#x", key))
 		}
 		if len(key) == int(s.keyLen) {
-			s.elements = append(s.elements, element{key, flags&unix.NFT_SET_ELEM_INTERVAL_END != 0, fields.verdict("2.2")})
+			s.elements = append(s.elements, element{key, fields[elementEnd], flags&unix.NFT_SET_ELEM_INTERVAL_END != 0, fields.verdict("2.2")})
 		}
 		return nil
 	})

@@ -258,6 +258,14 @@ var substitutes = [][2]string{
 	{"icmp type redirect", "icmp type echo-request"},
 	{"syn,rst,ack", "syn,ack"},
 	{"wildcard 0", "wildcard 1"},
+	{"skuid 1337", "skuid 1338"},
+	{"skuid 0", "skuid 1"},
+	{"0x6d6e7464", "0x6d6e7465"},
+	{"admin-prohibited", "host-unreachable"},
+	{"!= {", "{"},
+	{"update", "add"},
+	{". 0 ", ". 1 "},
+	{" counter }", " }"},
 	{"0x6d6e746c", "0x6d6e746d"},
 	{"!= 0x6d", "0x6d"},
 	{":15006", ":15999"},
@@ -273,11 +281,23 @@ var substitutes = [][2]string{
 // nothing else; and so it can be put back.
 func TestEachStatementCounts(t *testing.T) {
 	t.Parallel()
-	p := newPlace(t)
-	want := render.Rules(schema.Mesh{
+	mesh := schema.Mesh{
 		StatusPort: statusPort, Ingress: []schema.Ingress{port1(7890, schema.ModePassthrough), port1(8080, schema.ModeTLS)},
 		Egress: listening("127.0.0.1:1531", "[::1]:1531"),
-	}, render.Generations{})
+	}
+	for _, mode := range []schema.OutboundMode{schema.OutboundAccept, schema.OutboundDrop} {
+		t.Run(string(mode), func(t *testing.T) {
+			t.Parallel()
+			mesh := mesh
+			mesh.Outbound = leaving(mode)
+			eachStatementCounts(t, render.Rules(mesh, render.Generations{}))
+		})
+	}
+}
+
+func eachStatementCounts(t *testing.T, want render.Ruleset) {
+	t.Helper()
+	p := newPlace(t)
 	p.replace(want)
 	told := func(command, start string) {
 		t.Helper()

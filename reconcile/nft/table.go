@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mantlet/render"
+	"mantlet/schema"
 )
 
 // ErrOwned says that another process owns the table: another mantlet runs in this network namespace.
@@ -22,6 +23,9 @@ var ErrOwned = errors.New("another mantlet owns this network namespace")
 
 // Table is a connection to the kernel's table inet mantlet. Its methods may be called concurrently.
 type Table struct {
+	// EnvoyUID is the user whose TCP connections are Envoy's. It is set before the first Replace; Open sets the default of the environment.
+	EnvoyUID uint32
+
 	dialogue // by conn's own socket, for messages that the library cannot send
 
 	conn  *nftables.Conn
@@ -52,8 +56,9 @@ const bufferSize = 16 << 20
 // Open connects to the network namespace of the calling thread. It changes nothing.
 func Open() (*Table, error) {
 	t := &Table{
-		table: &nftables.Table{Name: render.Table, Family: nftables.TableFamilyINet},
-		needs: needs(), timeouts: readTCPTimeouts(), subscribe: subscribe,
+		EnvoyUID: schema.DefaultEnvoyUID,
+		table:    &nftables.Table{Name: render.Table, Family: nftables.TableFamilyINet},
+		needs:    needs(), timeouts: readTCPTimeouts(), subscribe: subscribe,
 	}
 	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
 		t.raw = c
@@ -173,11 +178,13 @@ func (t *Table) privileged() bool {
 	return err == nil
 }
 
-// DenyAll puts the rules in place that stand before anything is known, and that remember those of before. Where the kernel
+// DenyAll puts the rules in place that stand before anything is known, and that remember those of before. What the pod sends is treated as
+// those of before do. Where the kernel
 // does not take them all, nothing is remembered; where it lacks conntrack, not even answers to the pod's own connections come
 // in. It is idempotent.
 func (t *Table) DenyAll(before render.Ruleset) error {
-	all := []render.Ruleset{render.DenyAll(true), render.DenyAll(false)}
+	outbound := render.OutboundOf(before)
+	all := []render.Ruleset{render.DenyAll(true).WithOutbound(outbound), render.DenyAll(false).WithOutbound(outbound)}
 	if remembering := all[0].Remembering(before); len(remembering.Maps) > 0 {
 		all = append([]render.Ruleset{remembering}, all...)
 	}
@@ -194,7 +201,7 @@ func (t *Table) DenyAll(before render.Ruleset) error {
 
 // OnlyStatus is DenyAll, but for the port of mantlet's own status. Where the kernel lacks what that takes, it stays closed too.
 func (t *Table) OnlyStatus(port uint16, before render.Ruleset) error {
-	return t.Replace(render.OnlyStatus(port).Remembering(before))
+	return t.Replace(render.OnlyStatus(port).WithOutbound(render.OutboundOf(before)).Remembering(before))
 }
 
 // attempts bounds how often a change or a dump is started again because another process changed nftables in the meantime.
@@ -207,10 +214,10 @@ const attempts = 10
 func (t *Table) Replace(r render.Ruleset) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	err := t.put(fit(r, t.lacksTimeouts))
+	err := t.put(t.fit(r, t.lacksTimeouts))
 	if refuses(err) && !t.lacksTimeouts && len(r.Timeouts) > 0 && t.try(timeoutsNeed(r.Timeouts)) != nil {
 		t.lacksTimeouts = true
-		err = t.put(fit(r, t.lacksTimeouts))
+		err = t.put(t.fit(r, t.lacksTimeouts))
 	}
 	if !refuses(err) {
 		return err
@@ -228,14 +235,14 @@ func refuses(err error) bool {
 
 // Fit returns the rules as Replace puts them in place: for this process's user, and as the kernel takes them.
 func (t *Table) Fit(r render.Ruleset) render.Ruleset {
-	return fit(r, len(r.Timeouts) > 0 && t.LacksTimeouts())
+	return t.fit(r, len(r.Timeouts) > 0 && t.LacksTimeouts())
 }
 
-func fit(r render.Ruleset, lacksTimeouts bool) render.Ruleset {
+func (t *Table) fit(r render.Ruleset, lacksTimeouts bool) render.Ruleset {
 	if lacksTimeouts {
 		r = r.WithoutTimeouts()
 	}
-	return r.ForUser(uint32(os.Geteuid()))
+	return r.ForUsers(uint32(os.Geteuid()), t.EnvoyUID)
 }
 
 func (t *Table) put(r render.Ruleset) error {
@@ -347,7 +354,7 @@ func (t *Table) drain() {
 }
 
 func (t *Table) replace(b *batch, r render.Ruleset, whole bool) error {
-	if err := t.clear(r.Timeouts, whole); err != nil {
+	if err := t.clear(r, whole); err != nil {
 		return err
 	}
 	for _, timeouts := range r.Timeouts {
@@ -359,6 +366,16 @@ func (t *Table) replace(b *batch, r render.Ruleset, whole bool) error {
 	}
 	for _, m := range r.Maps {
 		if err := b.addMap(m); err != nil {
+			return err
+		}
+	}
+	for _, a := range r.Allows {
+		if err := b.addAllow(a); err != nil {
+			return err
+		}
+	}
+	for _, a := range r.Accounts {
+		if err := b.addAccount(a); err != nil {
 			return err
 		}
 	}
@@ -378,10 +395,10 @@ func (t *Table) replace(b *batch, r render.Ruleset, whole bool) error {
 	return nil
 }
 
-// clear adds to the transaction what empties the table, except for timeouts that are to stay: open connections lose their timeouts
-// with the object (nf_ct_untimeout, net/netfilter/nf_conntrack_timeout.c). With whole it deletes the table and makes it again, which
+// clear adds to the transaction what empties the table, except for timeouts and accounts that are to stay: open connections lose their
+// timeouts with the object (nf_ct_untimeout, net/netfilter/nf_conntrack_timeout.c), and accounts what they hold. With whole it deletes the table and makes it again, which
 // works for one that is not owned: the library knows no owner.
-func (t *Table) clear(keep []render.Timeouts, whole bool) error {
+func (t *Table) clear(keep render.Ruleset, whole bool) error {
 	if !t.owned {
 		t.conn.AddTable(t.table)
 	}
@@ -397,12 +414,15 @@ func (t *Table) clear(keep []render.Timeouts, whole bool) error {
 		remove    func(attributes)
 	}{
 		{unix.NFT_MSG_GETSET, unix.NFTA_SET_TABLE, func(a attributes) {
+			if account, ok := setOf(a).asAccount(); ok && slices.Contains(keep.Accounts, account) {
+				return
+			}
 			if a.u32(unix.NFTA_SET_FLAGS)&unix.NFT_SET_ANONYMOUS == 0 {
 				t.conn.DelSet(&nftables.Set{Table: t.table, Name: a.text(unix.NFTA_SET_NAME)})
 			}
 		}},
 		{unix.NFT_MSG_GETOBJ, unix.NFTA_OBJ_TABLE, func(a attributes) {
-			if timeouts, ok := asTimeouts(a); ok && slices.Contains(keep, timeouts) {
+			if timeouts, ok := asTimeouts(a); ok && slices.Contains(keep.Timeouts, timeouts) {
 				return
 			}
 			kind := nftables.ObjType(a.u32(unix.NFTA_OBJ_TYPE))
@@ -461,7 +481,7 @@ func (b *batch) addMap(m render.Map) error {
 		n := min(len(rest), maxElements)
 		var elements []nftables.SetElement
 		for _, e := range rest[:n] {
-			elements = append(elements, interval(e)...)
+			elements = append(elements, span(e)...)
 		}
 		if err := b.conn.SetAddElements(set, elements); err != nil {
 			return fmt.Errorf("adding elements to map %s: %w", m.Name, err)
@@ -471,8 +491,8 @@ func (b *batch) addMap(m render.Map) error {
 	return nil
 }
 
-// interval gives the start of a range and the first port after it. A range up to the last port has no end.
-func interval(e render.Element) []nftables.SetElement {
+// span gives the start of a range and the first port after it. A range up to the last port has no end.
+func span(e render.Element) []nftables.SetElement {
 	start := nftables.SetElement{Key: port(e.Ports.First), VerdictData: verdict(e.Verdict)}
 	if e.Ports.Last == maxPort {
 		return []nftables.SetElement{start}

@@ -56,12 +56,32 @@ func states() map[string]render.Ruleset {
 		"other protocols": render.Rules(schema.Mesh{OtherProtocols: schema.OtherProtocolsAccept}, render.Generations{}),
 		"closed": render.Rules(schema.Mesh{StatusPort: statusPort, Ingress: []schema.Ingress{port1(8080, tls), ports(9000, 9099, mtls)}}, render.Generations{}).
 			Closed([]schema.Ports{{First: 1, Last: 9050}, {First: 60000, Last: 65535}}),
+		"observe":           render.Rules(schema.Mesh{Outbound: leaving(schema.OutboundObserve)}, render.Generations{}),
+		"drop":              render.Rules(schema.Mesh{Outbound: leaving(schema.OutboundDrop)}, render.Generations{}),
+		"drop, ingress off": render.Rules(schema.Mesh{IngressOff: true, Outbound: leaving(schema.OutboundDrop)}, render.Generations{}),
+		"drop, deny all":    render.OnlyStatus(statusPort).WithOutbound(leaving(schema.OutboundDrop)).Remembering(rules(port1(7890, pass))),
+		"drop, bare":        render.DenyAll(false).WithOutbound(leaving(schema.OutboundDrop)),
 		"generations": render.Rules(schema.Mesh{Ingress: []schema.Ingress{port1(8080, tls), ports(9000, 9099, mtls)}}, render.Generations{
 			Default: render.MaxGeneration,
 			Ports:   []render.PortsGeneration{{Ports: schema.Ports{First: 9000, Last: 9000}, Generation: 1}},
 		}),
 		"1,500 entries": many(1500),
 	}
+}
+
+// leaving allows something of either family.
+func leaving(mode schema.OutboundMode, more ...string) schema.Outbound {
+	o := schema.Outbound{Mode: mode}
+	for _, text := range append(more, "10.0.0.0/8:5432", "10.1.0.0/16:5432", "192.0.2.7/32:443", "0.0.0.0/0:123", "fd00::/8:443", "2001:db8::7/128:53", "::/0:65535") {
+		i := strings.LastIndexByte(text, ':')
+		var port uint16
+		if _, err := fmt.Sscan(text[i+1:], &port); err != nil {
+			panic(err)
+		}
+		o.Allow = append(o.Allow, schema.Destination{Prefix: netip.MustParsePrefix(text[:i]), Port: port})
+	}
+	slices.SortFunc(o.Allow, schema.Destination.Compare)
+	return o
 }
 
 // listening returns egress entries that listen at these addresses.
@@ -112,7 +132,7 @@ func load(t testing.TB, host *lab.Host, text string) {
 func loadRules(t testing.TB, host *lab.Host, r render.Ruleset) {
 	t.Helper()
 	const most = 400
-	head := render.Ruleset{Timeouts: r.Timeouts, Chains: r.Chains}
+	head := render.Ruleset{Timeouts: r.Timeouts, Allows: r.Allows, Accounts: r.Accounts, Chains: r.Chains}
 	var rest []string
 	for _, m := range r.Maps {
 		n := min(len(m.Elements), most)

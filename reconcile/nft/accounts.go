@@ -1,0 +1,209 @@
+package nft
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"mantlet/internal/status"
+	"mantlet/render"
+	"mantlet/schema"
+)
+
+// Attributes of sets and their elements that the library has no names for (include/uapi/linux/netfilter/nf_tables.h).
+const (
+	setConcat  = 0x80   // NFT_SET_CONCAT
+	elementEnd = "10.1" // NFTA_SET_ELEM_KEY_END
+)
+
+// The kernel has each part of a key in whole registers of 4 bytes.
+const (
+	portPadding     = 2
+	protocolPadding = 3
+)
+
+func addressType(ipv6 bool) nftables.SetDatatype {
+	if ipv6 {
+		return nftables.TypeIP6Addr
+	}
+	return nftables.TypeIPAddr
+}
+
+func allowKey(ipv6 bool) nftables.SetDatatype {
+	return nftables.MustConcatSetType(addressType(ipv6), nftables.TypeInetService)
+}
+
+func accountKey(ipv6 bool) nftables.SetDatatype {
+	return nftables.MustConcatSetType(addressType(ipv6), nftables.TypeInetProto, nftables.TypeInetService)
+}
+
+func (b *batch) addAllow(a render.Allow) error {
+	b.sets++
+	set := &nftables.Set{
+		ID: b.sets, Table: b.table, Name: a.Name, Interval: true, Concatenation: true, KeyType: allowKey(a.IPv6), KeyByteOrder: binaryutil.BigEndian,
+	}
+	b.maps[a.Name] = set
+	if err := b.conn.AddSet(set, nil); err != nil {
+		return fmt.Errorf("adding set %s: %w", a.Name, err)
+	}
+	for some := range slices.Chunk(a.Destinations, maxElements) {
+		var elements []nftables.SetElement
+		for _, d := range some {
+			first, last := interval(d)
+			elements = append(elements, nftables.SetElement{Key: first, KeyEnd: last})
+		}
+		if err := b.conn.SetAddElements(set, elements); err != nil {
+			return fmt.Errorf("adding elements to set %s: %w", a.Name, err)
+		}
+	}
+	return nil
+}
+
+// interval returns the first key and the last one of a destination.
+func interval(d schema.Destination) (first, last []byte) {
+	addr := d.Prefix.Addr().AsSlice()
+	end := slices.Clone(addr)
+	for i := range end {
+		bits := min(max(d.Prefix.Bits()-8*i, 0), 8)
+		end[i] |= 0xff >> bits
+	}
+	port := append(port(d.Port), make([]byte, portPadding)...)
+	return append(addr, port...), append(end, port...)
+}
+
+// addAccount adds a set to the transaction. One like it that is there stays as it is.
+func (b *batch) addAccount(a render.Account) error {
+	b.sets++
+	set := &nftables.Set{
+		ID: b.sets, Table: b.table, Name: a.Name, Dynamic: true, HasTimeout: true, Timeout: a.Timeout, Size: a.Size,
+		Concatenation: true, KeyType: accountKey(a.IPv6), KeyByteOrder: binaryutil.BigEndian,
+	}
+	b.maps[a.Name] = set
+	if err := b.conn.AddSet(set, nil); err != nil {
+		return fmt.Errorf("adding set %s: %w", a.Name, err)
+	}
+	return nil
+}
+
+// asAllow returns what the set is as a set of destinations, if it is one. What is no destination becomes a line of odd.
+func (s *set) asAllow() (a render.Allow, odd []string, ok bool) {
+	a = render.Allow{Name: s.name}
+	a.IPv6, ok = s.hasKey(allowKey)
+	if !ok || s.flags&^setConcat != unix.NFT_SET_INTERVAL {
+		return a, nil, false
+	}
+	odd = s.odd
+	for _, e := range s.elements {
+		d, ok := e.destination()
+		if !ok {
+			odd = append(odd, fmt.Sprintf("%#x-%#x", e.key, e.last))
+			continue
+		}
+		a.Destinations = append(a.Destinations, d)
+	}
+	slices.SortFunc(a.Destinations, schema.Destination.Compare)
+	return a, odd, true
+}
+
+// hasKey reports whether the set's keys are of a type, of which family.
+func (s *set) hasKey(of func(ipv6 bool) nftables.SetDatatype) (ipv6, ok bool) {
+	for _, ipv6 := range []bool{false, true} {
+		if kind := of(ipv6); s.keyType == kind.GetNFTMagic() && s.keyLen == kind.Bytes {
+			return ipv6, true
+		}
+	}
+	return false, false
+}
+
+// destination is the inverse of interval.
+func (e element) destination() (d schema.Destination, ok bool) {
+	size := len(e.key) - portPadding - 2
+	addr, ok := netip.AddrFromSlice(e.key[:size])
+	if !ok {
+		return d, false
+	}
+	d.Port = binary.BigEndian.Uint16(e.key[size:])
+	for bits := addr.BitLen(); bits >= 0; bits-- {
+		d.Prefix = netip.PrefixFrom(addr, bits)
+		first, last := interval(d)
+		if bytes.Equal(last, e.last) || e.last == nil && bits == addr.BitLen() {
+			return d, bytes.Equal(first, e.key) && d.Prefix == d.Prefix.Masked()
+		}
+	}
+	return d, false
+}
+
+// asAccount returns what the set is as an account, if it is one.
+func (s *set) asAccount() (a render.Account, ok bool) {
+	a = render.Account{Name: s.name, Size: s.size, Timeout: s.timeout}
+	a.IPv6, ok = s.hasKey(accountKey)
+	return a, ok && s.flags&^setConcat == unix.NFT_SET_EVAL|unix.NFT_SET_TIMEOUT
+}
+
+// Spoken returns the destinations that the accounts of the rules hold now: which the pod spoke to, or tried to, past the egress entries.
+func (t *Table) Spoken() (all []status.Spoken, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, a := range t.want.Accounts {
+		request := []netlink.Attribute{text(unix.NFTA_SET_ELEM_LIST_TABLE, render.Table), text(unix.NFTA_SET_ELEM_LIST_SET, a.Name)}
+		now := time.Now()
+		err := t.request(unix.NFT_MSG_GETSETELEM, netlink.Request|netlink.Dump, request, func(list attributes) error {
+			return each(list[unix.NFTA_SET_ELEM_LIST_ELEMENTS], func(_ uint16, data []byte) error {
+				s, err := spoken(a, data, now)
+				if err == nil {
+					all = append(all, s)
+				}
+				return err
+			})
+		})
+		if err != nil {
+			return nil, fmt.Errorf("reading the set %s of the table inet %s: %w", a.Name, render.Table, t.explain(err))
+		}
+	}
+	return all, nil
+}
+
+// spoken reads an element of an account.
+func spoken(a render.Account, data []byte, now time.Time) (s status.Spoken, err error) {
+	fields, err := unpack(data)
+	if err != nil {
+		return s, err
+	}
+	key, err := unpack(fields[unix.NFTA_SET_ELEM_KEY])
+	if err != nil {
+		return s, err
+	}
+	bytes := key[unix.NFTA_DATA_VALUE]
+	size := int(addressType(a.IPv6).Bytes)
+	if len(bytes) != size+1+protocolPadding+2+portPadding {
+		return s, errors.New("an element of another length")
+	}
+	addr, _ := netip.AddrFromSlice(bytes[:size])
+	s = status.Spoken{
+		Fate: render.Fate(a.Name), Protocol: bytes[size], Last: now,
+		To: netip.AddrPortFrom(addr, binary.BigEndian.Uint16(bytes[size+1+protocolPadding:])),
+	}
+	if left := fields[unix.NFTA_SET_ELEM_EXPIRATION]; len(left) == 8 { // ms
+		s.Last = now.Add(time.Duration(binary.BigEndian.Uint64(left))*time.Millisecond - a.Timeout)
+	}
+	if counter := fields[unix.NFTA_SET_ELEM_EXPR]; counter != nil {
+		parts, err := unpack(counter)
+		if err != nil {
+			return s, err
+		}
+		s.Count, err = counted(parts)
+		if err != nil {
+			return s, err
+		}
+	}
+	return s, nil
+}
