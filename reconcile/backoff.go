@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// backoff spaces out starts that fail one after another. The first comes at once: an Envoy that was killed is back
+// backoff spaces out starts that fail one after another. After the first failure there is no wait: an Envoy that was killed is back
 // within a client's first retransmission.
 type backoff struct {
 	pause time.Duration
@@ -15,8 +15,8 @@ type backoff struct {
 const (
 	firstPause = 100 * time.Millisecond
 	maxPause   = 10 * time.Second
-	// healthy is how many times the last pause it must go well for the next failure to count as the first: so the pauses
-	// take a tenth of the time at most, and an Envoy that is killed each minute is back at once each time.
+	// healthy is how many times the last pause must pass without a failure until the next one counts as the first. So pauses take a tenth
+	// of the time at most, and an Envoy that is killed every minute is back at once each time.
 	healthy = 10
 )
 

@@ -7,10 +7,10 @@ import (
 	"mantlet/internal/status"
 )
 
-// connectionLimit is the code of connections that were too many.
+// connectionLimit is the code of connections that were closed because too many were open.
 const connectionLimit = "connection_limit"
 
-// capacity returns that of the Envoy that serves, or will.
+// capacity returns the connection limits of the Envoy that serves, or of the next one if none does.
 func (d *Daemon) capacity() status.Capacity {
 	var state *desired
 	d.locked(func() {
@@ -25,10 +25,10 @@ func (d *Daemon) capacity() status.Capacity {
 	return status.Capacity{Ingress: c.Ingress, By: c.By, Egress: c.Egress, Memory: d.Limits.Memory, Descriptors: d.Limits.Descriptors}
 }
 
-// overLimitPoll is how often Envoy is asked whether connections were too many: it writes no line of the access log for them.
+// overLimitPoll is how often Envoy is asked for connections over the limit: its access log has no line for them.
 const overLimitPoll = 10 * time.Second
 
-// logOverLimit logs connections that were too many, until ctx ends.
+// logOverLimit logs connections over the limit, until ctx ends.
 func (d *Daemon) logOverLimit(ctx context.Context) {
 	tick := time.NewTicker(overLimitPoll)
 	defer tick.Stop()

@@ -12,11 +12,12 @@ import (
 	"mantlet/internal/status"
 )
 
-// ticketLife bounds how long a client can resume a TLS session after its certificate expired: publishing anew ends all
-// tickets. An hour costs each client one full handshake an hour.
+// ticketLife bounds how long a client can resume a TLS session after its certificate expired: publishing the certificates again ends all
+// tickets. It costs each client one full handshake an hour.
 const ticketLife = time.Hour
 
-// certify reads and publishes certificates, again whenever they may have changed or there is a note on reread, until ctx ends.
+// certify reads and publishes certificates until ctx ends: whenever they may have changed, an Envoy was started, or there is a note on
+// reread.
 func (d *Daemon) certify(ctx context.Context, reread <-chan struct{}) {
 	changed := make(chan struct{}, 1)
 	var watching sync.WaitGroup
@@ -51,7 +52,7 @@ func (d *Daemon) certify(ctx context.Context, reread <-chan struct{}) {
 	}
 }
 
-// readCertificates passes on a new generation of certificates. A bad one is reported, and the last good one stays.
+// readCertificates publishes the certificates if they changed. Bad ones are reported, and the last good ones stay.
 func (d *Daemon) readCertificates(ctx context.Context) {
 	began := time.Now()
 	before := d.starting()
@@ -91,7 +92,7 @@ func (d *Daemon) readCertificates(ctx context.Context) {
 	d.warnOfExpiry(has, time.Now())
 }
 
-// starting is whether an Envoy starts, and how many starts there were.
+// starting is whether an Envoy is being started, and how many starts there were.
 type starting struct {
 	now   bool
 	count int
@@ -102,13 +103,14 @@ func (d *Daemon) starting() (s starting) {
 	return s
 }
 
-// isDiskFull reports whether an error is that a file system takes no more. Reading gives none of these.
+// isDiskFull reports whether an error is that a file system can not be written to: it is full, or read-only. Reading returns none of
+// these errors.
 func isDiskFull(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EROFS)
 }
 
-// warnOfExpiry warns while there is time left to mend it: what expires should have been replaced by the last fifth of its life. What is
-// on the path of this workload comes before what only peers may need.
+// warnOfExpiry warns of certificates that expire soon: they should be replaced before the last fifth of their life. One that this
+// workload's chain needs comes before one that only peers may need.
 func (d *Daemon) warnOfExpiry(has []status.Certificate, now time.Time) {
 	var needed, other error
 	for _, c := range has {
@@ -121,7 +123,7 @@ func (d *Daemon) warnOfExpiry(has []status.Certificate, now time.Time) {
 		case now.Before(c.NotAfter.Add(-c.NotAfter.Sub(c.NotBefore) / 5)):
 		case c.Needed && needed == nil:
 			needed = fmt.Errorf("%s, and there is no new one", text)
-		case !c.Needed && c.Role != status.RoleMeshCA && other == nil: // a bundle may hold a CA of before
+		case !c.Needed && c.Role != status.RoleMeshCA && other == nil: // a bundle may hold CAs that are not used any more
 			other = fmt.Errorf("%s; the certificate is valid without it: if no peer needs it, take it out", text)
 		}
 	}

@@ -20,8 +20,8 @@ import (
 	"mantlet/schema"
 )
 
-// configure reads the configuration, and again whenever it may have changed or a note on reload asks for it, until ctx ends.
-// A note on reload is passed on to the reader of the certificates. Nothing of what it reads holds up the loop.
+// configure reads the configuration until ctx ends: whenever it may have changed, or there is a note on reload, which is passed on to
+// certify. The loop does not wait for it.
 func (d *Daemon) configure(ctx context.Context, reload <-chan struct{}, reread chan<- struct{}) {
 	changed := make(chan struct{}, 1)
 	var watching sync.WaitGroup
@@ -45,15 +45,16 @@ func (d *Daemon) configure(ctx context.Context, reload <-chan struct{}, reread c
 	}
 }
 
-// parsed is what was made of the content of an override file.
+// parsed is the result for an override file's content.
 type parsed struct {
 	digest [sha256.Size]byte
 	link   string // see schema.Content
 	err    error
 }
 
-// readConfig offers a configuration that is good to the loop, unless the same content was offered last. Of a bad one it says
-// what is wrong, and the last good one stays: also that of a mantlet before this one, if the environment is the same.
+// readConfig offers a good configuration to the loop, unless its content is the same as before. If it is bad, it says what is wrong, and
+// the last good one stays in force. After a start, that is the one that the mantlet before this one stored, if its environment was the
+// same.
 func (d *Daemon) readConfig() {
 	err := d.load()
 	d.locked(func() {
@@ -109,7 +110,7 @@ func (d *Daemon) load() error {
 	return now.err
 }
 
-// offer leaves a good configuration to the loop. One that it has not taken yet is replaced.
+// offer hands a good configuration to the loop. It replaces one that the loop has not taken yet.
 func (d *Daemon) offer(next *desired) {
 	d.configuring.configured = true
 	d.locked(func() { d.offered = next })
@@ -125,7 +126,7 @@ func (d *Daemon) takeOffered() {
 	}
 }
 
-// mergeFile renders what a content of the override file makes of the environment.
+// mergeFile renders the environment merged with a content of the override file.
 func (d *Daemon) mergeFile(content schema.Content) (*desired, error) {
 	next, err := d.render(d.Environment.MergeContent(content))
 	if err != nil {
@@ -150,7 +151,7 @@ func (d *Daemon) render(config schema.Config, err error) (*desired, error) {
 	return &desired{mesh: config.Mesh, place: place, state: state, source: "environment"}, nil
 }
 
-// accept makes a good configuration the wanted one, unless it means the same.
+// accept makes a good configuration the wanted one, unless it has the same effect.
 func (d *Daemon) accept(next *desired) {
 	if d.want != nil {
 		if d.want.same(next) {
@@ -166,7 +167,7 @@ func (d *Daemon) accept(next *desired) {
 			d.Log.Info("configuration changed", "step", step.What, "needs", step.Need)
 		}
 	}
-	d.loop.backoff, d.loop.notBefore = backoff{}, time.Time{} // what failed was another state
+	d.loop.backoff, d.loop.notBefore = backoff{}, time.Time{} // the failures were of another state
 	d.locked(func() {
 		d.accepted++
 		next.number = d.accepted
@@ -175,8 +176,8 @@ func (d *Daemon) accept(next *desired) {
 	d.follow()
 }
 
-// storedFile is the last good override file, in the runtime directory, and the digest of the environment that it was merged
-// with: with another one it could mean something else.
+// storedFile is the last good override file in the runtime directory, and the digest of the environment that it was merged with. With
+// another environment it could mean something else.
 type storedFile struct {
 	Environment string `json:"environment"`
 	Content     []byte `json:"content"`
@@ -189,8 +190,8 @@ func (d *Daemon) storedPath() string {
 	return filepath.Join(d.Environment.Process.RuntimeDirectory, "last-good.json")
 }
 
-// storeFiles keeps each good file for a restart of mantlet, until ctx ends. What can't be kept is tried again: a full disk gives
-// no event when it has room.
+// storeFiles stores each good override file for the next mantlet, until ctx ends. A failed attempt is repeated: a full disk gives no
+// event when it has room again.
 func (d *Daemon) storeFiles(ctx context.Context) {
 	for {
 		var retry <-chan time.Time
@@ -209,7 +210,7 @@ func (d *Daemon) storeFiles(ctx context.Context) {
 	}
 }
 
-// store writes down what is to be kept, if it is not there already.
+// store writes the file that is to be stored, unless it is stored already.
 func (d *Daemon) store() {
 	var content []byte
 	d.locked(func() { content = d.unstored })
@@ -222,7 +223,7 @@ func (d *Daemon) store() {
 	}
 	d.configuring.storeErr = err
 	d.locked(func() {
-		if err == nil && bytes.Equal(content, d.unstored) { // else there is a newer one already
+		if err == nil && bytes.Equal(content, d.unstored) { // otherwise there is a newer one
 			d.unstored = nil
 		}
 	})
@@ -252,13 +253,13 @@ func (d *Daemon) writeStored(content []byte) error {
 		err = errors.New("an earlier file was still being written")
 	}
 	if err != nil {
-		// What is there may be looser: a mantlet that starts beside a bad file then waits for a good one.
+		// The older file may allow more. Without it, a mantlet that starts with a bad override file waits for a good one.
 		_, _ = files.Do("remove", path, func() (any, error) { return nil, os.Remove(path) })
 	}
 	return err
 }
 
-// restore returns what the last good file makes of the environment. The error is os.ErrNotExist where none was kept.
+// restore returns the state of the stored override file. The error is os.ErrNotExist if there is none.
 func (d *Daemon) restore() (*desired, error) {
 	text, err := schema.ReadFile(d.storedPath(), maxStored)
 	if err != nil {

@@ -8,21 +8,21 @@ import (
 	"mantlet/schema"
 )
 
-// Live is what is there, as the kernel and Envoy say.
+// Live is the state of the kernel and Envoy, as they report it.
 type Live struct {
 	Rules        render.Ruleset
-	Fit          func(render.Ruleset) render.Ruleset // the rules as this mantlet and kernel have them; nil for as they are
+	Fit          func(render.Ruleset) render.Ruleset // adapts rules to this kernel; nil for no adaptation
 	Envoy        status.Envoy
-	Certificates []string // what Envoy has otherwise than the TLS directory, a line each
+	Certificates []string // differences between what Envoy has and the TLS directory, a line each
 }
 
-// Difference is what there is otherwise than wanted.
+// Difference is how what is live differs from what is wanted.
 type Difference struct {
-	Steps   []Step   `json:"steps"`             // that lead to what is wanted, in the words of the configuration; none if it is what is wanted
+	Steps   []Step   `json:"steps"`             // from what is live to what is wanted, in the configuration's terms; none if they are the same
 	Details []string `json:"details,omitempty"` // the rules in the kernel, and the fields of Envoy's bootstrap, that differ
 }
 
-// Diff returns what leads from what is there to a mesh in a place. Rules are compared in the generations that are in force.
+// Diff returns how what is live differs from a mesh in a place. Rules are compared in the generations that are in force.
 func Diff(mesh schema.Mesh, place render.Place, have Live) (Difference, error) {
 	state, err := render.Render(mesh, place)
 	if err != nil {
@@ -52,7 +52,7 @@ func Diff(mesh schema.Mesh, place render.Place, have Live) (Difference, error) {
 	return d, nil
 }
 
-// diffRules returns what the rules have otherwise than those of a mesh, a line each.
+// diffRules returns how the live rules differ from those of a mesh, a line each.
 func (l Live) diffRules(mesh schema.Mesh, generations render.Generations) []string {
 	want := render.Rules(mesh, generations)
 	if l.Fit != nil {
@@ -61,8 +61,8 @@ func (l Live) diffRules(mesh schema.Mesh, generations render.Generations) []stri
 	return render.Diff(want, l.Rules)
 }
 
-// inForce returns the mesh that kernel and Envoy have, as far as they tell; all else is taken from a wanted one. It reports whether
-// Envoy tells.
+// inForce returns the mesh that the kernel and Envoy have in force, as far as they report it; the rest is taken from the wanted one.
+// reported says whether Envoy reports its part.
 func inForce(mesh schema.Mesh, place render.Place, have Live) (live schema.Mesh, reported bool) {
 	live = mesh
 	if before, ok := render.MeshOf(have.Envoy.Bootstrap, have.Envoy.Digest, place); ok {
@@ -88,7 +88,7 @@ func inForce(mesh schema.Mesh, place render.Place, have Live) (live schema.Mesh,
 	return live, reported
 }
 
-// withModes returns entries, which are sorted, with the lists of clients that others have.
+// withModes returns entries, sorted, with the lists of clients of others.
 func withModes(modes, lists []schema.Ingress) (all []schema.Ingress) {
 	rest := modes
 	for _, ports := range schema.Parts(modes, lists) {
@@ -107,8 +107,8 @@ func withModes(modes, lists []schema.Ingress) (all []schema.Ingress) {
 	return all
 }
 
-// diffEnvoy compares a running Envoy with a state. Where Envoy reported which mesh it was started for, steps to another one are known
-// already.
+// diffEnvoy compares a running Envoy with a state. If Envoy reported the mesh that it was started for, the steps to another mesh are
+// known already.
 func diffEnvoy(state render.State, settings schema.Envoy, have status.Envoy, reported bool) (steps []Step, details []string) {
 	add := func(format string, args ...any) {
 		steps = append(steps, Step{fmt.Sprintf(format, args...), HotRestart})

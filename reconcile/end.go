@@ -14,23 +14,23 @@ import (
 
 // change is what a state forbids that the one before it let in.
 type change struct {
-	from, to *desired // from is nil where it is not known what was in force
-	raised   bool     // the TLS minimum
-	revoked  bool     // a mesh CA was taken away, which may have signed any peer's certificate
+	from, to *desired // from is nil if it is not known what was in force
+	raised   bool     // the TLS minimum rises
+	revoked  bool     // a mesh CA was removed; it may have issued any peer's certificate
 	trust    peers.Trust
 	leads    map[*peers.Peer]bool
 	routes   map[netip.AddrPort]route // by listen address: egress entries that forbid something
 	known    map[sockdiag.Socket]peers.Connection
 }
 
-// route is what an egress entry came to.
+// route is what became of an egress entry.
 type route struct {
 	all      status.EndReason // why all of its connections are forbidden; empty if some may go on
 	narrowed bool             // it accepts fewer endpoints
 	names    []string
 }
 
-// tighten returns what a state forbids; nil if nothing.
+// tighten returns what a state forbids; nil for nothing.
 func (d *Daemon) tighten(next *desired, revoked bool) *change {
 	c := &change{from: d.have, to: next, revoked: revoked, leads: map[*peers.Peer]bool{}}
 	if d.have == nil {
@@ -47,7 +47,7 @@ func (d *Daemon) tighten(next *desired, revoked bool) *change {
 	return c
 }
 
-// readPeers looks who is connected. Where that can't be told, it counts as not known.
+// readPeers reads who is connected. If that fails, nobody is known.
 func (d *Daemon) readPeers(c *change) {
 	var err error
 	if c.known, err = d.Proxy.Peers(); err != nil {
@@ -56,9 +56,9 @@ func (d *Daemon) readPeers(c *change) {
 	}
 }
 
-// forbidden returns the egress entries at which connections can be open that another mesh would not make: whose entry is gone or leads
-// elsewhere, whose endpoint may not be accepted any more, or who may use a TLS version that is too old. revoked tells that a mesh CA was
-// taken away, which may have signed any endpoint's certificate.
+// forbidden returns the egress entries with connections that another mesh would not make: the entry is gone or has another upstream,
+// accepts fewer endpoints, or requires a newer TLS version. revoked says that a mesh CA was removed, which may have issued any endpoint's
+// certificate.
 func forbidden(from, to schema.Mesh, revoked bool) map[netip.AddrPort]route {
 	routes := map[netip.AddrPort]route{}
 	raised := to.TLS.MinVersion > from.TLS.MinVersion
@@ -100,14 +100,14 @@ func (c *change) reasonToEnd(s sockdiag.Socket, mark render.Mark) status.EndReas
 	return status.EndOlder // a change before this one forbade it, or it was made while this one was put in force
 }
 
-// client returns why a client at a port of ModeMTLS may not go on. Nobody may of whom it is not known who it is.
+// client returns why a client at a port of ModeMTLS may not go on. A client that is not known may not.
 func (c *change) client(s sockdiag.Socket) status.EndReason {
 	port := s.Local.Port()
 	was, is := schema.PolicyOf(c.from.enforced().Ingress, port), schema.PolicyOf(c.to.enforced().Ingress, port)
 	return c.peer(s, !was.Within(is), status.EndNotAllowed, func(p *peers.Peer) bool { return p.IsListed(is.Allow) })
 }
 
-// endpoint returns why a connection of the workload, to an egress entry or else to another address on loopback, may not go on.
+// endpoint returns why a connection of the workload to a loopback address may not go on. Only those to egress entries are ended.
 func (c *change) endpoint(s sockdiag.Socket) status.EndReason {
 	r, ok := c.routes[s.Local]
 	if !ok || r.all != "" {
@@ -130,7 +130,7 @@ func (c *change) peer(s sockdiag.Socket, narrowed bool, unlisted status.EndReaso
 	}
 }
 
-// isTrusted reports whether a peer's certificate leads to one of the mesh CAs that are left. It asks once for each certificate.
+// isTrusted reports whether a peer's certificate chains to one of the remaining mesh CAs. It verifies each certificate once.
 func (c *change) isTrusted(p *peers.Peer) bool {
 	leads, asked := c.leads[p]
 	if !asked {
@@ -140,11 +140,11 @@ func (c *change) isTrusted(p *peers.Peer) bool {
 	return leads
 }
 
-// moveAllowed moves those connections to the new generations of their ports that a change does not forbid, and returns how many there are. The
-// rules of before then admit both generations; those of after admit the new one alone. Whoever is not moved is ended by them.
+// moveAllowed moves the connections that a change allows to the new generations of their ports, and returns how many it moved. Meanwhile
+// the rules admit the old and the new generation. The rules after that admit only the new one, and end what was not moved.
 //
-// A connection is known by addresses, which another one can have the next moment. So whoever is moved is looked at again afterwards: a
-// connection that begins still later has the generation of before again.
+// A connection is identified by its addresses, which another connection can have the next moment. So the peers of moved connections are
+// read again afterwards. A connection that begins later has the old generation again.
 func (d *Daemon) moveAllowed(c *change) (spared int) {
 	if c == nil || c.from == nil || len(c.known) == 0 {
 		return 0
@@ -161,7 +161,7 @@ func (d *Daemon) moveAllowed(c *change) (spared int) {
 	return spared
 }
 
-// candidates returns the connections that are to be moved, and where to.
+// candidates returns the connections to move, with their new marks.
 func (d *Daemon) candidates(c *change) (map[sockdiag.Socket]render.Mark, error) {
 	clients, err := d.Kernel.Clients()
 	if err != nil {
@@ -178,7 +178,7 @@ func (d *Daemon) candidates(c *change) (map[sockdiag.Socket]render.Mark, error) 
 	return to, nil
 }
 
-// moveAll moves connections. Where the error is not nil, all that were moved are ended.
+// moveAll moves connections. If it returns an error, all that were moved are ended.
 func (d *Daemon) moveAll(c *change, to map[sockdiag.Socket]render.Mark) (spared int, err error) {
 	both := *d.have
 	both.moving = true
@@ -208,8 +208,8 @@ func (d *Daemon) moveAll(c *change, to map[sockdiag.Socket]render.Mark) (spared 
 	return len(moved) - len(back), err
 }
 
-// end ends the connections that were let in or out before and that a state, whose rules are in force, forbids. The rules end those from
-// outside by themselves, at their next packet; here both ends are told at once. Where that fails the rules are what is left.
+// end ends the open connections that a state forbids whose rules are in force. Without it the rules would end those from outside at their
+// next packet; end resets both sides at once. If it fails, the rules still do their part.
 func (d *Daemon) end(c *change) {
 	if c == nil {
 		return

@@ -12,13 +12,13 @@ import (
 )
 
 const (
-	// lastEndings is how many are kept, and told of one change.
+	// lastEndings is how many are kept, and how many are logged of one change.
 	lastEndings = 20
-	// sansOfEnding is how many names of a certificate are told.
+	// sansOfEnding is how many SANs of a certificate are logged.
 	sansOfEnding = 10
 )
 
-// endings counts and keeps what changes ended.
+// endings counts the connections that changes ended, and keeps the last ones.
 type endings struct {
 	counts map[string]map[status.EndReason]uint64 // by direction
 	last   []status.Ending                        // the newest last
@@ -38,7 +38,7 @@ func (e *endings) ended() (all []status.Ended) {
 	return all
 }
 
-// add takes note of what a change ended.
+// add counts and keeps what a change ended.
 func (e *endings) add(all []status.Ending) {
 	if e.counts == nil {
 		e.counts = map[string]map[status.EndReason]uint64{"ingress": {}, "egress": {}}
@@ -67,7 +67,7 @@ func (d *Daemon) logEnded(c *change, ended map[sockdiag.Socket]status.EndReason)
 	d.locked(func() { d.endings.add(all) })
 }
 
-// sum returns what was ended, by whom and why, the most first.
+// sum groups the ended connections by peer and reason, the largest group first.
 func (c *change) sum(ended map[sockdiag.Socket]status.EndReason) []status.Ending {
 	type key struct {
 		direction, destination, names string

@@ -7,7 +7,7 @@ import (
 	"mantlet/render"
 )
 
-// enforce puts a state's rules in force, in generations that end what it does not let in any more.
+// enforce puts a state's rules in force, with new generations at the ports where the state forbids connections that may be open.
 func (d *Daemon) enforce(want *desired) (err error) {
 	var revoked bool
 	d.locked(func() { revoked, d.revoked = d.revoked, false })
@@ -25,7 +25,7 @@ func (d *Daemon) enforce(want *desired) (err error) {
 	if rules := next.rules(); d.have == nil || rules.Text() != d.have.rules().Text() {
 		spared := d.moveAllowed(change)
 		if err := d.replace(rules); err != nil {
-			d.loop.exhausted = d.loop.exhausted || spared > 0 // the next attempt may forbid what has a mark of the future already
+			d.loop.exhausted = d.loop.exhausted || spared > 0 // the next attempt may forbid what was moved to the next generation already
 			return err
 		}
 		d.Log.Info("rules are in force", "ingress_entries", len(want.mesh.Ingress), "egress_entries", len(want.mesh.Egress))
@@ -38,7 +38,7 @@ func (d *Daemon) enforce(want *desired) (err error) {
 	return nil
 }
 
-// revoke ends the connections by a mesh CA that was taken away. It waits for no Envoy.
+// revoke ends the connections of a mesh CA that was removed. It does not wait for Envoy.
 func (d *Daemon) revoke() {
 	var revoked bool
 	d.locked(func() { revoked = d.revoked })
@@ -50,7 +50,8 @@ func (d *Daemon) revoke() {
 	}
 }
 
-// restartExhausted ends all connections where the generations of a port are used up: the next one could bring back what it ended.
+// restartExhausted ends all connections, by stopping Envoy, if a port has no generation left: the next one would admit connections that
+// an earlier change ended.
 func (d *Daemon) restartExhausted() {
 	if !d.loop.exhausted {
 		return

@@ -8,7 +8,7 @@ import (
 	"mantlet/internal/status"
 )
 
-// fallBack makes the last good state serve where an attempt at another one left nothing that does, or that answers.
+// fallBack makes the last good state serve if a failed attempt at another one left no Envoy that serves it and answers.
 func (d *Daemon) fallBack(ctx context.Context) error {
 	if d.serving.process != nil && d.isServing(d.have) {
 		ctx, cancel := context.WithTimeout(ctx, checkLimit)
@@ -23,12 +23,12 @@ func (d *Daemon) fallBack(ctx context.Context) error {
 	return nil
 }
 
-// isServing reports whether an Envoy runs with the state.
+// isServing reports whether an Envoy serves a state.
 func (d *Daemon) isServing(state *desired) bool {
 	return d.serving.process != nil && d.serving.digest == state.state.Digest
 }
 
-// start makes a state serve. While it is under way, connections by a mesh CA that is taken away end all the same.
+// start makes an Envoy serve a state. Meanwhile, connections of a mesh CA that is removed are ended all the same.
 func (d *Daemon) start(ctx context.Context, want *desired) error {
 	kind, began := status.ApplyStart, time.Now()
 	if d.serving.process != nil {
@@ -59,7 +59,7 @@ func (d *Daemon) start(ctx context.Context, want *desired) error {
 	return nil
 }
 
-// startAndRevoke starts an Envoy, and revokes while it starts.
+// startAndRevoke starts an Envoy, and calls revoke while it starts.
 func (d *Daemon) startAndRevoke(ctx context.Context, want *desired) (process Process, err error) {
 	done := make(chan struct{})
 	go func() {
@@ -68,25 +68,25 @@ func (d *Daemon) startAndRevoke(ctx context.Context, want *desired) (process Pro
 		d.watchdog.begin(starter, "starting Envoy", startLimit)
 		process, err = d.Proxy.Start(ctx, want.state, want.mesh.Envoy)
 	}()
-	news := false
+	changed := false
 	for {
 		d.watchdog.idle(loop)
 		select {
 		case <-done:
 			d.watchdog.begin(loop, "its turn", turnLimit)
-			if news {
-				notify(d.notes.changed) // there may be another configuration, too
+			if changed {
+				notify(d.notes.changed) // the configuration may have changed as well
 			}
 			return process, err
 		case <-d.notes.changed:
-			news = true
+			changed = true
 			d.watchdog.begin(loop, "its turn", turnLimit)
 			d.revoke()
 		}
 	}
 }
 
-// envoyEnded takes note that the Envoy which served has ended.
+// envoyEnded notes that the Envoy that served has ended.
 func (d *Daemon) envoyEnded() {
 	err, delay := d.serving.process.Err(), d.loop.backoff.next(time.Now())
 	d.Log.Error("Envoy ended; new connections wait until it is back", "error", err, "restart_in", delay.String())
@@ -99,7 +99,7 @@ func (d *Daemon) envoyEnded() {
 	d.noteFailure(status.CheckEnvoy, err)
 }
 
-// exited returns the channel that tells the end of the running Envoy, or nil where none runs.
+// exited returns a channel that is closed when the Envoy that serves ends; nil if none serves.
 func (d *Daemon) exited() <-chan struct{} {
 	if d.serving.process == nil {
 		return nil

@@ -7,8 +7,7 @@ import (
 	"mantlet/internal/gate"
 )
 
-// serveGate serves the gate's socket, if there is to be one. Where it can't, the mesh goes on without, the status says why, and
-// it is tried again.
+// serveGate serves the gate's socket, if one is configured, until ctx ends. If it can't, the status says why, and it is tried again.
 func (d *Daemon) serveGate(ctx context.Context) {
 	path := d.Environment.Process.GateSocket
 	for ; path != "" && ctx.Err() == nil; sleep(ctx, gateRetry) {
@@ -27,5 +26,5 @@ func (d *Daemon) serveGate(ctx context.Context) {
 	}
 }
 
-// gateRetry is how often the gate's socket is tried that could not be served.
+// gateRetry is how soon a failed attempt to serve the gate's socket is repeated.
 const gateRetry = time.Second

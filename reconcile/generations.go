@@ -9,13 +9,13 @@ import (
 	"mantlet/schema"
 )
 
-// nextGenerations returns the generations for a mesh that follows another one: a new one at each port where connections may be
-// open that would not be let in any more, and the old one at all others. revoked tells that a mesh CA was taken away, which
-// is nothing to ports that ask for no certificate.
+// nextGenerations returns the generations for a mesh that follows another one: a new one at each port where connections may be open that
+// the new mesh would not let in, and the old one at all others. revoked says that a mesh CA was removed; that does not concern ports that
+// require no client certificate.
 //
-// The mode's mark alone would not do: a connection that says nothing while its port goes to another mode and back would
-// outlive what was tightened meanwhile. Each port counts by itself, so ports share generations, and the chains of these: a
-// connection has one port, and a mark of another port's past is nothing to it.
+// A mark of the mode alone would not be enough: a connection that is silent while its port goes to another mode and back would survive a
+// change that forbade it. Generations are counted for each port, so several ports share a generation and its chains. A connection has one
+// port, so what another port's generation means for it does not matter.
 func nextGenerations(have render.Generations, from, to schema.Mesh, revoked bool) render.Generations {
 	raised := to.TLS.MinVersion > from.TLS.MinVersion
 	ranges := make([]schema.Ports, 0, len(have.Ports))
@@ -39,9 +39,9 @@ func nextGenerations(have render.Generations, from, to schema.Mesh, revoked bool
 	return next
 }
 
-// laxestBefore returns the most permissive mesh that can have been in force before this mantlet, and its generations: the rules that it
-// found tell modes and generations, and not which clients were let in, or with which TLS. Where they can't be read, nobody knows
-// what was before. It reports false where there was nothing.
+// laxestBefore returns the most permissive mesh that may have been in force before this mantlet, and its generations. The rules that
+// mantlet found have modes and generations, but neither the clients that were let in nor the TLS versions. If they can't be read, anybody
+// may have been let in. It returns false if there were no rules.
 func laxestBefore(found render.Ruleset, want schema.Mesh) (schema.Mesh, render.Generations, bool) {
 	ingress, generations, ok := render.ReadBack(found)
 	if !ok {
@@ -53,7 +53,7 @@ func laxestBefore(found render.Ruleset, want schema.Mesh) (schema.Mesh, render.G
 	return schema.Mesh{Ingress: ingress, TLS: schema.TLS{MinVersion: schema.TLS12}}, generations, len(found.Chains) > 0
 }
 
-// advances are the changes of generations that are not longer than maxSilence ago.
+// advances are the changes of generations of the last maxSilence.
 type advances []advance
 
 type advance struct {
@@ -62,17 +62,17 @@ type advance struct {
 }
 
 const (
-	// maxSilence is more than a connection can go without a packet, by which a change that forbids it ends it: Envoy's keepalive
-	// asks after a minute.
+	// maxSilence is longer than a connection can be without a packet: Envoy sends keepalives after a minute. A packet of a connection
+	// that a change forbids ends it.
 	maxSilence = 3 * time.Minute
-	// maxAdvances bounds what is kept, and looked through.
+	// maxAdvances bounds the list.
 	maxAdvances = 500
-	// maxRaisesOfPort leaves out the generation that a port is in, and the one that connections are moved to: see render.Generations.
+	// maxRaisesOfPort leaves out the generation that a port has, and the one that connections are moved to, see render.Generations.
 	maxRaisesOfPort = int(render.MaxGeneration) - 1
 )
 
-// add takes note of a change. It reports whether some port has had so many that the next one could bring back a generation
-// which silent connections have; then all is forgotten, for the caller ends them.
+// add appends a change. It returns true if a port has changed so often that its next generation could be one that silent connections
+// still have. The caller ends all connections then, and the list is emptied.
 func (r *advances) add(now time.Time, from, to render.Generations) bool {
 	if reflect.DeepEqual(from, to) {
 		return false
@@ -80,7 +80,7 @@ func (r *advances) add(now time.Time, from, to render.Generations) bool {
 	*r = append(slices.DeleteFunc(*r, func(old advance) bool { return now.Sub(old.at) > maxSilence }), advance{now, from, to})
 	exhausted := len(*r) >= maxAdvances
 	if len(*r) >= maxRaisesOfPort {
-		ports := []uint16{0} // which no entry contains, as most ports
+		ports := []uint16{0} // stands for the ports without an entry
 		var ranges []schema.Ports
 		for _, one := range *r {
 			for _, p := range slices.Concat(one.from.Ports, one.to.Ports) {

@@ -11,10 +11,9 @@ import (
 )
 
 const (
-	// resync is how often the rules are looked at although no event came. Where nothing changed it costs one question to the
-	// kernel.
+	// resync is how often the rules are checked although there was no event. If nothing changed, that costs one request to the kernel.
 	resync = time.Second
-	// changesAtOnce and changesEvery bound what the log tells of other processes' rules: some may change them all the time.
+	// changesAtOnce and changesEvery limit log lines about changes by other processes: some change rules all the time.
 	changesAtOnce = 30
 	changesEvery  = 10 * time.Second
 )
@@ -29,7 +28,7 @@ func newLogLimit() *logLimit {
 	return &logLimit{limiter: rate.NewLimiter(rate.Every(changesEvery), changesAtOnce)}
 }
 
-// admit reports whether a line may be logged and, if so, how many were not since the last one that was.
+// admit reports whether a line may be logged and, if so, how many were left out since the last one.
 func (v *logLimit) admit() (leftOut int, ok bool) {
 	if !v.limiter.AllowN(time.Now(), 1) {
 		v.leftOut++
@@ -39,16 +38,16 @@ func (v *logLimit) admit() (leftOut int, ok bool) {
 	return leftOut, true
 }
 
-// guard keeps the rules as they were put last until ctx ends. Nothing holds it up: a start of Envoy may take long, and
-// deny-all is to be kept too.
+// guard keeps the rules as they were put last, until ctx ends. It waits for nothing else: a start of Envoy may take long, and deny-all is
+// to be kept meanwhile, too.
 func (d *Daemon) guard(ctx context.Context) {
 	changes := d.Kernel.Watch(ctx)
 	defer func() {
-		for range changes { // it is closed once Watch has ended
+		for range changes { // Watch closes it
 		}
 	}()
 	d.guarding.log = newLogLimit()
-	var surveying sync.WaitGroup // beside: other software may have many rules
+	var surveying sync.WaitGroup // in parallel: other software may have many rules
 	surveying.Go(func() { d.watchOtherTables(ctx) })
 	defer surveying.Wait()
 	look := time.NewTicker(resync)
@@ -70,7 +69,7 @@ func (d *Daemon) guard(ctx context.Context) {
 	}
 }
 
-// watchValidity says, once each, that peers do not accept the certificates any more, and that they do again: no input changes when a
+// watchValidity logs once that peers do not accept the certificates any more, and once that they do again. No input changes when a
 // certificate expires.
 func (d *Daemon) watchValidity(now time.Time) {
 	err := d.Secrets.Valid(now)
@@ -85,7 +84,7 @@ func (d *Daemon) watchValidity(now time.Time) {
 	d.guarding.invalid = err
 }
 
-// watchListeners says, once each, that another process joined Envoy's listeners, and that it left them.
+// watchListeners logs once that another process joined Envoy's listeners, and once that it left them.
 func (d *Daemon) watchListeners() {
 	d.watchdog.begin(guard, "looking at Envoy's listeners", kernelLimit)
 	joined, known := d.joinedListeners()
@@ -102,7 +101,8 @@ func (d *Daemon) watchListeners() {
 	d.guarding.joined = joined
 }
 
-// joinedListeners returns which listeners another process has joined. While an Envoy starts that is not known: it may have more threads.
+// joinedListeners returns which listeners another process has joined. known is false while an Envoy starts: it may have more threads than
+// the one before.
 func (d *Daemon) joinedListeners() (joined error, known bool) {
 	starts := func() (n int, now bool) {
 		d.locked(func() { n, now = d.starts, d.handover })

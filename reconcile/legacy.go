@@ -9,11 +9,11 @@ import (
 	"time"
 )
 
-// liftLimit is more than a removal takes where iptables-legacy waits for its lock.
+// liftLimit is more than a removal takes while iptables-legacy waits for its lock.
 const liftLimit = 10 * time.Second
 
-// followLegacy looks at iptables-legacy from time to time, until ctx ends, and, where it is to, removes what a guest booted with once
-// mantlet's own rules are in force.
+// followLegacy reads the rules of iptables-legacy from time to time, until ctx ends. If it is configured to, it removes the rule that a
+// guest booted with once mantlet's own rules are in force.
 func (d *Daemon) followLegacy(ctx context.Context) {
 	var logged []string
 	for {
@@ -29,7 +29,7 @@ func (d *Daemon) followLegacy(ctx context.Context) {
 	}
 }
 
-// lookAtLegacy takes note of what there is, and removes what it is to. logged is what the log has already.
+// lookAtLegacy reads the rules, and removes what it is configured to. logged are those that were logged last.
 func (d *Daemon) lookAtLegacy(ctx context.Context, logged *[]string) {
 	rules, err := d.Legacy.Read()
 	var inForce bool
@@ -57,8 +57,7 @@ func (d *Daemon) lookAtLegacy(ctx context.Context, logged *[]string) {
 	d.locked(func() { d.liftErr = failed })
 }
 
-// legacyDenial returns why nothing comes in over IPv4 although mantlet's rules let it in; nil where iptables-legacy does not keep it from
-// that.
+// legacyDenial returns which rules of iptables-legacy drop what mantlet's rules let in over IPv4; nil for none.
 func (d *Daemon) legacyDenial() error {
 	if d.Legacy == nil {
 		return nil

@@ -9,7 +9,7 @@ import (
 	"mantlet/schema"
 )
 
-// follow follows the names that the wanted state and the one in force have.
+// follow has the names of the wanted state, and of the one in force, resolved.
 func (d *Daemon) follow() {
 	if d.Names == nil {
 		return
@@ -26,14 +26,14 @@ func (d *Daemon) follow() {
 	d.Names.Follow(all)
 }
 
-// refresh looks all names up now.
+// refresh resolves all names now.
 func (d *Daemon) refresh() {
 	if d.Names != nil {
 		d.Names.Refresh()
 	}
 }
 
-// upstreams describes the egress entries of the state in force, or of the one that is wanted where none is.
+// upstreams describes the upstreams of the state in force, or of the wanted one if none is in force.
 func (d *Daemon) upstreams() []status.Upstream {
 	var state *desired
 	d.locked(func() {
@@ -64,7 +64,7 @@ func (d *Daemon) upstream(e schema.Egress) status.Upstream {
 	return u
 }
 
-// Upstream describes the upstream of the egress entry that listens at an address; the zero value where none does.
+// Upstream describes the upstream of the egress entry that listens at an address; the zero value if none does.
 func (d *Daemon) Upstream(listen string) status.Upstream {
 	addr, err := netip.ParseAddrPort(listen)
 	if err != nil {
@@ -85,11 +85,11 @@ func (d *Daemon) Upstream(listen string) status.Upstream {
 	return status.Upstream{}
 }
 
-// maxUnresolved is how many entries are told of among the problems: the status has all.
+// maxUnresolved is how many entries are listed among the problems. The status has all.
 const maxUnresolved = 5
 
-// unresolved says of which egress entries the upstream has no address, or none that is confirmed. Until the first lookup is done
-// that is no problem.
+// unresolved returns the egress entries whose upstream has no address, or none that is confirmed. Before the first lookup that is no
+// problem.
 func (d *Daemon) unresolved(now time.Time) []error {
 	var all []error
 	for _, u := range d.upstreams() {

@@ -11,21 +11,20 @@ import (
 	"mantlet/schema"
 )
 
-// A change that forbids something never waits in the kernel's rules. What it needs beside them may: a new Envoy, which cuts what the
-// one before last still drains, and a new generation of a port's policy, of which there are few. Where such changes come too often, the
-// ports that they are about are closed until they may be served again.
+// The kernel's rules end at once what a change forbids. The rest of the change may have to wait: a new Envoy ends the one before last, which
+// may still be draining, and a port has few generations. If such changes come too often, their ports are closed until the change is served.
 const (
-	// In drainCutsWithin there are drainCutsAtOnce hot restarts at most that cut what drains.
+	// Within drainCutsWithin, drainCutsAtOnce hot restarts at most end an epoch that is still draining.
 	drainCutsAtOnce = 2
 	drainCutsWithin = 30 * time.Second
-	// After advancesAtOnce new generations within maxSilence, the next one waits for advancesEvery. Together they stay below
-	// maxRaisesOfPort, from which on all of Envoy's connections would have to end.
+	// After advancesAtOnce new generations within maxSilence, the next one waits for advancesEvery. So there are fewer than
+	// maxRaisesOfPort, at which all connections would have to end.
 	advancesAtOnce = 11
 	advancesEvery  = 10 * time.Second
 )
 
-// delay returns how long a state has to wait: for the back-off, because a hot restart would cut the connections of the epoch
-// before the one that serves, or because changes that tighten come too often.
+// delay returns how long a state has to wait: for the back-off, for an epoch that is still draining, or because changes that forbid
+// something come too often.
 func (d *Daemon) delay(now time.Time, want *desired) time.Duration {
 	wait := d.loop.advances.pause(now)
 	if d.have == nil || want.sameRules(d.have) {
@@ -47,7 +46,7 @@ func (d *Daemon) delay(now time.Time, want *desired) time.Duration {
 	return wait
 }
 
-// pause returns how long the next new generation has to wait.
+// pause returns how long the next generation has to wait.
 func (r advances) pause(now time.Time) time.Duration {
 	recent := 0
 	for _, one := range r {
@@ -61,13 +60,13 @@ func (r advances) pause(now time.Time) time.Duration {
 	return r[len(r)-1].at.Add(advancesEvery).Sub(now)
 }
 
-// portClosure is what a state that has to wait forbids.
+// portClosure is what a state that has to wait forbids already.
 type portClosure struct {
 	ports []schema.Ports
-	mesh  schema.Mesh // what the rules are made of: at the ports that of the state which waits, else that of the state in force
+	mesh  schema.Mesh // the rules are made from it: at these ports the waiting state, elsewhere the one in force
 }
 
-// enforced returns the mesh that the rules are made of.
+// enforced returns the mesh that the rules are made from.
 func (s *desired) enforced() schema.Mesh {
 	if s.closed != nil {
 		return s.closed.mesh
@@ -75,7 +74,7 @@ func (s *desired) enforced() schema.Mesh {
 	return s.mesh
 }
 
-// rules returns the rules that are in force with the state.
+// rules returns the state's rules, as the kernel has them once the state is in force.
 func (s *desired) rules() render.Ruleset {
 	generations := s.generations
 	generations.Moving = s.moving
@@ -89,17 +88,17 @@ func (s *desired) closedPorts() []schema.Ports {
 	return nil
 }
 
-// isClosed reports whether all of some ports are closed.
+// isClosed reports whether all ports of a range are closed.
 func (s *desired) isClosed(ports schema.Ports) bool {
 	return slices.ContainsFunc(s.closedPorts(), func(p schema.Ports) bool { return p.Contains(ports.First) && p.Contains(ports.Last) })
 }
 
-// sameRules reports whether two states have the same rules, but for generations.
+// sameRules reports whether two states have the same rules, apart from generations.
 func (s *desired) sameRules(other *desired) bool {
 	return s.closed == nil && other.closed == nil && len(tightened(s.mesh, other.mesh)) == 0 && len(tightened(other.mesh, s.mesh)) == 0
 }
 
-// closePorts ends what a state forbids that has to wait, and lets nobody in at these ports until another state is in force.
+// closePorts ends the connections that a waiting state forbids, and closes their ports until another state is in force.
 func (d *Daemon) closePorts(want *desired) error {
 	if d.have == nil {
 		return nil

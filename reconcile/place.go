@@ -4,7 +4,7 @@ import (
 	"mantlet/render"
 )
 
-// currentPlace returns what the place is like now. IPv6 may be switched on or off at any time; then the loop is told.
+// currentPlace returns the place as it is now. IPv6 may be switched on or off at any time; the loop is notified then.
 func (d *Daemon) currentPlace() render.Place {
 	if d.HasIPv6 == nil {
 		return d.Place
@@ -20,8 +20,8 @@ func (d *Daemon) currentPlace() render.Place {
 	return d.Place
 }
 
-// renderForPlace renders the wanted state, and the one in force, for what the place is like now: an Envoy can't be started where it is to
-// listen at an address that is not there. The rules are the same everywhere.
+// renderForPlace renders the wanted state and the one in force again if the place has changed: Envoy does not start if it is to listen at
+// an address that does not exist. The rules do not depend on the place.
 func (d *Daemon) renderForPlace() error {
 	place := d.currentPlace()
 	for _, state := range []**desired{&d.want, &d.have} {

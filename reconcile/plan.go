@@ -12,7 +12,7 @@ import (
 	"mantlet/schema"
 )
 
-// Step is one difference between two meshes, and what it takes.
+// Step is one difference between two meshes, and what it needs.
 type Step struct {
 	What string `json:"what"` // as "8080: passthrough -> mtls"
 	Need Need   `json:"need"`
@@ -20,18 +20,18 @@ type Step struct {
 
 func (s Step) String() string { return s.What + "; " + string(s.Need) }
 
-// Need is what a step does to Envoy.
+// Need is what a step needs of Envoy.
 type Need string
 
-// What a change needs.
+// The needs.
 const (
-	NoRestart  Need = "no restart"  // rules in the kernel at the most
-	SDS        Need = "SDS"         // publication of certificates to the Envoy that runs
+	NoRestart  Need = "no restart"  // at most other rules in the kernel
+	SDS        Need = "SDS"         // certificates are published to the running Envoy
 	HotRestart Need = "hot restart" // a new epoch of Envoy
 	Start      Need = "start"       // of Envoy: none runs
 )
 
-// Compare returns the steps that lead from one mesh to another: none if they do the same. Names alone change nothing.
+// Compare returns the steps from one mesh to another; none if they have the same effect. Names have none.
 func Compare(from, to schema.Mesh) []Step {
 	var steps []Step
 	add := func(need Need, format string, args ...any) {
@@ -55,7 +55,7 @@ func Compare(from, to schema.Mesh) []Step {
 		restarts("maxConnectionAge: %s -> %s", ageOf(from), ageOf(to))
 	}
 	if from.AccessLog != to.AccessLog {
-		need := NoRestart // without a listener nothing is logged, whatever is to be
+		need := NoRestart // without listeners Envoy has no access log
 		if hasListeners(from) || hasListeners(to) {
 			need = HotRestart
 		}
@@ -67,7 +67,7 @@ func Compare(from, to schema.Mesh) []Step {
 	return steps
 }
 
-// hasListeners reports whether Envoy has any for a mesh.
+// hasListeners reports whether Envoy has listeners for a mesh.
 func hasListeners(m schema.Mesh) bool { return !m.IngressOff || len(m.Egress) > 0 }
 
 func onOff(on bool) string {
@@ -100,7 +100,7 @@ func compareSettings(from, to schema.Envoy, add func(format string, args ...any)
 	}
 }
 
-// tightened returns the ports where connections that were let in under one mesh could be refused under the other.
+// tightened returns the ports where connections that one mesh lets in could be refused by the other.
 func tightened(from, to schema.Mesh) (all []schema.Ports) {
 	raised := to.TLS.MinVersion > from.TLS.MinVersion
 	parts := schema.Parts(from.Ingress, to.Ingress)
@@ -116,12 +116,12 @@ func tightened(from, to schema.Mesh) (all []schema.Ports) {
 	return all
 }
 
-// tightens reports whether connections that were let in under one mesh could be refused under the other.
+// tightens reports whether connections that one mesh lets in could be refused by the other.
 func tightens(from, to schema.Mesh) bool { return len(tightened(from, to)) > 0 }
 
 type adder func(need Need, format string, args ...any)
 
-// comparePorts tells changes by ranges of ports that have the same policy before and the same after.
+// comparePorts describes changes by ranges of ports that have one policy before and one after.
 func comparePorts(from, to []schema.Ingress, add adder) {
 	for _, at := range schema.Parts(from, to) {
 		was, is := schema.PolicyOf(from, at.First), schema.PolicyOf(to, at.First)
@@ -187,7 +187,7 @@ func compareProbes(from, to []schema.Probe, add adder) {
 	}
 }
 
-// title is what an entry is called to people: its name where that is fit to print, else its address.
+// title returns what an entry is called in a step: its name if that is printable, else its address.
 func title(e schema.Egress) string {
 	if e.Name == "" || strings.ContainsFunc(e.Name, func(r rune) bool { return !unicode.IsPrint(r) }) || len(e.Name) > 64 {
 		return e.Listen.String()

@@ -36,14 +36,14 @@ func (w *desired) routes() []status.Route {
 	return all
 }
 
-// outcome is what came of a probe.
+// outcome is the result of a probe.
 type outcome struct {
 	probe schema.Probe
 	at    time.Time
 	err   error
 }
 
-// probeStatuses returns what came of the probes of the wanted configuration. The caller holds mu.
+// probeStatuses returns the results of the probes of the wanted configuration. The caller holds mu.
 func (d *Daemon) probeStatuses() []status.ProbeStatus {
 	all := []status.ProbeStatus{}
 	if d.want == nil {
@@ -62,14 +62,14 @@ func (d *Daemon) probeStatuses() []status.ProbeStatus {
 	return all
 }
 
-// noteOutcome keeps what came of a probe, and reports whether it failed the last time. The caller holds mu.
+// noteOutcome keeps the result of a probe, and reports whether the one before failed. The caller holds mu.
 func (d *Daemon) noteOutcome(p schema.Probe, err error) (failed bool) {
 	if d.outcomes == nil {
 		d.outcomes = map[string]outcome{}
 	}
 	before, asked := d.outcomes[p.Name]
 	d.outcomes[p.Name] = outcome{p, time.Now(), err}
-	if d.want != nil { // those of configurations before are forgotten
+	if d.want != nil { // results of probes that are not configured any more
 		maps.DeleteFunc(d.outcomes, func(name string, _ outcome) bool {
 			return !slices.ContainsFunc(d.want.mesh.Probes, func(p schema.Probe) bool { return p.Name == name })
 		})

@@ -11,17 +11,17 @@ import (
 	"time"
 )
 
-// readyPoll is how old the ready file's word may be: a probe that looks for the file does so each second, as a rule.
+// readyPoll is how old what the ready file says may be. Probes usually look for the file once a second.
 const readyPoll = 250 * time.Millisecond
 
 // readyLink is what the ready file leads to.
 func readyLink(runtimeDirectory string) string { return filepath.Join(runtimeDirectory, "ready") }
 
-// PlaceReadyFile makes a path lead to where there is a file exactly while a sidecar is ready, and there is none yet. What is at the path is
-// replaced, unless it is a directory.
+// PlaceReadyFile makes a path a link to a file that exists exactly while a sidecar is ready; it does not exist yet. Whatever is at the
+// path is replaced, unless it is a directory.
 //
-// The path leads to a name in the runtime directory, where mantlet may make and remove names once it is confined, and that name to a file
-// of mantlet's own process: a mantlet that is killed takes it along.
+// The link leads to a name in the runtime directory, where mantlet may create and remove files once it is confined. That name is a link
+// to a file of mantlet's own process: it does not outlive a mantlet that is killed.
 func PlaceReadyFile(path, runtimeDirectory string) error {
 	link := readyLink(runtimeDirectory)
 	if err := remove(link); err != nil {
@@ -50,10 +50,10 @@ func remove(path string) error {
 	return nil
 }
 
-// keepReadyFile makes the ready file be there exactly while the sidecar is ready, until ctx ends. From then on there is none.
+// keepReadyFile makes the ready file exist exactly while the sidecar is ready, until ctx ends. After that it does not exist.
 func (d *Daemon) keepReadyFile(ctx context.Context) {
 	link := readyLink(d.Environment.Process.RuntimeDirectory)
-	alive := filepath.Join("/proc", strconv.Itoa(os.Getpid()), "comm") // a regular file, to whoever looks
+	alive := filepath.Join("/proc", strconv.Itoa(os.Getpid()), "comm") // looks like a regular file
 	var failed error
 	defer func() { _ = remove(link) }()
 	for ; ctx.Err() == nil; sleep(ctx, readyPoll) {

@@ -1,4 +1,3 @@
-// Package reconcile brings the kernel's rules and Envoy to the desired state and keeps them there.
 package reconcile
 
 import (
@@ -22,19 +21,19 @@ type Daemon struct {
 	Environment *schema.Environment
 	Place       render.Place
 	Kernel      Kernel
-	Found       render.Ruleset // the rules that were in the kernel before deny-all
+	Found       render.Ruleset // the rules that the kernel had before deny-all replaced them
 	Secrets     Secrets
 	Proxy       Proxy
-	Legacy      Legacy         // nil: iptables-legacy is not looked at
-	Names       Names          // nil: names are not looked up, and have no addresses
-	HasIPv6     func() bool    // tells whether Envoy can listen on ::1; nil: as Place says
+	Legacy      Legacy         // nil: iptables-legacy is ignored
+	Names       Names          // nil: names are not resolved, and have no addresses
+	HasIPv6     func() bool    // reports whether Envoy can listen on ::1; nil: as Place says
 	Limits      render.Limits  // of mantlet and its Envoys
-	Processes   bind.Processes // that listened when mantlet still could see who does
+	Processes   bind.Processes // those that listened before mantlet gave up the privilege to see them
 	// Follow returns refusals as they come, until ctx ends; an error where too many follow already.
 	Follow func(ctx context.Context) (<-chan status.Followed, error)
 	Log    *slog.Logger
-	// LogLost returns how many lines of the log were dropped, and for how long whoever reads it has taken none; 0 while they
-	// do. Where it is nil, none are.
+	// LogLost returns how many lines of the log were dropped, and for how long its reader has read nothing; 0 while it reads. nil: no lines
+	// are dropped.
 	LogLost func() (lines uint64, unread time.Duration)
 
 	watchdog watchdog
@@ -48,53 +47,53 @@ type Daemon struct {
 	certifying  certifyState
 }
 
-// notes are channels that tell a goroutine that there is something to do.
+// notes are channels by which one goroutine tells another that there is something to do.
 type notes struct {
-	changed  chan struct{} // for the loop: another configuration, other certificates, or another place
-	started  chan struct{} // for the reader of the certificates: an Envoy was started, or could not be
-	toStore  chan struct{} // for the keeper: another override file is to be kept
-	enforced chan struct{} // for who looks at iptables-legacy: rules were put in force
+	changed  chan struct{} // to the loop: the configuration, the certificates or the place changed
+	started  chan struct{} // to certify: an Envoy was started, or failed to start
+	toStore  chan struct{} // to storeFiles: there is another override file to store
+	enforced chan struct{} // to followLegacy: rules were put in force
 }
 
-// shared is what several goroutines have. Whoever alone writes a field reads it without the mutex.
+// shared is what several goroutines use. A goroutine that is the only writer of a field reads it without the mutex.
 type shared struct {
 	// Written by the loop.
-	want      *desired // the last good configuration; nil until an override file that is named could be read
-	have      *desired // what is in force, with the rules as they are in the kernel; nil at first
+	want      *desired // the last good configuration; nil before there is one
+	have      *desired // what is in force; nil before anything is
 	serving   serving
-	handover  bool // to another Envoy: meanwhile the one that serves does not answer
-	starts    int  // how many were begun
+	handover  bool // an Envoy takes over: meanwhile the one that serves has no admin interface
+	starts    int  // of Envoys, failed ones among them
 	stopping  bool
-	accepted  uint64 // how many configurations were
+	accepted  uint64 // number of configurations
 	envoys    status.Envoys
-	endings   endings // connections that changes ended
-	unapplied error   // why what is wanted is not in force; nil where it is
+	endings   endings // of connections, by changes
+	unapplied error   // why the wanted state is not in force; nil if it is
 
-	// Written by the reader of the configuration and its keeper.
+	// Written by configure and storeFiles.
 	offered   *desired // a good configuration that the loop has not taken yet
-	unstored  []byte   // the override file that is to be kept
+	unstored  []byte   // the override file that is still to be stored
 	reloaded  status.Reload
 	badConfig error // nil where the configuration is good
 
-	// Written by the reader of the certificates. The first three change at once.
-	supplied        bool  // an Envoy that is started finds certificates
+	// Written by certify. The first three change together.
+	supplied        bool  // an Envoy that starts finds certificates
 	certified       bool  // Envoy has accepted certificates
-	revoked         bool  // a mesh CA was taken away, and the rules do not end its connections yet; the loop takes it back
+	revoked         bool  // a mesh CA was removed, and the rules do not end its connections yet; the loop clears it
 	badCertificates error // nil where the certificates are good
 	expiring        error // nil where none expires soon
 
-	// Written by the guard.
-	repairs   []status.Repair // the last ones
-	repaired  int             // how many there were
-	conflicts []string        // what undermines the rules from other tables
+	// Written by guard.
+	repairs   []status.Repair // the last ones, the newest last
+	repaired  int             // their number since the start
+	conflicts []string        // rules of other tables that undermine these
 
-	// Written by who looks at iptables-legacy.
-	legacyRules []string // but those that drop all
+	// Written by followLegacy.
+	legacyRules []string // all but those that drop everything
 	legacyErr   error    // why they could not be read
-	liftErr     error    // why one that drops all could not be removed
+	liftErr     error    // why a rule that drops everything could not be removed
 
 	// Written by several.
-	since     time.Time // it runs
+	since     time.Time // the start of Run
 	lastError *status.Failure
 	applies   applies
 	statusErr error              // why the status address is not served
@@ -104,68 +103,68 @@ type shared struct {
 
 // serving is the Envoy that serves.
 type serving struct {
-	process Process   // nil where none does
+	process Process   // nil if none serves
 	digest  string    // of the state that it was started with
-	drained time.Time // until then the connections of the epoch before it have their drain time
+	drained time.Time // the end of the drain time of the epoch before it
 }
 
-// loopState is what the loop alone has.
+// loopState is used only by the loop.
 type loopState struct {
 	advances  advances
-	drainCuts []time.Time // of the last hot restarts that cut what the one before last drained
-	exhausted bool        // the generations of a port are used up
-	backoff   backoff     // of starts that fail, and of Envoys that die
-	notBefore time.Time   // the next start
+	drainCuts []time.Time // times of hot restarts that ended an epoch which was still draining
+	exhausted bool        // a port has no generation left, see advances.add
+	backoff   backoff     // after starts that failed and Envoys that ended
+	notBefore time.Time   // no Envoy starts before
 }
 
-// guardState is what the guard alone has.
+// guardState is used only by guard.
 type guardState struct {
 	log       *logLimit // of repairs
-	repairErr error     // why the rules could not be looked at or put back
-	joined    error     // listeners that another process had joined when it last looked
-	invalid   error     // why peers did not accept what Envoy has when it last looked
+	repairErr error     // why the rules could not be read or repaired
+	joined    error     // listeners that another process had joined at the last look
+	invalid   error     // why peers did not accept the certificates at the last look
 }
 
-// configState is what the reader of the configuration has alone, and its keeper notKept.
+// configState is used only by configure, and storeErr only by storeFiles.
 type configState struct {
 	parsed     *parsed
 	configured bool  // there was a good configuration
-	storeErr   error // why the last good override file could not be kept
+	storeErr   error // why the last good override file could not be stored
 }
 
-// certifyState is what the reader of the certificates has alone.
+// certifyState is used only by certify.
 type certifyState struct {
-	untried bool // an Envoy was starting, so that none could try the certificates
+	untried bool // the certificates could not be tried, since an Envoy was starting
 }
 
 // desired is a desired state and what it was rendered from.
 type desired struct {
 	mesh        schema.Mesh
 	place       render.Place
-	state       render.State // its Ruleset is that of a mesh without a past; rules has the one in force
+	state       render.State // its Ruleset has no generations; see rules for the one in force
 	generations render.Generations
 
-	closed *portClosure // ports are closed until another state comes
-	moving bool         // the rules admit the next generation of each port, too, while connections are moved to it
+	closed *portClosure // ports that are closed until another state is in force; nil for none
+	moving bool         // the rules also admit the next generation of each port, while connections are moved to it
 
-	number               uint64 // of the accepted configuration
+	number               uint64 // of the configuration, from 1
 	source, sourceDigest string // the override file, if one was read
 }
 
-// same reports whether two configurations do the same.
+// same reports whether two configurations have the same effect.
 func (s *desired) same(other *desired) bool {
 	return s.state.Digest == other.state.Digest && s.state.Ruleset.Text() == other.state.Ruleset.Text() && slices.Equal(s.mesh.Probes, other.mesh.Probes)
 }
 
-// retryInputs is how soon certificates that could not be taken are looked at again, and a file is kept that could not be: a
-// full disk gives no event when it has room.
+// retryInputs is how soon a failed attempt at certificates, or at storing a file, is repeated. A full disk gives no event when it has
+// room again.
 const retryInputs = time.Second
 
-// Run brings the desired state about and keeps it until ctx ends; then it lets connections end, for at most the drain
-// time or until abort is closed, and stops Envoy. The rules stay whatever happens. A note on reload makes it read its inputs.
+// Run brings the desired state about and keeps it until ctx ends. Then it lets connections end, for at most the drain time or until abort
+// is closed, and stops Envoy. The rules stay in any case. A note on reload makes it read its inputs again.
 //
-// Reading the inputs, publishing certificates and looking after the rules go on beside the loop, each in a goroutine of its
-// own: none of them waits for an Envoy that starts, nor for a file that hangs.
+// Reading the configuration, publishing certificates and guarding the rules go on beside the loop, each in a goroutine of its own. None
+// of them waits for an Envoy that starts, nor for a file system that hangs.
 func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 	d.notes = notes{changed: make(chan struct{}, 1), started: make(chan struct{}, 1), toStore: make(chan struct{}, 1), enforced: make(chan struct{}, 1)}
 	d.locked(func() { d.since = time.Now() })
@@ -200,8 +199,10 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 	}
 }
 
-// converge takes what steps it takes from what is in force to what is wanted, and returns how long to wait until it is to
-// be called again, if at all.
+// converge takes one step from what is in force towards what is wanted. It returns how long to wait before the next call; 0 if only a
+// change of the inputs, or the end of Envoy, calls for one.
+//
+// A step that fails leaves what was in force, or goes back to it, and is repeated after the back-off.
 func (d *Daemon) converge(ctx context.Context) time.Duration {
 	d.watchdog.begin(loop, "its turn", turnLimit)
 	d.takeOffered()
@@ -248,18 +249,20 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 	d.loop.notBefore = now.Add(wait)
 	level := slog.LevelError
 	if again {
-		level = slog.LevelDebug // the log has it
+		level = slog.LevelDebug // the log has it already already
 	}
 	d.Log.Log(ctx, level, "the desired state is not in force", "error", err, "retry_in", wait.String(), "last_good_goes_on", d.have != nil)
 	return wait
 }
 
-// immediately lets other inputs have their turn.
+// immediately is a wait that only lets other inputs be read first.
 const immediately = time.Millisecond
 
-// nextState returns the state to go to: the one that is wanted, or one between. Envoy changes before the rules, so that for a
-// moment ports have the mode of before and the TLS of after: where a port comes to ask for certificates, and an older TLS is
-// let in, there it would let in whom neither state does. So such a change keeps the TLS of before at first.
+// nextState returns the state to go to next: the wanted one, or one in between.
+//
+// Envoy changes before the rules. For a moment, ports have the old mode and the new TLS minimum. If one port begins to require client
+// certificates while the TLS minimum is lowered, that moment would let in clients with an old TLS version and without a certificate,
+// which neither the old nor the new state does. Such a change therefore goes through a state with the new modes and the old TLS minimum.
 func (d *Daemon) nextState() (*desired, error) {
 	if d.have == nil || d.want.mesh.TLS.MinVersion >= d.have.mesh.TLS.MinVersion {
 		return d.want, nil
@@ -278,8 +281,8 @@ func (d *Daemon) nextState() (*desired, error) {
 	return &between, err
 }
 
-// apply puts a state in force: Envoy first, then the rules that send connections to it. So a port is never more open than
-// the looser of the old and the new state.
+// apply puts a state in force: Envoy first, then the rules that send connections to it. So a port never admits more than the more
+// permissive of the old and the new state.
 func (d *Daemon) apply(ctx context.Context, want *desired) error {
 	if !d.isServing(want) {
 		if err := d.start(ctx, want); err != nil {
@@ -294,8 +297,8 @@ func (d *Daemon) apply(ctx context.Context, want *desired) error {
 	return d.enforce(want)
 }
 
-// setProblem notes a reason why the daemon is not where it should be, and reports whether it is new. A new one is logged as the
-// event. What the reason means stands before its error.
+// setProblem sets a reason why the wanted state is not in force, or may not stay so: what, followed by the error. It logs the event and
+// returns true if the reason is new.
 func (d *Daemon) setProblem(reason *error, event, what string, err error) bool {
 	err = fmt.Errorf("%s: %w", what, err)
 	isNew := !sameError(err, *reason)
@@ -306,7 +309,7 @@ func (d *Daemon) setProblem(reason *error, event, what string, err error) bool {
 	return isNew
 }
 
-// clearProblem drops a complaint. It logs the event where there was one: else the log's last word would be the complaint.
+// clearProblem clears a reason of setProblem. If there was one, it logs the event: the log should not end with the problem.
 func (d *Daemon) clearProblem(reason *error, event string) {
 	if *reason != nil {
 		d.Log.Info(event) //nolint:sloglint // the caller's constant

@@ -10,7 +10,7 @@ import (
 const (
 	// keptRepairs is how many of the last repairs are kept.
 	keptRepairs = 20
-	// maxFound is how many lines of what differed, or of what undermines the rules, are kept: a map can have 65,536 elements.
+	// maxFound is how many lines of differences or conflicts are kept: a map can have 65,536 elements.
 	maxFound = 20
 )
 
@@ -21,7 +21,7 @@ func (d *Daemon) Repairs() (last []status.Repair, count int) {
 	return slices.Clone(d.repairs), d.repaired
 }
 
-// repair puts the rules back where somebody changed them.
+// repair puts the rules back if somebody changed them. who is the name of the process, if it is known.
 func (d *Daemon) repair(who string) {
 	d.watchdog.begin(guard, "looking at the rules", kernelLimit)
 	found, err := d.Kernel.Repair()
@@ -38,7 +38,7 @@ func (d *Daemon) repair(who string) {
 	}
 	switch {
 	case err != nil && sameError(err, d.guarding.repairErr):
-		return // it is said already
+		return // the log has it already
 	case err != nil:
 		r.Error = err.Error()
 	}

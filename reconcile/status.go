@@ -15,7 +15,7 @@ import (
 	"mantlet/schema"
 )
 
-// checkError is an error that knows its place.
+// checkError is an error that knows which check it belongs to.
 type checkError struct {
 	place string
 	error
@@ -23,7 +23,7 @@ type checkError struct {
 
 func (l checkError) Unwrap() error { return l.error }
 
-// checkOf returns where an error is; Envoy is what most is about.
+// checkOf returns the check that an error belongs to: Envoy, if the error does not say.
 func checkOf(err error) string {
 	if l, ok := errors.AsType[checkError](err); ok {
 		return l.place
@@ -31,11 +31,11 @@ func checkOf(err error) string {
 	return status.CheckEnvoy
 }
 
-// checkLimit is when an Envoy that does not answer becomes the reason: less than a probe waits.
+// checkLimit is how long Envoy gets to answer a check. It is less than a probe waits.
 const checkLimit = 2 * time.Second
 
-// Unready returns the reasons why the sidecar is not ready; none if it is. Everything is tried, nothing remembered. An input
-// that is not good does not count while a good one is in force.
+// Unready returns the reasons why the sidecar is not ready; none if it is. It checks everything anew and relies on nothing that was
+// checked before. A bad input does not count while a good one is in force.
 func (d *Daemon) Unready(ctx context.Context) []status.Reason {
 	d.mu.Lock()
 	process, have, handover := d.serving.process, d.have, d.handover
@@ -100,7 +100,7 @@ func (d *Daemon) Unready(ctx context.Context) []status.Reason {
 	return reasons
 }
 
-// withReason says what an error, if there is one, means.
+// withReason puts a reason before an error; nil stays nil.
 func withReason(what string, err error) error {
 	if err == nil {
 		return nil
@@ -114,21 +114,21 @@ func (d *Daemon) InForce() (is bool) {
 	return is
 }
 
-// Statistics returns those of the Envoy that serves, in Prometheus' text format and by Envoy's names.
+// Statistics returns the statistics of the Envoy that serves, in Prometheus' text format and by Envoy's names.
 func (d *Daemon) Statistics(ctx context.Context) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, checkLimit)
 	defer cancel()
 	return d.Proxy.Statistics(ctx)
 }
 
-// Unserved takes note of why the status address is not served; nil once it is. It reports whether the reason is new.
+// Unserved notes why the status address is not served; nil once it is. It reports whether the reason is new.
 func (d *Daemon) Unserved(err error) (isNew bool) {
 	d.locked(func() { isNew, d.statusErr = !sameError(err, d.statusErr), err })
 	return isNew
 }
 
-// Notes returns what is not as it should be although it does not make the sidecar unready: an input that was rejected while
-// the last good one is in force, or a state that could not be put in force while the one before it serves.
+// Notes returns the problems that do not make the sidecar unready: an input that was rejected while the last good one is in force, or a
+// state that could not be put in force while the one before it serves.
 func (d *Daemon) Notes() (all []status.Problem) {
 	unresolved := d.unresolved(time.Now())
 	d.mu.Lock()
@@ -173,7 +173,7 @@ func (d *Daemon) logLost() (lines uint64, unread time.Duration) {
 	return d.LogLost()
 }
 
-// Status tries everything that there is to be said.
+// Status checks and reads everything that a status has.
 func (d *Daemon) Status(ctx context.Context) status.Status {
 	s := status.Status{
 		Version:      d.Version,
@@ -214,7 +214,7 @@ func (d *Daemon) Status(ctx context.Context) status.Status {
 	return s
 }
 
-// addCounts fills in what is counted. What can't be read now is left out, and is no problem of the mesh.
+// addCounts fills in what is counted. What can't be read now is left out; that is no problem of the mesh.
 func (d *Daemon) addCounts(ctx context.Context, s *status.Status) {
 	s.Upstreams = d.upstreams()
 	s.Traffic = d.Proxy.Traffic(ctx)
@@ -248,7 +248,7 @@ func (d *Daemon) addCounts(ctx context.Context, s *status.Status) {
 	s.Inbound = have.entries(open)
 }
 
-// entries sums up the connections at the ports of each entry: however many ports a stranger connects to.
+// entries sums up the connections at the ports of each entry, so that a stranger who connects to many ports does not make a long list.
 func (w *desired) entries(open []status.Inbound) []status.Inbound {
 	sums := map[status.Inbound]int{}
 	for _, in := range open {
@@ -281,7 +281,7 @@ func (w *desired) entry(port uint16) string {
 	}
 }
 
-// seconds is a duration as JSON has it: in whole milliseconds.
+// seconds returns a duration in seconds, rounded to milliseconds.
 func seconds(d time.Duration) float64 { return d.Round(time.Millisecond).Seconds() }
 
 func (w *desired) summary() *status.Summary {
@@ -294,12 +294,12 @@ func (w *desired) summary() *status.Summary {
 	}
 }
 
-// noteFailure takes note of the last thing that did not work.
+// noteFailure keeps the last error for the status.
 func (d *Daemon) noteFailure(place string, err error) {
 	d.locked(func() { d.lastError = &status.Failure{Time: time.Now(), Place: place, Text: err.Error()} })
 }
 
-// applies counts by kind.
+// applies counts what was applied, by kind.
 type applies map[string]*status.Applies
 
 func (a applies) all() []status.Applies {
@@ -315,7 +315,7 @@ func (a applies) all() []status.Applies {
 	return all
 }
 
-// countApplied counts something that was applied, or could not be.
+// countApplied counts something that was applied, or failed to be.
 func (d *Daemon) countApplied(kind string, took time.Duration, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// stop lets the workload's connections end, then ends Envoy.
+// stop lets the open connections end, and then ends Envoy.
 func (d *Daemon) stop(abort <-chan struct{}) {
 	d.locked(func() { d.stopping = true })
 	if d.want != nil {
@@ -20,13 +20,14 @@ func (d *Daemon) stop(abort <-chan struct{}) {
 // drainPoll is how often the open connections are counted while they end.
 const drainPoll = 100 * time.Millisecond
 
-// drain returns once no connection is open, in whichever Envoy. Where they can't be counted, they get all their time.
+// drain returns once no Envoy has an open connection, after a limit at the latest. If they can't be counted, it waits for all of the
+// limit.
 func (d *Daemon) drain(limit time.Duration, abort <-chan struct{}) {
 	ctx, cut := context.WithCancelCause(context.Background())
 	var waiting sync.WaitGroup
 	defer waiting.Wait()
 	defer cut(nil)
-	waiting.Go(func() { // an Envoy that does not answer holds up neither
+	waiting.Go(func() { // also while an Envoy does not answer
 		select {
 		case <-time.After(limit):
 			cut(errors.New("the drain time is over"))

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// watchOtherTables looks at other tables from time to time, until ctx ends. It takes a tenth of a processor at most.
+// watchOtherTables checks other tables from time to time, until ctx ends. It takes a tenth of a processor at most.
 func (d *Daemon) watchOtherTables(ctx context.Context) {
 	log := newLogLimit()
 	for pause := resync; ; {
@@ -21,13 +21,13 @@ func (d *Daemon) watchOtherTables(ctx context.Context) {
 	}
 }
 
-// checkOtherTables warns of what undermines the rules from other tables when it comes, and says when nothing does any more. They are their
-// owners' business.
+// checkOtherTables logs rules of other tables that begin to undermine these, and that none does any more. It leaves them alone: they
+// belong to others.
 func (d *Daemon) checkOtherTables(log *logLimit) {
 	d.watchdog.begin(surveyor, "looking at other tables", surveyLimit)
 	found, err := d.Kernel.Conflicts()
 	if err != nil {
-		return // mend can't look at the rules either, and says so
+		return // repair can't read the rules either, and logs that
 	}
 	if d.Environment.Process.IngressOff != "" {
 		found = nil // there is nothing that they could undermine

@@ -12,18 +12,18 @@ import (
 const (
 	// settle is how long a directory must be quiet before it is read: writers replace several files one after another.
 	settle = 50 * time.Millisecond
-	// settleMost is when it is read all the same: another file of the directory may never be quiet.
+	// settleMost is when it is read at the latest: another file of the directory may change all the time.
 	settleMost = time.Second
-	// poll is how often a directory is read although no event came: some sandboxed runtimes deliver none, and a directory
-	// that is not there yet can't be watched.
+	// poll is how often a directory is read without an event: some sandboxed runtimes deliver none, and a directory that does not exist yet
+	// can't be watched.
 	poll = 5 * time.Second
-	// pollMissing is how often a directory is looked for that is not there.
+	// pollMissing is how often a missing directory is looked for.
 	pollMissing = 250 * time.Millisecond
 )
 
-// watch leaves a note on the channel whenever what is in a directory may have changed, until ctx ends: after events, once they
-// have settled, and at every poll. It says nothing of what changed; a reader compares content. Files are not watched
-// themselves: kubelet swaps a link, and a file that was replaced would be followed to its grave.
+// watch leaves a note on the channel whenever the content of a directory may have changed, until ctx ends: after events, once they have
+// settled, and at every poll. The reader finds out what changed by comparing content. The files themselves are not watched: the kubelet
+// swaps a link, and a watch would stay with the old file.
 func watch(ctx context.Context, directory string, changed chan<- struct{}, log *slog.Logger) {
 	var opens <-chan opened
 	for ctx.Err() == nil {
@@ -45,14 +45,14 @@ func watch(ctx context.Context, directory string, changed chan<- struct{}, log *
 	}
 }
 
-// opened is a watch that was opened, or why it could not be.
+// opened is a watch, or why there is none.
 type opened struct {
 	watcher *fsnotify.Watcher
 	err     error
 }
 
-// open begins to watch a directory, in a goroutine of its own: that hangs where the directory's file system does. If ctx ends
-// first, nothing comes.
+// open begins to watch a directory in a goroutine of its own, since that hangs where the file system does. If ctx ends first, nothing is
+// sent.
 func open(ctx context.Context, directory string) <-chan opened {
 	opens := make(chan opened)
 	go func() {
@@ -76,7 +76,7 @@ func (o opened) close() {
 	}
 }
 
-// follow passes on what happens to the directory until ctx ends or it is gone.
+// follow passes on events of the directory until ctx ends or the directory is gone.
 func (o opened) follow(ctx context.Context, changed chan<- struct{}) error {
 	defer o.close()
 	if o.err != nil {
@@ -113,7 +113,7 @@ func (o opened) follow(ctx context.Context, changed chan<- struct{}) error {
 	}
 }
 
-// notify leaves one note; a reader that has not come to the last one needs no second.
+// notify leaves a note. A reader that has not read the last one needs no second.
 func notify(c chan<- struct{}) {
 	select {
 	case c <- struct{}{}:
