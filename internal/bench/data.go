@@ -110,7 +110,7 @@ func (b *bench) layouts(t trial) []proxy.Options {
 		default:
 			all = append(all, proxy.Options{Proxy: name, NoResume: t.full && name != proxy.None})
 		}
-		if t.pods && slices.Contains([]string{proxy.Envoy, proxy.HAProxy, proxy.Nginx}, name) {
+		if t.pods && !b.withoutPods && slices.Contains([]string{proxy.Envoy, proxy.HAProxy, proxy.Nginx}, name) {
 			all = append(all, proxy.Options{Proxy: name, Pods: true})
 		}
 	}

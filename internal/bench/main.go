@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -47,7 +48,8 @@ func run() error {
 	var only, subjects string
 	flag.StringVar(&only, "sections", strings.Join(sectionNames(), ","), "what to measure; the report has the rest as it was measured last")
 	flag.StringVar(&subjects, "subjects", "", "proxies to measure beside mantlet, of the section data; all, if empty")
-	flag.StringVar(&b.cases, "cases", "", "measure only cases whose name contains this, and write nothing")
+	flag.StringVar(&b.cases, "cases", "", "measure only cases whose name matches this regular expression, and write nothing")
+	smoke := flag.Bool("smoke", false, "measure a few cases, write nothing, and say what is worse than in the report")
 	flag.IntVar(&b.rounds, "rounds", 6, "how often each case is measured, by turns")
 	flag.DurationVar(&b.during, "during", 600*time.Millisecond, "how long a case is measured in each round")
 	flag.StringVar(&b.root, "root", ".", "directory of the repository")
@@ -60,6 +62,10 @@ func run() error {
 	flag.StringVar(&b.programs.Ghostunnel, "ghostunnel", "ghostunnel", "ghostunnel's binary")
 	flag.StringVar(&b.programs.IPTables, "iptables", "iptables-legacy", "iptables' binary")
 	flag.Parse()
+	var err error
+	if b.pattern, err = regexp.Compile(b.cases); err != nil {
+		return err
+	}
 	lab.Enter()
 	if subjects != "" {
 		b.subjects = strings.Split(subjects, ",")
@@ -68,6 +74,9 @@ func run() error {
 		return err
 	}
 	defer func() { _ = os.RemoveAll(b.scratch) }()
+	if *smoke {
+		return b.smoke()
+	}
 	for _, name := range strings.FieldsFunc(only, func(r rune) bool { return r == ',' }) {
 		if err := b.measure(name); err != nil {
 			return err
@@ -83,11 +92,14 @@ func run() error {
 type bench struct {
 	root     string // of the repository
 	cases    string
+	pattern  *regexp.Regexp // of cases
 	subjects []string
 	rounds   int
 	during   time.Duration
 	programs proxy.Programs
 	scratch  string
+
+	withoutPods bool // peers have namespaces of their own only
 }
 
 // section is a part of the benchmarks that is measured in one go.
@@ -97,7 +109,7 @@ type section struct {
 }
 
 func sections() []section {
-	return []section{{"data", (*bench).data}, {"memory", (*bench).memory}, {"rules", (*bench).rules}}
+	return []section{{"data", (*bench).data}, {"memory", (*bench).memory}, {"rules", (*bench).rules}, {"control", (*bench).control}}
 }
 
 func sectionNames() (all []string) {
@@ -160,7 +172,7 @@ func (b *bench) measure(name string) error {
 }
 
 // chosen reports whether a case is to be measured.
-func (b *bench) chosen(name string) bool { return strings.Contains(name, b.cases) }
+func (b *bench) chosen(name string) bool { return b.pattern.MatchString(name) }
 
 // directory makes a fresh one.
 func (b *bench) directory(name string) (string, error) {

@@ -47,9 +47,9 @@ type Job struct {
 	To      string        `json:"to"`
 	Workers int           `json:"workers"` // connections at a time
 	Warm    time.Duration `json:"warm"`    // before anything is counted
-	For     time.Duration `json:"for"`
-	Least   int64         `json:"least"` // how much is counted at least, before and then; for that it takes longer, ten times at most
-	Every   time.Duration `json:"every"` // the pace of each worker's requests
+	For     time.Duration `json:"for"`     // zero: until the input ends
+	Least   int64         `json:"least"`   // how much is counted at least, before and then; for that it takes longer, ten times at most
+	Every   time.Duration `json:"every"`   // the pace of each worker's requests
 }
 
 // Result is what a client counted.
@@ -98,6 +98,9 @@ func Run(job Job, in io.Reader, out io.Writer) error {
 	before, began := c.count.Load(), time.Now()
 	if _, err := fmt.Fprintln(out, Began); err != nil {
 		return err
+	}
+	if job.For == 0 { // until it is told
+		_, _ = io.Copy(io.Discard, in)
 	}
 	for time.Sleep(job.For); c.count.Load()-before < job.Least && time.Since(began) < 10*job.For; {
 		time.Sleep(job.For / 10)

@@ -64,6 +64,7 @@ type Options struct {
 	// Pods lets a proxy share the namespaces of client and server, as a sidecar does. Else it has two of its own, and there are
 	// four. mantlet always shares: it is deployed in no other way.
 	Pods     bool
+	Restarts bool // the server's mantlet has a configuration that Restart changes
 	NoResume bool // the client's side makes a full handshake for each connection
 }
 
@@ -95,6 +96,9 @@ type Path struct {
 	sides     [2]int // process ids
 	logs      []string
 	close     []func() error
+
+	serverSidecar *lab.Sidecar // mantlet's
+	config        string       // of that, if it is to be restarted
 }
 
 // The ports.
@@ -202,10 +206,19 @@ func (p *Path) sidecars(server *lab.Host, mesh *lab.Authority) error {
 	if err != nil {
 		return err
 	}
-	servers, err := p.sidecar(server, mesh)
+	var followed []string
+	if p.Restarts {
+		p.config = filepath.Join(p.directory, "config.yaml")
+		if err := os.WriteFile(p.config, []byte("envoy: {drainTime: 1s}"), 0o644); err != nil {
+			return err
+		}
+		followed = append(followed, "MANTLET_CONFIG="+p.config)
+	}
+	servers, err := p.sidecar(server, mesh, followed...)
 	if err != nil {
 		return err
 	}
+	p.serverSidecar = servers
 	p.sides = [2]int{Client: clients.PID(), Server: servers.PID()}
 	p.to = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 137, 0, 1}), plainPort)
 	return nil
@@ -386,6 +399,36 @@ func (p *Path) Memory() (bytes [2]uint64, err error) {
 	return bytes, errors.Join(errs[:]...)
 }
 
+// Restart has the server's mantlet restart its Envoy so many times, one after the other.
+func (p *Path) Restart(times int) error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(times)*startWithin)
+	defer cancel()
+	for n := range times {
+		next := p.config + ".next"
+		// An egress entry that nobody uses: the change tightens nothing. It waits until the last Envoy but one has drained.
+		text := fmt.Sprintf("envoy: {drainTime: 1s}\negress: [{listen: \"127.1.0.1:8080\", upstream: \"192.0.2.1:%d\"}]", 8000+n)
+		if err := errors.Join(os.WriteFile(next, []byte(text), 0o644), os.Rename(next, p.config)); err != nil {
+			return err
+		}
+		bootstrap := filepath.Join(p.serverSidecar.RuntimeDirectory, "envoy", fmt.Sprintf("bootstrap-%d.json", n+1))
+		admin := filepath.Join(p.serverSidecar.RuntimeDirectory, "envoy", fmt.Sprintf("admin-%d.sock", n+1))
+		err := lab.Until(ctx, func() bool {
+			_, err := os.Stat(bootstrap)
+			return err == nil && isLive(ctx, admin)
+		})
+		if err != nil {
+			return fmt.Errorf("waiting for hot restart %d: %w%s", n+1, err, p.said())
+		}
+	}
+	return nil
+}
+
+// RunUntil has a client do a job until something else is done.
+func (p *Path) RunUntil(job load.Job, do func() error) (result load.Result, err error) {
+	err = p.during(job, func(int) error { return do() }, nil, &result)
+	return result, err
+}
+
 // during calls began and ended when a client that does the job says so.
 func (p *Path) during(job load.Job, began, ended func(client int) error, result *load.Result) (err error) {
 	defer func() {
@@ -420,6 +463,12 @@ func (p *Path) during(job load.Job, began, ended func(client int) error, result 
 		line string
 		then func(int) error
 	}{{load.Began, began}, {load.Ended, ended}} {
+		if step.then == nil { // the job ends when it is told
+			if err := in.Close(); err != nil {
+				return err
+			}
+			step.then = func(int) error { return nil }
+		}
 		line, err := lines.ReadString('\n')
 		if err != nil {
 			return err
@@ -431,9 +480,7 @@ func (p *Path) during(job load.Job, began, ended func(client int) error, result 
 			return err
 		}
 	}
-	if err := in.Close(); err != nil {
-		return err
-	}
+	_ = in.Close()
 	if err := json.NewDecoder(lines).Decode(result); err != nil {
 		return err
 	}

@@ -86,6 +86,3 @@ func (s Sections) goals() string {
 	}
 	return text.String()
 }
-
-// control are the goals of the control path.
-func (s Sections) control() []goal { return nil }

@@ -41,6 +41,8 @@ func Write(root string, sections Sections) error {
 		"workers":    func() []int { return []int{1, 16, 64} },
 		"streams":    func() []int { return []int{1, 8} },
 		"directions": func() []string { return []string{"download", "upload"} },
+		"control":    sections.controlTable,
+		"whole":      func(section, name, subject, unit string) string { return whole(sections[section], name, subject, unit) },
 		"sweep":      sections.sweep,
 		"amount": func(section, name, subject, unit string) string {
 			return amount(sections[section].Of(name, subject, unit), unit)
