@@ -47,9 +47,9 @@ func accountKey(ipv6 bool) nftables.SetDatatype {
 }
 
 func (b *batch) addAllow(a render.Allow) error {
-	b.sets++
+	b.lastSetID++
 	set := &nftables.Set{
-		ID: b.sets, Table: b.table, Name: a.Name, Interval: true, Concatenation: true, KeyType: allowKey(a.IPv6), KeyByteOrder: binaryutil.BigEndian,
+		ID: b.lastSetID, Table: b.table, Name: a.Name, Interval: true, Concatenation: true, KeyType: allowKey(a.IPv6), KeyByteOrder: binaryutil.BigEndian,
 	}
 	b.maps[a.Name] = set
 	if err := b.conn.AddSet(set, nil); err != nil {
@@ -82,9 +82,9 @@ func interval(d schema.Destination) (first, last []byte) {
 
 // addAccount adds a set to the transaction. One like it that is there stays as it is.
 func (b *batch) addAccount(a render.Account) error {
-	b.sets++
+	b.lastSetID++
 	set := &nftables.Set{
-		ID: b.sets, Table: b.table, Name: a.Name, Dynamic: true, HasTimeout: true, Timeout: a.Timeout, Size: a.Size,
+		ID: b.lastSetID, Table: b.table, Name: a.Name, Dynamic: true, HasTimeout: true, Timeout: a.Timeout, Size: a.Size,
 		Concatenation: true, KeyType: accountKey(a.IPv6), KeyByteOrder: binaryutil.BigEndian,
 	}
 	b.maps[a.Name] = set
@@ -101,7 +101,7 @@ func (s *set) asAllow() (a render.Allow, odd []string, ok bool) {
 	if !ok || s.flags&^setConcat != unix.NFT_SET_INTERVAL {
 		return a, nil, false
 	}
-	odd = s.odd
+	odd = s.unexpected
 	for _, e := range s.elements {
 		d, ok := e.destination()
 		if !ok {

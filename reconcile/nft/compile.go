@@ -22,17 +22,18 @@ const (
 	reg2 = unix.NFT_REG_2
 )
 
-// batch translates a ruleset's parts and adds them to one transaction.
+// batch compiles the parts of a ruleset and adds them to one transaction.
 type batch struct {
-	conn     *nftables.Conn
-	table    *nftables.Table
-	maps     map[string]*nftables.Set
-	timeouts tcpTimeouts // of connections, where the rules do not say
-	named    bool        // sets and maps have their names already: nothing is added
-	sets     uint32      // how many there are, which is the last one's ID; the library's own count is no one's who runs concurrently
+	conn       *nftables.Conn
+	table      *nftables.Table
+	maps       map[string]*nftables.Set
+	timeouts   tcpTimeouts // of connections, where the rules set none
+	namesKnown bool        // sets and maps are referred to by name; nothing is added to the transaction
+	lastSetID  uint32      // the ID of the last set in the transaction. The library would take IDs from a global counter, which is not safe for concurrent use
 }
 
-// expressions translates a rule to what nft sends for the same text. Anonymous sets that it needs join the transaction.
+// expressions compiles a rule to what nft would send for the same text. It adds the anonymous sets that the rule needs to the
+// transaction.
 func (b *batch) expressions(rule render.Rule) ([]expr.Any, error) {
 	var all []expr.Any
 	for _, s := range rule {
@@ -146,7 +147,7 @@ func (b *batch) statement(s render.Statement) ([]expr.Any, error) {
 	}
 }
 
-// destinationPort is its offset in the headers of TCP and UDP (RFC 9293, RFC 768).
+// destinationPort is the offset of the destination port in the headers of TCP and UDP (RFC 9293, RFC 768).
 const destinationPort = 2
 
 func native(v uint32) []byte { return binaryutil.NativeEndian.PutUint32(v) }
@@ -167,7 +168,7 @@ func mask(and, xor []byte) expr.Any {
 // statusSourceNAT is IPS_SRC_NAT (include/uapi/linux/netfilter/nf_conntrack_common.h).
 const statusSourceNAT = 1 << 4
 
-// hasBit compares a bit of conntrack's state or status.
+// hasBit tests a bit of conntrack's state or status.
 func hasBit(key expr.CtKey, bit uint32) []expr.Any {
 	return []expr.Any{&expr.Ct{Key: key, Register: reg1}, mask(native(bit), native(0)), compare(render.NotEqual, native(0))}
 }
@@ -221,7 +222,7 @@ func (b *batch) tally(t render.Tally) ([]expr.Any, error) {
 	}), nil
 }
 
-// destination loads as many whole bytes of the address as the prefix has: rules use no others.
+// destination compares as many whole bytes of the destination address as the prefix has. Rules have only such prefixes.
 func destination(prefix netip.Prefix) []expr.Any {
 	family, offset := byte(unix.NFPROTO_IPV4), uint32(16) // RFC 791: destination address
 	if prefix.Addr().Is6() {
@@ -234,7 +235,7 @@ func destination(prefix netip.Prefix) []expr.Any {
 	)
 }
 
-// redirect compares the type of ICMP (RFC 792, RFC 4861).
+// redirect matches ICMP redirects by their type (RFC 792, RFC 4861).
 func redirect(ipv6 bool) []expr.Any {
 	family, protocol, kind := byte(unix.NFPROTO_IPV4), render.ICMP, byte(5)
 	if ipv6 {
@@ -252,12 +253,12 @@ func (b *batch) protocol(op render.Op, numbers ...uint8) ([]expr.Any, error) {
 	if len(numbers) == 1 {
 		return []expr.Any{load, compare(op, numbers)}, nil
 	}
-	if b.named {
+	if b.namesKnown {
 		return []expr.Any{load, &expr.Lookup{SourceRegister: reg1, SetName: setName(numbers), Invert: op == render.NotEqual}}, nil
 	}
-	b.sets++
+	b.lastSetID++
 	set := &nftables.Set{
-		ID: b.sets, Name: "__set%d", // the kernel puts a number there
+		ID: b.lastSetID, Name: "__set%d", // the kernel puts a number there
 		Table: b.table, Anonymous: true, Constant: true, KeyType: nftables.TypeInetProto, Size: uint32(len(numbers)),
 	}
 	var elements []nftables.SetElement
@@ -272,10 +273,10 @@ func (b *batch) protocol(op render.Op, numbers ...uint8) ([]expr.Any, error) {
 	}, nil
 }
 
-// setName stands for an anonymous set, whose own name is a number: sets of the same content are the same.
+// setName returns a name for the content of an anonymous set. Its own name is a number that the kernel chose.
 func setName(numbers []uint8) string { return fmt.Sprintf("{%x}", numbers) }
 
-// tproxy limits the rule to the listener's family and to TCP: the kernel refuses the expression otherwise.
+// tproxy restricts the rule to the listener's family and to TCP. The kernel refuses the expression otherwise.
 func tproxy(to netip.AddrPort) []expr.Any {
 	family := byte(unix.NFPROTO_IPV4)
 	if to.Addr().Is6() {
@@ -309,7 +310,7 @@ func (b *batch) lookUp(l render.LookUp) ([]expr.Any, error) {
 
 // set returns a map or set of the transaction by its name.
 func (b *batch) set(name string) (*nftables.Set, error) {
-	if b.named {
+	if b.namesKnown {
 		return &nftables.Set{Name: name}, nil
 	}
 	set, ok := b.maps[name]

@@ -11,29 +11,29 @@ import (
 	"mantlet/render"
 )
 
-// others looks at other tables, by a socket of its own: they may have many rules, and mantlet's own must not have to wait.
+// others reads other tables by a socket of its own: they may have many rules, and mantlet's own table must not have to wait.
 type others struct {
-	dialogue
+	kernelSocket
 
-	mu       sync.Mutex
-	surveyed uint32   // the generation at which they were looked at last; 0 for none
-	found    []string // what of them undermines mantlet's table
+	mu        sync.Mutex
+	checkedAt uint32   // the kernel's revision at which they were read last; 0 for none
+	found     []string // rules of theirs that undermine mantlet's table
 }
 
-// Conflicts returns what there is in other tables that would undermine this one, a line each, sorted; not chains that accept
-// or drop, whatever their priority: neither takes anything away from mantlet's rules. Nothing of it is touched. While the kernel
-// numbers no further transaction it is not read again. It holds up no other method.
+// Conflicts returns the rules of other tables that undermine this one, a line each, sorted. Chains that only accept or drop do not,
+// whatever their priority: they take nothing away from mantlet's rules. It changes nothing. The tables are not read again while the
+// kernel's revision stays the same. Other methods do not wait for it.
 func (t *Table) Conflicts() ([]string, error) {
 	o := &t.others
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	now, err := o.generation()
-	if err == nil && now != o.surveyed {
+	now, err := o.revision()
+	if err == nil && now != o.checkedAt {
 		o.found, err = o.survey()
-		o.surveyed = now // what came in between makes another generation
+		o.checkedAt = now // a change in between increases the revision
 	}
 	if err != nil {
-		o.surveyed = 0
+		o.checkedAt = 0
 		return nil, fmt.Errorf("reading other tables of nftables: %w", hint(err))
 	}
 	return o.found, nil

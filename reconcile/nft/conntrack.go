@@ -218,7 +218,7 @@ func ask(kind uint16, flags netlink.HeaderFlags, each func(*netlink.AttributeDec
 func decode(data []byte, each func(*netlink.AttributeDecoder) error) error {
 	const header = 4 // struct nfgenmsg
 	if len(data) < header {
-		return errCut
+		return errTruncated
 	}
 	d, err := netlink.NewAttributeDecoder(data[header:])
 	if err != nil {

@@ -249,7 +249,7 @@ func TestAnyContentIsADifference(t *testing.T) {
 		}
 		nft(t, p.pod, "flush ruleset; add table inet mantlet")
 		fill(p)
-		p.table.want, p.table.intact = want, 0
+		p.table.want, p.table.checkedAt = want, 0
 		found, err := p.table.Repair()
 		if err != nil || len(found) == 0 {
 			t.Errorf("%s: Mend found %q, %v", name, found, err)
@@ -292,7 +292,7 @@ func TestUnreadableContentIsADifference(t *testing.T) {
 		if found, err := table.differences(); err != nil || len(found) != 1 || !strings.Contains(found[0], "is not readable") {
 			t.Errorf("%s: differences returned %q, %v", name, found, err)
 		}
-		if _, err := table.Read(); !errors.As(err, new(unreadable)) {
+		if _, err := table.Read(); !errors.As(err, new(unreadableError)) {
 			t.Errorf("%s: Read returned %v", name, err)
 		}
 	}
@@ -300,7 +300,7 @@ func TestUnreadableContentIsADifference(t *testing.T) {
 
 // answered returns a table whose kernel gives these answers to requests of a kind.
 func answered(answers func(kind uint16) [][]byte) *Table {
-	return &Table{dialogue: dialogue{nltest.Dial(func(requests []netlink.Message) (replies []netlink.Message, err error) {
+	return &Table{kernelSocket: kernelSocket{nltest.Dial(func(requests []netlink.Message) (replies []netlink.Message, err error) {
 		if len(requests) == 0 {
 			return nil, nil
 		}
@@ -399,8 +399,8 @@ func FuzzAnswers(f *testing.F) {
 			again := render.DenyAll(true).Remembering(have)
 			_, _ = again.Text(), render.Diff(again, have)
 		}
-		_, _ = table.generation()
-		_, _ = (&others{dialogue: table.dialogue}).survey()
+		_, _ = table.revision()
+		_, _ = (&others{kernelSocket: table.kernelSocket}).survey()
 		_ = table.refused.look(table)
 		m := monitor{notes: make(chan string, 1)}
 		for _, kind := range kinds {

@@ -18,8 +18,8 @@ import (
 	"mantlet/schema"
 )
 
-// Read returns the table as it is in the kernel: the zero Ruleset where it is not there. What changes without anybody's
-// doing is left out: counters, handles, use counts; and so are comments and the table's owner.
+// Read returns the table as it is in the kernel; the zero Ruleset if it does not exist. It leaves out what changes by itself (counters,
+// handles, use counts), comments, and the table's owner.
 func (t *Table) Read() (render.Ruleset, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -45,34 +45,37 @@ func (t *Table) Check() error {
 	return nil
 }
 
-// differences returns what the table has otherwise than Replace put it there last. While the kernel numbers no further
-// transaction, whosever, it needs no second look. Content that cannot be read is a difference.
+// differences returns how the table differs from what Replace put there last. Content that can't be read is a difference.
+//
+// The kernel has a revision for the rules of a network namespace, and each transaction of any process increments it. As long as the
+// revision is that of the last check, the table is not read again.
 func (t *Table) differences() ([]string, error) {
-	now, err := t.generation()
-	if err != nil || now == t.intact {
+	now, err := t.revision()
+	if err != nil || now == t.checkedAt {
 		return nil, err
 	}
 	have, at, err := t.read()
-	if odd, ok := errors.AsType[unreadable](err); ok {
+	if odd, ok := errors.AsType[unreadableError](err); ok {
 		return []string{odd.Error()}, nil
 	}
 	if err != nil {
 		return nil, err
 	}
 	found := render.Diff(t.want, have)
-	if len(found) == 0 && t.made != 0 && t.made != t.holder.inode {
+	if len(found) == 0 && t.madeBy != 0 && t.madeBy != t.holder.inode {
 		found = []string{"another mantlet made the table"}
 	}
 	if len(found) == 0 {
-		t.intact = at
+		t.checkedAt = at
 	}
 	return found, nil
 }
 
-// read returns the table, and the number of the last transaction that it shows.
+// read returns the table, and the revision that it shows. A dump takes several requests. If the revision changes between them, the dump
+// may mix two states, and is repeated.
 func (t *Table) read() (render.Ruleset, uint32, error) {
 	for range attempts {
-		before, err := t.generation()
+		before, err := t.revision()
 		if err != nil {
 			return render.Ruleset{}, 0, err
 		}
@@ -80,7 +83,7 @@ func (t *Table) read() (render.Ruleset, uint32, error) {
 		if err != nil {
 			return render.Ruleset{}, 0, err
 		}
-		after, err := t.generation()
+		after, err := t.revision()
 		if err != nil {
 			return render.Ruleset{}, 0, err
 		}
@@ -91,42 +94,44 @@ func (t *Table) read() (render.Ruleset, uint32, error) {
 	return render.Ruleset{}, 0, errBusy
 }
 
-// dialogue is a socket to the kernel's nftables. It holds one conversation at a time.
-type dialogue struct{ raw *netlink.Conn }
+// kernelSocket is a netlink socket to the kernel's nftables. It carries one request at a time.
+type kernelSocket struct{ raw *netlink.Conn }
 
-// generation returns the number of the last transaction in this network namespace, whosever. It is never 0.
-func (d dialogue) generation() (generation uint32, err error) {
+// revision returns the revision of the rules in this network namespace (NFTA_GEN_ID): it increases with each transaction of any process,
+// and is never 0.
+func (d kernelSocket) revision() (revision uint32, err error) {
 	err = d.request(unix.NFT_MSG_GETGEN, netlink.Request, nil, func(a attributes) error {
-		generation = a.u32(unix.NFTA_GEN_ID)
+		revision = a.u32(unix.NFTA_GEN_ID)
 		return nil
 	})
-	if err == nil && generation == 0 {
+	if err == nil && revision == 0 {
 		err = errors.New("the kernel does not number its transactions")
 	}
-	if errors.Is(err, unix.EINVAL) { // the request has nothing else that could be wrong: nobody took it
+	if errors.Is(err, unix.EINVAL) { // nothing in the request can be invalid, so nothing in the kernel handles it
 		err = fmt.Errorf("%w: the kernel has no nftables (CONFIG_NF_TABLES)", err)
 	}
-	return generation, err
+	return revision, err
 }
 
-// unreadable is content of a table that Read does not understand: not that there was no answer.
-type unreadable struct{ reason any }
+// unreadableError says that the kernel answered, and that Read does not understand the content.
+type unreadableError struct{ reason any }
 
-func (u unreadable) Error() string { return fmt.Sprintf("the content is not readable: %v", u.reason) }
+func (u unreadableError) Error() string {
+	return fmt.Sprintf("the content is not readable: %v", u.reason)
+}
 
-// safeDump is dump. Where that panics, the error is unreadable: whatever another process put into the table, it must not end
-// mantlet, which then would not close the pod.
+// safeDump is dump, and turns a panic into an unreadableError: whatever another process put into the table, it must not end mantlet,
+// which then would not close the pod.
 func (t *Table) safeDump() (r render.Ruleset, err error) {
 	defer func() {
 		if reason := recover(); reason != nil {
-			err = unreadable{reason}
+			err = unreadableError{reason}
 		}
 	}()
 	return t.dump()
 }
 
-// dump reads the table in raw attributes: the library leaves out what it does not know when it reads rules, tproxy and
-// socket among it.
+// dump reads the table as raw attributes: the library omits expressions that it does not know, among them tproxy and socket.
 func (t *Table) dump() (render.Ruleset, error) {
 	r := newReader()
 	for _, part := range []struct {
@@ -146,7 +151,7 @@ func (t *Table) dump() (render.Ruleset, error) {
 	}
 	for _, s := range r.sets {
 		if _, ok := s.asAccount(); ok {
-			continue // its content is the rules' affair
+			continue // packets change its content
 		}
 		request := []netlink.Attribute{
 			text(unix.NFTA_SET_ELEM_LIST_TABLE, render.Table), text(unix.NFTA_SET_ELEM_LIST_SET, s.name),
@@ -158,7 +163,7 @@ func (t *Table) dump() (render.Ruleset, error) {
 	if err := t.list(unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE, r.addRule); err != nil {
 		return render.Ruleset{}, err
 	}
-	t.made = r.holder
+	t.madeBy = r.holder
 	return r.ruleset(), nil
 }
 
@@ -168,8 +173,8 @@ const (
 	flowtableName  = 2
 )
 
-// list calls each for each of the table's objects of a kind.
-func (d dialogue) list(kind, table uint16, each func(attributes) error) error {
+// list calls each for each object of a kind in the table.
+func (d kernelSocket) list(kind, table uint16, each func(attributes) error) error {
 	about := []netlink.Attribute{text(table, render.Table)}
 	return d.request(kind, netlink.Request|netlink.Dump, about, func(a attributes) error {
 		if a.text(table) != render.Table {
@@ -179,12 +184,12 @@ func (d dialogue) list(kind, table uint16, each func(attributes) error) error {
 	})
 }
 
-// attributes are those of one object. Flags of the type (nested, byte order) are taken off.
+// attributes are those of one object, by type. The flags in the types (nested, byte order) are removed.
 type attributes map[uint16][]byte
 
 func (a attributes) text(kind uint16) string { return string(bytes.TrimRight(a[kind], "\x00")) }
 
-// u32 reads a number in network byte order; 0 where there is none.
+// u32 returns a number in network byte order; 0 if there is none.
 func (a attributes) u32(kind uint16) uint32 {
 	if len(a[kind]) != 4 {
 		return 0
@@ -204,16 +209,16 @@ func unpack(data []byte) (attributes, error) {
 	})
 }
 
-// each calls do for each of the attributes (struct nlattr), without a copy of them: a table has some thousand.
+// each calls do for each attribute (struct nlattr). It does not copy them: a table has some thousand.
 func each(data []byte, do func(kind uint16, value []byte) error) error {
 	const header, alignment = 4, 4
 	for len(data) > 0 {
 		if len(data) < header {
-			return errCut
+			return errTruncated
 		}
 		size, kind := int(binaryutil.NativeEndian.Uint16(data)), binaryutil.NativeEndian.Uint16(data[2:])
 		if size < header || size > len(data) {
-			return errCut
+			return errTruncated
 		}
 		if err := do(kind&^(unix.NLA_F_NESTED|unix.NLA_F_NET_BYTEORDER), data[header:size]); err != nil {
 			return err
@@ -223,17 +228,17 @@ func each(data []byte, do func(kind uint16, value []byte) error) error {
 	return nil
 }
 
-var errCut = errors.New("an attribute is cut off")
+var errTruncated = errors.New("an attribute is cut off")
 
-// request calls each for each object of the family inet that the kernel tells of. What is not there is no error.
-func (d dialogue) request(
+// request calls each for each object of the family inet in the answer. It is no error if there are none.
+func (d kernelSocket) request(
 	of uint16, flags netlink.HeaderFlags, about []netlink.Attribute, each func(attributes) error,
 ) error {
 	return d.ask(of, flags, unix.NFPROTO_INET, about, func(_ byte, a attributes) error { return each(a) })
 }
 
 // ask is request for any family, or for all.
-func (d dialogue) ask(
+func (d kernelSocket) ask(
 	of uint16, flags netlink.HeaderFlags, family byte, about []netlink.Attribute, each func(family byte, a attributes) error,
 ) error {
 	data, err := netlink.MarshalAttributes(about)
@@ -250,42 +255,42 @@ func (d dialogue) ask(
 			err = each(family, a)
 		}
 		if err != nil {
-			return unreadable{err}
+			return unreadableError{err}
 		}
 	}
 	return nil
 }
 
-// unpackMessage returns the family and the attributes of a message of nfnetlink.
+// unpackMessage returns the family and the attributes of an nfnetlink message.
 func unpackMessage(data []byte) (family byte, a attributes, err error) {
 	const header = 4 // struct nfgenmsg
 	if len(data) < header {
-		return 0, nil, errCut
+		return 0, nil, errTruncated
 	}
 	a, err = unpack(data[header:])
 	return data[0], a, err
 }
 
-// reader collects what the kernel tells of the table.
+// reader builds a ruleset from the objects of the table.
 type reader struct {
 	chains   []render.Chain
 	sets     []*set
 	timeouts []render.Timeouts
 	others   []string
-	holder   uint64             // who made the table; 0 where it does not say
+	holder   uint64             // inode that identifies who made the table; 0 if unknown
 	numbers  map[string][]uint8 // of anonymous sets, by setName
 	compiler batch
-	fixed    []translated // the statements that have but one form
+	fixed    []compiledStatement // statements without parameters
 }
 
-// translated is a statement, and the expressions that it is compiled to.
-type translated struct {
+// compiledStatement is a statement, and the expressions that it is compiled to.
+type compiledStatement struct {
 	statement   render.Statement
 	expressions []expression
 }
 
 func newReader() *reader {
-	r := &reader{numbers: map[string][]uint8{}, compiler: batch{named: true}}
+	r := &reader{numbers: map[string][]uint8{}, compiler: batch{namesKnown: true}}
 	for _, s := range []render.Statement{
 		render.Loopback{},
 		render.Loopback{Output: true},
@@ -298,12 +303,12 @@ func newReader() *reader {
 		render.Count{},
 		render.Reset{}, render.Prohibit{},
 	} {
-		r.fixed = append(r.fixed, translated{s, r.compile(s)})
+		r.fixed = append(r.fixed, compiledStatement{s, r.compile(s)})
 	}
 	return r
 }
 
-// ruleset returns what was collected.
+// ruleset returns the result.
 func (r *reader) ruleset() render.Ruleset {
 	rules := render.Ruleset{Timeouts: r.timeouts, Chains: r.chains, Others: r.others}
 	for _, s := range r.sets {
@@ -321,7 +326,7 @@ func (r *reader) ruleset() render.Ruleset {
 		switch m, ok := s.asMap(); {
 		case ok:
 			rules.Maps = append(rules.Maps, m)
-			for _, key := range s.odd {
+			for _, key := range s.unexpected {
 				rules.Others = append(rules.Others, fmt.Sprintf("map %s, element %s: more or less than a port and a verdict", s.name, key))
 			}
 		case s.flags&unix.NFT_SET_ANONYMOUS == 0:
@@ -331,7 +336,7 @@ func (r *reader) ruleset() render.Ruleset {
 	return rules
 }
 
-// The owner's flags are set or not as Own could.
+// addTable ignores the owner's flags: they depend on whether Own succeeded.
 func (r *reader) addTable(a attributes) error {
 	flags := a.u32(unix.NFTA_TABLE_FLAGS) &^ (tableOwner | tablePersist)
 	switch {
@@ -350,8 +355,8 @@ func (r *reader) addOther(kind string, name uint16) func(attributes) error {
 	}
 }
 
-// chainFlags is NFTA_CHAIN_FLAGS (include/uapi/linux/netfilter/nf_tables.h); chainBase is the one that a hook brings along, and
-// chainBinding that of a chain which goes with the one rule that leads to it.
+// chainFlags is NFTA_CHAIN_FLAGS (include/uapi/linux/netfilter/nf_tables.h). chainBase is set on every chain with a hook, and chainBinding on
+// a chain that is deleted together with the one rule that jumps to it.
 const (
 	chainFlags   = 10
 	chainBase    = 1
@@ -394,7 +399,7 @@ func readHook(a attributes) (render.Hook, error) {
 	return h, nil
 }
 
-// hookName names the hooks of the families ip, ip6 and inet.
+// hookName returns the name of a hook of the families ip, ip6 and inet.
 func hookName(number uint32) string {
 	names := []string{"prerouting", "input", "forward", "output", "postrouting", "ingress"}
 	if int(number) < len(names) {
@@ -403,7 +408,7 @@ func hookName(number uint32) string {
 	return fmt.Sprint(number)
 }
 
-// verdictKind names the kernel's verdict (include/uapi/linux/netfilter.h, netfilter/nf_tables.h).
+// verdictKind returns the name of a verdict (include/uapi/linux/netfilter.h, netfilter/nf_tables.h).
 func verdictKind(code int32) render.VerdictKind {
 	names := map[int32]render.VerdictKind{
 		0: render.Drop, 1: render.Accept, unix.NFT_CONTINUE: "continue", unix.NFT_BREAK: "break",
@@ -423,13 +428,13 @@ type set struct {
 	size               uint32 // 0 for any
 	timeout            time.Duration
 	elements           []element
-	odd                []string // keys of elements that no rendered set has: catch-all elements, or such with a timeout or a limit
+	unexpected         []string // keys of elements unlike rendered ones: catch-all elements, or ones with a timeout or a limit
 }
 
 type element struct {
-	key     []byte // of the set's length
-	last    []byte // of a range of concatenated keys; nil for a single one
-	end     bool   // of an interval: the key is the first after it
+	key     []byte // as long as the set's keys are
+	last    []byte // key of a range of concatenated keys; nil for a single key
+	isEnd   bool   // of an interval: the key is the first one after it
 	verdict render.Verdict
 }
 
@@ -467,9 +472,9 @@ func (s *set) addElements(a attributes) error {
 		switch {
 		case plain:
 		case key == nil:
-			s.odd = append(s.odd, "*")
+			s.unexpected = append(s.unexpected, "*")
 		default:
-			s.odd = append(s.odd, fmt.Sprintf("%#x", key))
+			s.unexpected = append(s.unexpected, fmt.Sprintf("%#x", key))
 		}
 		if len(key) == int(s.keyLen) {
 			s.elements = append(s.elements, element{key, fields[elementEnd], flags&unix.NFT_SET_ELEM_INTERVAL_END != 0, fields.verdict("2.2")})
@@ -481,7 +486,7 @@ func (s *set) addElements(a attributes) error {
 // elementComment is NFTA_SET_ELEM_USERDATA.
 const elementComment = "6"
 
-// asMap returns what the set is as a map of ports to verdicts, if it is one.
+// asMap returns the set as a map from ports to verdicts, if it is one.
 func (s *set) asMap() (render.Map, bool) {
 	m := render.Map{Name: s.name}
 	const verdictType = 0xffffff00 // NFT_DATA_VERDICT
@@ -489,10 +494,10 @@ func (s *set) asMap() (render.Map, bool) {
 		return m, false
 	}
 	slices.SortFunc(s.elements, func(a, b element) int {
-		return cmp.Or(bytes.Compare(a.key, b.key), cmp.Compare(start(a), start(b)))
+		return cmp.Or(bytes.Compare(a.key, b.key), cmp.Compare(startsAfter(a), startsAfter(b)))
 	})
 	for i, e := range s.elements {
-		if e.end {
+		if e.isEnd {
 			continue
 		}
 		ports := schema.Ports{First: binary.BigEndian.Uint16(e.key), Last: maxPort}
@@ -507,18 +512,18 @@ func (s *set) asMap() (render.Map, bool) {
 // servicePort is nft's number for the type inet_service.
 const servicePort = 13
 
-// start sorts the start of an interval behind the end of another one at the same key.
-func start(e element) int {
-	if e.end {
+// startsAfter orders the start of an interval after the end of another one with the same key.
+func startsAfter(e element) int {
+	if e.isEnd {
 		return 0
 	}
 	return 1
 }
 
-// protocols returns the content of an anonymous set of transport protocols, ascending.
+// protocols returns the content of an anonymous set of transport protocols, sorted.
 func (r *reader) protocols(name string) []uint8 {
 	i := slices.IndexFunc(r.sets, func(s *set) bool { return s.name == name })
-	if i < 0 || r.sets[i].flags != unix.NFT_SET_ANONYMOUS|unix.NFT_SET_CONSTANT || r.sets[i].keyLen != 1 || len(r.sets[i].odd) > 0 {
+	if i < 0 || r.sets[i].flags != unix.NFT_SET_ANONYMOUS|unix.NFT_SET_CONSTANT || r.sets[i].keyLen != 1 || len(r.sets[i].unexpected) > 0 {
 		return nil
 	}
 	var numbers []uint8

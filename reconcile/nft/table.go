@@ -26,7 +26,7 @@ type Table struct {
 	// EnvoyUID is the user whose TCP connections are Envoy's. It is set before the first Replace; Open sets the default of the environment.
 	EnvoyUID uint32
 
-	dialogue // by conn's own socket, for messages that the library cannot send
+	kernelSocket // conn's own socket, for messages that the library can't send
 
 	conn  *nftables.Conn
 	table *nftables.Table
@@ -34,23 +34,23 @@ type Table struct {
 
 	timeouts      tcpTimeouts // the sysctls of the network namespace
 	lacksTimeouts bool        // the kernel has no ct timeout objects
-	hasTimeouts   bool        // it has been seen to have them
+	hasTimeouts   bool        // the kernel has been seen to have them
 
-	subscribe func() (subscription, error) // to the kernel's notes; tests have others
+	subscribe func() (subscription, error) // to the kernel's notifications; tests replace it
 
-	mu      sync.Mutex // the socket holds one conversation at a time
-	owned   bool
-	holder  holder         // from Own on
-	made    uint64         // by whose holder the table was made that was read last; 0 where it does not say
-	want    render.Ruleset // what Replace put there last
-	refused tally          // what the rules counted
-	intact  uint32         // the generation of the kernel's rules at which the table was seen to hold that; 0 for none
+	mu        sync.Mutex // the socket carries one request at a time
+	owned     bool
+	holder    holder         // set by Own
+	madeBy    uint64         // the holder of the mantlet that made the table, at the last read; 0 if unknown
+	want      render.Ruleset // what Replace put there last
+	refused   tally          // packets that the rules counted
+	checkedAt uint32         // the kernel's revision at which the table was seen to hold that; 0 for none
 
 	others others
 }
 
-// bufferSize holds a transaction's messages, and the kernel's acknowledgement of each. Some 70 messages of rules and the
-// maps' elements, at most 65,536 of 40 bytes in each of two maps, are under 8 MiB; acknowledgements repeat no payload.
+// bufferSize holds a transaction's messages, and the kernel's acknowledgement of each. Some 70 messages of rules, and at most 65,536
+// elements of 40 bytes in each of two maps, are less than 8 MiB. Acknowledgements do not repeat the messages.
 const bufferSize = 16 << 20
 
 // Open connects to the network namespace of the calling thread. It changes nothing.
@@ -62,7 +62,7 @@ func Open() (*Table, error) {
 	}
 	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
 		t.raw = c
-		// Else an acknowledgement that is an error would repeat its message.
+		// Without it, an acknowledgement that is an error repeats the message.
 		return errors.Join(c.SetOption(netlink.CapAcknowledge, true), buffers(c))
 	}))
 	if err != nil {
@@ -75,8 +75,8 @@ func Open() (*Table, error) {
 	return t, nil
 }
 
-// buffers enlarges the socket's buffers: as far as net.core allows where the capability to go beyond is lacking, as in
-// a user namespace.
+// buffers enlarges the socket's buffers. Without the capability to exceed net.core's limits, as in a user namespace, they are as large as
+// these allow.
 func buffers(c *netlink.Conn) error {
 	raw, err := c.SyscallConn()
 	if err != nil {
@@ -88,13 +88,13 @@ func buffers(c *netlink.Conn) error {
 			unix.SO_RCVBUFFORCE: unix.SO_RCVBUF,
 		} {
 			if unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, force, bufferSize) != nil {
-				_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, option, bufferSize) // the default has to do
+				_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, option, bufferSize) // the default size has to do
 			}
 		}
 	})
 }
 
-// Close ends the connection. The rules stay; a table that was owned waits for its next owner.
+// Close closes the connection. The rules stay, and a table that was owned can get another owner.
 func (t *Table) Close() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -134,7 +134,7 @@ func (t *Table) Own() (bool, error) {
 	return t.owned, nil
 }
 
-// claim makes a table this process's, or finds in a transaction that leaves nothing behind whether it could.
+// claim makes a table this process's. With trial, it only finds out whether it could, in a transaction that leaves nothing behind.
 func (t *Table) claim(name string, trial bool) (bool, error) {
 	data, err := netlink.MarshalAttributes([]netlink.Attribute{
 		text(unix.NFTA_TABLE_NAME, name),
@@ -166,22 +166,21 @@ func (t *Table) claim(name string, trial bool) (bool, error) {
 	return false, err
 }
 
-// message is one of netfilter's netlink: its header carries family, version 0 and a resource in network byte order.
+// message returns an nfnetlink message. Its header has the family, version 0, and a resource in network byte order.
 func message(kind uint16, flags netlink.HeaderFlags, family byte, resource uint16, data []byte) netlink.Message {
 	header := binary.BigEndian.AppendUint16([]byte{family, unix.NFNETLINK_V0}, resource)
 	return netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(kind), Flags: flags}, Data: append(header, data...)}
 }
 
-// privileged reports whether the kernel lets this process speak to nftables at all.
+// privileged reports whether the kernel lets this process use nftables at all.
 func (t *Table) privileged() bool {
 	_, err := t.conn.ListTablesOfFamily(nftables.TableFamilyINet)
 	return err == nil
 }
 
-// DenyAll puts the rules in place that stand before anything is known, and that remember those of before. What the pod sends is treated as
-// those of before do. Where the kernel
-// does not take them all, nothing is remembered; where it lacks conntrack, not even answers to the pod's own connections come
-// in. It is idempotent.
+// DenyAll puts in force the rules for the time before the configuration is known. They keep the marks of the connections of the rules
+// before, and treat what the pod sends as those did. If the kernel does not accept all of them, no marks are kept; if it lacks conntrack,
+// not even answers to the pod's own connections come in. It is idempotent.
 func (t *Table) DenyAll(before render.Ruleset) error {
 	outbound := render.OutboundOf(before)
 	all := []render.Ruleset{render.DenyAll(true).WithOutbound(outbound), render.DenyAll(false).WithOutbound(outbound)}
@@ -199,18 +198,17 @@ func (t *Table) DenyAll(before render.Ruleset) error {
 	return fmt.Errorf("putting the deny-all rules in place: %w", distinct(errors.Join(errs...)))
 }
 
-// OnlyStatus is DenyAll, but for the port of mantlet's own status. Where the kernel lacks what that takes, it stays closed too.
+// OnlyStatus is DenyAll, except that the port of mantlet's own status is open. If the kernel lacks what that needs, it stays closed.
 func (t *Table) OnlyStatus(port uint16, before render.Ruleset) error {
 	return t.Replace(render.OnlyStatus(port).WithOutbound(render.OutboundOf(before)).Remembering(before))
 }
 
-// attempts bounds how often a change or a dump is started again because another process changed nftables in the meantime.
+// attempts is how often a change or a dump is tried if other processes keep changing nftables meanwhile.
 const attempts = 10
 
-// Replace makes the table hold r and nothing else, in one transaction. Where it fails, the rules are as they were. A table
-// that is not owned is read back; where it has something else already, another process did that, and the change is made
-// again. Where the kernel refuses the rules, the error names each option that it lacks. Where it has no ct timeout objects, the
-// table goes without them, see LacksTimeouts.
+// Replace makes the table hold r and nothing else, in one transaction. If it fails, the rules are unchanged. A table that is not owned is
+// read back; if it already holds something else, another process changed it, and the change is made again. If the kernel refuses the
+// rules, the error names each option that it lacks. If it has no ct timeout objects, the table is made without them, see LacksTimeouts.
 func (t *Table) Replace(r render.Ruleset) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -222,18 +220,18 @@ func (t *Table) Replace(r render.Ruleset) error {
 	if !refuses(err) {
 		return err
 	}
-	if missing := t.missing(); missing != nil { // which says all that the kernel's answers to the rules could
+	if missing := t.missing(); missing != nil { // this says more than the kernel's errors do
 		return fmt.Errorf("replacing the table inet %s: %w", render.Table, missing)
 	}
 	return err
 }
 
-// refuses reports whether an error of put says that the kernel does not take the rules.
+// refuses reports whether an error of put says that the kernel refuses the rules.
 func refuses(err error) bool {
 	return err != nil && !errors.Is(err, unix.EPERM) && !errors.Is(err, ErrOwned) && !errors.Is(err, errBusy)
 }
 
-// Fit returns the rules as Replace puts them in place: for this process's user, and as the kernel takes them.
+// Fit returns the rules as Replace puts them in force: for this process's user, and without what the kernel lacks.
 func (t *Table) Fit(r render.Ruleset) render.Ruleset {
 	return t.fit(r, len(r.Timeouts) > 0 && t.LacksTimeouts())
 }
@@ -248,21 +246,21 @@ func (t *Table) fit(r render.Ruleset, lacksTimeouts bool) render.Ruleset {
 func (t *Table) put(r render.Ruleset) error {
 	var found []string
 	for n := range attempts {
-		_ = t.refused.look(t) // what it can't see is lost to the count, and to nothing else
+		_ = t.refused.look(t) // if it fails, only counts are lost
 		whole := n > 0 && !t.owned
 		failed := t.transaction(func(b *batch) error { return t.replace(b, r, whole) })
 		if failed != nil && n == 0 && !t.owned {
-			continue // another process may have deleted meanwhile what clear deletes
+			continue // another process may have deleted what clear deletes
 		}
-		// Where acknowledgements did not fit into the socket's buffer, the commit may have gone well all the same.
+		// If acknowledgements did not fit into the socket's buffer, the commit may have succeeded all the same.
 		if failed != nil && !errors.Is(failed, unix.ENOBUFS) {
 			return fmt.Errorf("replacing the table inet %s: %w", render.Table, t.explain(failed))
 		}
 		before := t.want
-		t.want, t.intact = r, 0
+		t.want, t.checkedAt = r, 0
 		if t.owned && failed == nil {
 			t.refused.fold()
-			return nil // nobody else can have changed it; the next Check looks all the same
+			return nil // nobody else can have changed it; the next Check reads it in any case
 		}
 		var err error
 		if found, err = t.differences(); err != nil {
@@ -280,7 +278,7 @@ func (t *Table) put(r render.Ruleset) error {
 	return fmt.Errorf("replacing the table inet %s: %w; in the end: %s", render.Table, errBusy, strings.Join(found, "; "))
 }
 
-// Repair puts back what Replace put there last where the table holds something else, and returns what differed.
+// Repair puts back what Replace put there last if the table holds something else, and returns what differed.
 func (t *Table) Repair() (found []string, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -295,12 +293,12 @@ func (t *Table) Repair() (found []string, err error) {
 
 var errBusy = fmt.Errorf("other processes changed nftables at the same time, %d times in a row", attempts)
 
-// transaction sends what build adds to it, all or nothing.
+// transaction sends what build adds to it as one transaction.
 func (t *Table) transaction(build func(*batch) error) error {
 	b := &batch{conn: t.conn, table: t.table, timeouts: t.timeouts, maps: map[string]*nftables.Set{}}
 	failed := build(b)
 	if failed != nil {
-		// The library has no other way to get rid of what it holds than to send it. A chain without a name is never there.
+		// The library can only discard pending messages by sending them. The transaction is made to fail: no chain has an empty name.
 		t.conn.DelChain(&nftables.Chain{Table: t.table})
 	}
 	err := t.conn.Flush()
@@ -313,8 +311,8 @@ func (t *Table) transaction(build func(*batch) error) error {
 	return distinct(err)
 }
 
-// distinct returns the errors that are joined in one, each once: where the kernel refuses a message of a transaction, it refuses those
-// after it that need it, too.
+// distinct returns the errors that are joined in one, each of them once. If the kernel refuses a message of a transaction, it also
+// refuses later messages that depend on it.
 func distinct(err error) error {
 	var all []error
 	seen := map[string]bool{}
@@ -336,8 +334,8 @@ func distinct(err error) error {
 	return errors.Join(all...)
 }
 
-// drain throws away what is left in the socket of a conversation that failed. The kernel answers while a message is sent:
-// every message of a transaction, and the transaction itself where its commit failed. The library reads not as many.
+// drain discards what is left in the socket after a request that failed. The kernel answers each message of a transaction while the
+// transaction is sent, and the transaction itself if its commit failed. The library does not read all of these answers.
 func (t *Table) drain() {
 	raw, err := t.raw.SyscallConn()
 	if err != nil {
@@ -360,7 +358,7 @@ func (t *Table) replace(b *batch, r render.Ruleset, whole bool) error {
 	for _, timeouts := range r.Timeouts {
 		b.addTimeouts(timeouts)
 	}
-	// A goto needs its chain, and a map's element too: chains come first, maps then, rules last.
+	// Rules and the elements of maps refer to chains, and rules to maps: so chains come first, then maps, then rules.
 	for _, c := range r.Chains {
 		t.conn.AddChain(b.chain(c))
 	}
@@ -379,7 +377,7 @@ func (t *Table) replace(b *batch, r render.Ruleset, whole bool) error {
 			return err
 		}
 	}
-	holder := t.holder.userData() // of the first rule
+	holder := t.holder.userData() // carried by the first rule
 	for _, c := range r.Chains {
 		for _, rule := range c.Rules {
 			exprs, err := b.expressions(rule)
@@ -395,9 +393,9 @@ func (t *Table) replace(b *batch, r render.Ruleset, whole bool) error {
 	return nil
 }
 
-// clear adds to the transaction what empties the table, except for timeouts and accounts that are to stay: open connections lose their
-// timeouts with the object (nf_ct_untimeout, net/netfilter/nf_conntrack_timeout.c), and accounts what they hold. With whole it deletes the table and makes it again, which
-// works for one that is not owned: the library knows no owner.
+// clear adds to the transaction what empties the table, except for timeouts and accounts that are kept: open connections lose their
+// timeouts with the object (nf_ct_untimeout, net/netfilter/nf_conntrack_timeout.c), and accounts their content. With whole it deletes the
+// table and creates it again. That works only for a table that is not owned: the library does not know owners.
 func (t *Table) clear(keep render.Ruleset, whole bool) error {
 	if !t.owned {
 		t.conn.AddTable(t.table)
@@ -408,7 +406,7 @@ func (t *Table) clear(keep render.Ruleset, whole bool) error {
 		return nil
 	}
 	t.conn.FlushTable(t.table)
-	// In raw attributes: the library fails at types and user data that it does not know. What holds others goes before them.
+	// Raw attributes are used since the library fails on types and user data that it does not know. What refers to others is deleted before them.
 	for _, part := range []struct {
 		of, table uint16
 		remove    func(attributes)
@@ -463,14 +461,14 @@ func (b *batch) chain(c render.Chain) *nftables.Chain {
 	return chain
 }
 
-// maxElements bounds one message: the attribute that holds a message's elements has a length of 16 bits, and the library
-// cuts what does not fit in silence. An element with its end takes under 60 bytes.
+// maxElements is how many elements one message has at most. The attribute with a message's elements has a 16-bit length, and the library
+// truncates longer ones silently. An element with its end takes less than 60 bytes.
 const maxElements = 500
 
 func (b *batch) addMap(m render.Map) error {
-	b.sets++
+	b.lastSetID++
 	set := &nftables.Set{
-		ID: b.sets, Table: b.table, Name: m.Name, IsMap: true, Interval: true,
+		ID: b.lastSetID, Table: b.table, Name: m.Name, IsMap: true, Interval: true,
 		KeyType: nftables.TypeInetService, DataType: nftables.TypeVerdict, KeyByteOrder: binaryutil.BigEndian,
 	}
 	b.maps[m.Name] = set
@@ -491,7 +489,7 @@ func (b *batch) addMap(m render.Map) error {
 	return nil
 }
 
-// span gives the start of a range and the first port after it. A range up to the last port has no end.
+// span returns the start of a range of ports, and its end, the first port after it. A range up to the last port has no end.
 func span(e render.Element) []nftables.SetElement {
 	start := nftables.SetElement{Key: port(e.Ports.First), VerdictData: verdict(e.Verdict)}
 	if e.Ports.Last == maxPort {
@@ -504,7 +502,7 @@ const maxPort = 65535
 
 func port(p uint16) []byte { return binary.BigEndian.AppendUint16(nil, p) }
 
-// explain tells one EPERM from the other, and adds what to do to errors of the kernel that users meet.
+// explain distinguishes the two causes of EPERM, and adds advice to errors of the kernel that users meet.
 func (t *Table) explain(err error) error {
 	if errors.Is(err, unix.EPERM) && t.privileged() {
 		if other := t.other(); errors.Is(other, ErrOwned) { // which says who it is
