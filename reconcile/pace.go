@@ -110,7 +110,9 @@ func (d *Daemon) closePorts(want *desired) error {
 	}
 	next := *d.have
 	next.closed = &portClosure{ports: schema.Cut(append(ports, d.have.closedPorts()...)), mesh: have}
-	next.closed.mesh.TLS.MinVersion = max(have.TLS.MinVersion, want.mesh.TLS.MinVersion)
+	if want.mesh.TLS.MinVersion.Compare(have.TLS.MinVersion) > 0 {
+		next.closed.mesh.TLS = want.mesh.TLS
+	}
 	next.closed.mesh.Ingress = nil
 	for _, part := range schema.Cut(append(schema.Parts(have.Ingress, want.mesh.Ingress), ports...)) {
 		policy := schema.PolicyOf(have.Ingress, part.First)

@@ -264,7 +264,7 @@ const immediately = time.Millisecond
 // certificates while the TLS minimum is lowered, that moment would let in clients with an old TLS version and without a certificate,
 // which neither the old nor the new state does. Such a change therefore goes through a state with the new modes and the old TLS minimum.
 func (d *Daemon) nextState() (*desired, error) {
-	if d.have == nil || d.want.mesh.TLS.MinVersion >= d.have.mesh.TLS.MinVersion {
+	if d.have == nil || d.want.mesh.TLS.MinVersion.Compare(d.have.mesh.TLS.MinVersion) >= 0 {
 		return d.want, nil
 	}
 	was, is := d.have.mesh.Ingress, d.want.mesh.Ingress
