@@ -309,6 +309,9 @@ func (p *page) state(s status.Status) {
 		p.row(row.name, strconv.FormatUint(row.state.Generation, 10), short(row.state.Digest),
 			ingress, strconv.Itoa(row.state.Egress), source)
 	}
+	if w := s.Waits; w != nil {
+		p.line("desired waits %s for %s", lasts(max(1, w.Until.Sub(p.now).Seconds())), w.Reason)
+	}
 }
 
 // short is as much of a digest as tells two apart.
