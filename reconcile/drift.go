@@ -2,6 +2,7 @@ package reconcile
 
 import (
 	"fmt"
+	"strings"
 
 	"mantlet/internal/status"
 	"mantlet/render"
@@ -12,6 +13,7 @@ import (
 type Live struct {
 	Rules        render.Ruleset
 	Fit          func(render.Ruleset) render.Ruleset // adapts rules to this kernel; nil for no adaptation
+	Routes       func(render.Routes) error           // returns how the policy routes differ from some; nil: not at all
 	Envoy        status.Envoy
 	Certificates []string // differences between what Envoy has and the TLS directory, a line each
 }
@@ -43,6 +45,13 @@ func Diff(mesh schema.Mesh, place render.Place, have Live) (Difference, error) {
 		add(NoRestart, "%s", rest[0])
 	case len(rest) > 0:
 		add(NoRestart, "rules: the kernel has others than the configuration makes; -v lists them")
+	}
+	if have.Routes != nil {
+		if err := have.Routes(state.Routes(place)); err != nil {
+			for line := range strings.Lines(err.Error()) {
+				add(NoRestart, "policy routes: %s", strings.TrimSpace(line))
+			}
+		}
 	}
 	for _, line := range have.Certificates {
 		add(SDS, "%s", line)

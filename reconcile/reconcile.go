@@ -22,13 +22,15 @@ type Daemon struct {
 	Place       render.Place
 	Kernel      Kernel
 	Found       render.Ruleset // the rules that the kernel had before deny-all replaced them
-	Secrets     Secrets
-	Proxy       Proxy
-	Legacy      Legacy         // nil: iptables-legacy is ignored
-	Names       Names          // nil: names are not resolved, and have no addresses
-	HasIPv6     func() bool    // reports whether Envoy can listen on ::1; nil: as Place says
-	Limits      render.Limits  // of mantlet and its Envoys
-	Processes   bind.Processes // those that listened before mantlet gave up the privilege to see them
+	// PolicyRoutes may be nil: then there are none, and no state may need them.
+	PolicyRoutes PolicyRoutes
+	Secrets      Secrets
+	Proxy        Proxy
+	Legacy       Legacy         // nil: iptables-legacy is ignored
+	Names        Names          // nil: names are not resolved, and have no addresses
+	HasIPv6      func() bool    // reports whether Envoy can listen on ::1; nil: as Place says
+	Limits       render.Limits  // of mantlet and its Envoys
+	Processes    bind.Processes // those that listened before mantlet gave up the privilege to see them
 	// Follow returns refusals as they come, until ctx ends; an error where too many follow already.
 	Follow func(ctx context.Context) (<-chan status.Followed, error)
 	Log    *slog.Logger
@@ -38,6 +40,7 @@ type Daemon struct {
 
 	watchdog watchdog
 	notes    notes
+	routing  routing
 
 	mu          sync.Mutex // guards shared
 	shared                 // embedded, since nearly everything is about these
@@ -66,9 +69,8 @@ type shared struct {
 	stopping  bool
 	accepted  uint64 // number of configurations
 	envoys    status.Envoys
-	endings   endings       // of connections, by changes
-	waits     *status.Waits // what the wanted state waits for; nil for nothing
-	unapplied error         // why the wanted state is not in force; nil if it is
+	endings   endings // of connections, by changes
+	unapplied error   // why the wanted state is not in force; nil if it is
 
 	// Written by configure and storeFiles.
 	offered   *desired // a good configuration that the loop has not taken yet
@@ -219,11 +221,7 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 	d.restartExhausted()
 	want, err := d.nextState()
 	if err == nil {
-		now := time.Now()
-		waits := d.delay(now, want)
-		d.noteWaits(now, waits)
-		if waits != nil {
-			wait := waits.Until.Sub(now)
+		if wait := d.delay(time.Now(), want); wait > 0 {
 			if err := d.closePorts(want); err != nil {
 				d.Log.Error("what a change forbids goes on until it is in force", "error", err)
 				wait = min(wait, retryInputs)
@@ -252,9 +250,6 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 	now := time.Now()
 	wait := max(d.loop.backoff.next(now), immediately)
 	d.loop.notBefore = now.Add(wait)
-	if wait > immediately {
-		d.noteWaits(now, &status.Waits{Until: d.loop.notBefore, Code: status.WaitBackoff, Reason: waitReason(status.WaitBackoff)})
-	}
 	level := slog.LevelError
 	if again {
 		level = slog.LevelDebug // the log has it already already
@@ -272,7 +267,7 @@ const immediately = time.Millisecond
 // certificates while the TLS minimum is lowered, that moment would let in clients with an old TLS version and without a certificate,
 // which neither the old nor the new state does. Such a change therefore goes through a state with the new modes and the old TLS minimum.
 func (d *Daemon) nextState() (*desired, error) {
-	if d.have == nil || d.want.mesh.TLS.MinVersion.Compare(d.have.mesh.TLS.MinVersion) >= 0 {
+	if d.have == nil || d.want.mesh.TLS.MinVersion >= d.have.mesh.TLS.MinVersion {
 		return d.want, nil
 	}
 	was, is := d.have.mesh.Ingress, d.want.mesh.Ingress
@@ -289,9 +284,14 @@ func (d *Daemon) nextState() (*desired, error) {
 	return &between, err
 }
 
-// apply puts a state in force: Envoy first, then the rules that send connections to it. So a port never admits more than the more
-// permissive of the old and the new state.
+// apply puts a state in force: policy routes, which admit nothing, then Envoy, then the rules that send connections to it. So a port never
+// admits more than the more permissive of the old and the new state.
 func (d *Daemon) apply(ctx context.Context, want *desired) error {
+	settled, err := d.route(want)
+	if err != nil {
+		return err
+	}
+	defer settled()
 	if !d.isServing(want) {
 		if err := d.start(ctx, want); err != nil {
 			return err

@@ -51,10 +51,15 @@ func (d *Daemon) repair(who string) {
 		}
 	}
 	d.guarding.repairErr = err
+	d.noteRepair(r)
+}
+
+// noteRepair takes note of a repair.
+func (d *Daemon) noteRepair(r status.Repair) {
 	d.locked(func() {
 		d.repairs = append(d.repairs, r)
 		d.repairs = d.repairs[max(0, len(d.repairs)-keptRepairs):]
-		if err == nil {
+		if r.Error == "" {
 			d.repaired++
 		}
 	})

@@ -4,7 +4,6 @@ import (
 	"context"
 	"sync"
 
-	"mantlet/internal/rundir"
 	"mantlet/internal/status"
 )
 
@@ -12,7 +11,7 @@ import (
 // socket and keeps the ready file.
 func (d *Daemon) Serve(ctx context.Context) error {
 	process := d.Environment.Process
-	listener, err := status.Listen(rundir.Directory(process.RuntimeDirectory).StatusSocket())
+	listener, err := status.Listen(status.Socket(process.RuntimeDirectory))
 	if err != nil {
 		return err
 	}

@@ -59,7 +59,7 @@ func (d *Daemon) Unready(ctx context.Context) []status.Reason {
 	}
 	d.mu.Unlock()
 	var checks sync.WaitGroup
-	var certificates, held, envoy, joined, rules, denied error
+	var certificates, held, envoy, joined, rules, routes, denied error
 	checks.Go(func() { certificates = d.Secrets.Valid(time.Now()) })
 	if process != nil && !handover {
 		checks.Go(func() {
@@ -80,6 +80,7 @@ func (d *Daemon) Unready(ctx context.Context) []status.Reason {
 	}
 	if have != nil {
 		checks.Go(func() { rules = d.Kernel.Check() })
+		checks.Go(func() { _, routes = d.checkRoutes() })
 		checks.Go(func() { denied = d.legacyDenial() })
 	}
 	checks.Wait()
@@ -93,6 +94,7 @@ func (d *Daemon) Unready(ctx context.Context) []status.Reason {
 	because(status.CheckEnvoy, withReason(status.EnvoyNotServing, envoy))
 	because(status.CheckEnvoy, withReason(status.EnvoyListenerJoined, joined))
 	because(status.CheckRules, withReason(status.RulesChanged, rules))
+	because(status.CheckRules, withReason(status.RoutesChanged, routes))
 	because(status.CheckRules, withReason(status.DroppedByIptablesLegacy, denied))
 	if len(reasons) == 0 && have == nil {
 		because(status.CheckMantlet, errors.New(status.Starting))
@@ -199,13 +201,14 @@ func (d *Daemon) Status(ctx context.Context) status.Status {
 		s.Certificates = append(s.Certificates, c)
 	}
 	d.addCounts(ctx, &s)
+	s.PolicyRoutes = d.policyRoutesStatus()
 	s.Repairs, s.Repaired = d.Repairs()
 	s.Repairs = append([]status.Repair{}, s.Repairs...)
 	s.LogDropped, _ = d.logLost()
 	d.locked(func() {
 		s.Started = d.since
 		s.Desired, s.Applied = d.want.summary(), d.have.summary()
-		s.Waits, s.LastError = d.waits, d.lastError
+		s.LastError = d.lastError
 		s.Policy, s.Routes, s.Probes = d.have.policies(), d.have.routes(), d.probeStatuses()
 		s.Reload = d.reloaded
 		s.Applies = d.applies.all()

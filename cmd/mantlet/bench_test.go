@@ -19,7 +19,6 @@ import (
 	"time"
 
 	"mantlet/internal/lab"
-	"mantlet/internal/rundir"
 	"mantlet/internal/status"
 	"mantlet/reconcile/nft"
 	"mantlet/render"
@@ -65,7 +64,7 @@ func BenchmarkStart(b *testing.B) {
 			// mantlet takes these with it: the one holds the paths of the others, which hold the key.
 			files := map[string]string{"bootstrap-0.json": saved}
 			for _, secret := range []string{render.IdentitySecret, render.MeshCASecret} {
-				files[rundir.SecretFile(secret)] = rundir.Envoy(directory).Secret(secret)
+				files[render.SecretFile(secret)] = filepath.Join(directory, render.SecretFile(secret))
 			}
 			texts := map[string][]byte{}
 			for name := range files {

@@ -21,7 +21,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mantlet/internal/bind"
-	"mantlet/internal/rundir"
 	"mantlet/internal/sandbox"
 	"mantlet/internal/sockdiag"
 	"mantlet/internal/status"
@@ -30,6 +29,7 @@ import (
 	"mantlet/reconcile/envoy"
 	"mantlet/reconcile/iptables"
 	"mantlet/reconcile/nft"
+	"mantlet/reconcile/routes"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -153,7 +153,7 @@ func findings(ctx context.Context, environ []string) []finding {
 	all = append(all, tried("environment", "", nil, ""))
 	most, _ := limits()
 	all = append(all, tryLimits(most, render.CostOf(config.Mesh)))
-	return slices.Concat(all, tryOverrides(env, unloaded), []finding{tryAddresses(ctx, env, config)}, tryUpstreams(ctx, config.Mesh.Egress))
+	return slices.Concat(all, tryRoutes(config.Mesh, place(env)), tryOverrides(env, unloaded), []finding{tryAddresses(ctx, env, config)}, tryUpstreams(ctx, config.Mesh.Egress))
 }
 
 // ofNodes are interfaces that network plugins make on a node. A node that is a container itself, as kind's are, shows by nothing else.
@@ -230,6 +230,15 @@ func tryKernel() []finding {
 	}
 	all = append(all, wanted("ending connections", "", sockdiag.Supported(), "without it a connection that a change forbids ends at its next packet, and is told then"))
 	return append(all, wanted("owned table", "", err, "take Linux 6.9 or later"))
+}
+
+// tryRoutes tries whether the kernel has the policy routes that clients' addresses take, where they are asked for.
+func tryRoutes(mesh schema.Mesh, place render.Place) []finding {
+	wants := render.State{Mesh: mesh}.Routes(place)
+	if wants == (render.Routes{}) {
+		return nil
+	}
+	return []finding{tried("policy routes", "for sourceAddress: client", routes.Kernel{}.Try(wants), "take a kernel that is built with it, or leave sourceAddress at pod")}
 }
 
 func tryLandlock() finding {
@@ -457,7 +466,7 @@ func tryAddresses(ctx context.Context, env *schema.Environment, config schema.Co
 	if live, err := envoy.Read(ctx, env.Process.EnvoyDirectory()); err == nil {
 		taken = render.ListenAddresses(live.Bootstrap)
 	}
-	if _, _, err := probe(ctx, rundir.Directory(env.Process.RuntimeDirectory).StatusSocket(), "/livez"); err == nil {
+	if _, _, err := probe(ctx, status.Socket(env.Process.RuntimeDirectory), "/livez"); err == nil {
 		taken = append(taken, env.Process.StatusListen()) // if it is somebody else's, mantlet's status says so
 	}
 	wanted := slices.DeleteFunc(addresses(env, config), func(a netip.AddrPort) bool { return slices.Contains(taken, a) })

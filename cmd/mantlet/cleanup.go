@@ -10,6 +10,7 @@ import (
 
 	"mantlet/internal/sandbox"
 	"mantlet/reconcile/nft"
+	"mantlet/reconcile/routes"
 	"mantlet/render"
 )
 
@@ -18,9 +19,9 @@ func cleanupCommand() *cobra.Command {
 		Use:     "cleanup",
 		Short:   "Remove the rules that a mantlet left in this network namespace; everything comes in again",
 		Example: `  nsenter --net=/proc/PID/ns/net mantlet cleanup`,
-		Long: "Remove the table inet mantlet from this network namespace: the rules that a mantlet left when it ended. From then on everything\n" +
-			"comes in as if there had been no mantlet. A mantlet that runs is not disturbed: cleanup ends with exit code 2. It needs\n" +
-			"the capability NET_ADMIN.",
+		Long: "Remove the table inet mantlet from this network namespace: the rules that a mantlet left when it ended, and its\n" +
+			"policy routes. From then on everything comes in as if there had been no mantlet. A mantlet that runs is not disturbed: cleanup ends\n" +
+			"with exit code 2. It needs the capability NET_ADMIN.",
 		Args: noArgs(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			removed, err := cleanup()
@@ -44,6 +45,9 @@ func cleanup() (bool, error) {
 		return false, err
 	}
 	removed, err := table.Remove()
+	if err == nil {
+		_, err = routes.Kernel{}.Repair(render.Routes{})
+	}
 	if errors.Is(err, syscall.EPERM) {
 		err = errors.Join(err, sandbox.Missing(sandbox.Needs(os.Geteuid())[:1])) // NET_ADMIN
 	}

@@ -14,6 +14,7 @@ import (
 	"mantlet/reconcile"
 	"mantlet/reconcile/envoy"
 	"mantlet/reconcile/nft"
+	"mantlet/reconcile/routes"
 )
 
 func diffCommand() *cobra.Command {
@@ -103,7 +104,7 @@ func diffLive(ctx context.Context, environ []string, notes io.Writer) (d reconci
 	if err != nil {
 		_, _ = fmt.Fprintln(notes, "the certificates are not good, so they are not published:", err)
 	}
-	return reconcile.Diff(config.Mesh, place(env), reconcile.Live{Rules: rules, Fit: table.Fit, Envoy: live.Envoy, Certificates: certificates})
+	return reconcile.Diff(config.Mesh, place(env), reconcile.Live{Rules: rules, Routes: routes.Kernel{}.Check, Fit: table.Fit, Envoy: live.Envoy, Certificates: certificates})
 }
 
 // compare returns the steps from the current configuration to the one with another override file. A configuration that

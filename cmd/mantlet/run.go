@@ -14,6 +14,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -23,13 +24,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mantlet/internal/bind"
-	"mantlet/internal/rundir"
 	"mantlet/internal/sandbox"
 	"mantlet/reconcile"
 	"mantlet/reconcile/dns"
 	"mantlet/reconcile/envoy"
 	"mantlet/reconcile/iptables"
 	"mantlet/reconcile/nft"
+	"mantlet/reconcile/routes"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -224,25 +225,26 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 	}
 	names := dns.NewFollower(dns.System(), endpoints, log)
 	secrets := &envoy.Secrets{
-		Files: env.Process.TLS, RuntimeDirectory: directory, KeptFile: rundir.Directory(env.Process.RuntimeDirectory).LastGoodCertificates(),
+		Files: env.Process.TLS, RuntimeDirectory: directory, KeptFile: filepath.Join(env.Process.RuntimeDirectory, "last-good-certificates.json"),
 		Runner: runner, Log: log,
 	}
 	daemon := &reconcile.Daemon{
-		Version:     versionText(),
-		Environment: env,
-		Place:       place(env),
-		HasIPv6:     hasIPv6,
-		Kernel:      table,
-		Found:       found,
-		Secrets:     secrets,
-		Proxy:       proxy{runner},
-		Legacy:      iptables.Tables{LockFile: rundir.Directory(env.Process.RuntimeDirectory).IptablesLock()},
-		Names:       names,
-		Limits:      limits,
-		Processes:   runner.Processes,
-		Follow:      runner.Follow,
-		Log:         log,
-		LogLost:     func() (uint64, time.Duration) { return queue.lost(time.Now()) },
+		Version:      versionText(),
+		Environment:  env,
+		Place:        place(env),
+		HasIPv6:      hasIPv6,
+		Kernel:       table,
+		Found:        found,
+		PolicyRoutes: routes.Kernel{},
+		Secrets:      secrets,
+		Proxy:        proxy{runner},
+		Legacy:       iptables.Tables{LockFile: filepath.Join(env.Process.RuntimeDirectory, "xtables.lock")},
+		Names:        names,
+		Limits:       limits,
+		Processes:    runner.Processes,
+		Follow:       runner.Follow,
+		Log:          log,
+		LogLost:      func() (uint64, time.Duration) { return queue.lost(time.Now()) },
 	}
 	runner.Progress, runner.Upstream = daemon.Progress, daemon.Upstream
 	err = serve(ctx, hups, daemon)
@@ -487,7 +489,7 @@ func closable(directory string) error {
 		return fmt.Errorf("looking into MANTLET_RUNTIME_DIRECTORY: %w", err)
 	}
 	for _, e := range entries {
-		if !rundir.IsOwn(e.Name()) {
+		if !slices.Contains([]string{"envoy", "mantlet.sock", "lost+found", "ready", "xtables.lock"}, e.Name()) && !strings.HasPrefix(strings.TrimPrefix(e.Name(), "."), "last-good") {
 			return fmt.Errorf("MANTLET_RUNTIME_DIRECTORY %q is open to others (%v) and holds %q: mantlet would close to them what they use; %s",
 				directory, info.Mode(), e.Name(), right)
 		}

@@ -20,7 +20,6 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
-	"mantlet/internal/rundir"
 	"mantlet/internal/status"
 	"mantlet/schema"
 )
@@ -41,10 +40,10 @@ func statusCommand() *cobra.Command {
 			return fmt.Errorf("the configuration is not valid, so no mantlet runs with it: %w", err)
 		}
 		show := func(ctx context.Context) error {
-			return showStatus(ctx, cmd.OutOrStdout(), rundir.Directory(env.Process.RuntimeDirectory).StatusSocket(), *output, os.Environ())
+			return showStatus(ctx, cmd.OutOrStdout(), status.Socket(env.Process.RuntimeDirectory), *output, os.Environ())
 		}
 		if follow {
-			return followRefusals(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr(), rundir.Directory(env.Process.RuntimeDirectory).StatusSocket(), *output)
+			return followRefusals(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr(), status.Socket(env.Process.RuntimeDirectory), *output)
 		}
 		if watch {
 			return watchStatus(cmd.Context(), cmd.OutOrStdout(), show)
@@ -240,6 +239,7 @@ func printStatus(to io.Writer, s status.Status, now time.Time) error {
 	p.epochs(s.Epochs)
 	p.certificates(s.Certificates)
 	p.policy(s)
+	p.policyRoutes(s.PolicyRoutes)
 	p.probes(s.Probes)
 	p.traffic(s)
 	p.upstreams(s.Upstreams)
@@ -309,9 +309,6 @@ func (p *page) state(s status.Status) {
 		}
 		p.row(row.name, strconv.FormatUint(row.state.Generation, 10), short(row.state.Digest),
 			ingress, strconv.Itoa(row.state.Egress), source)
-	}
-	if w := s.Waits; w != nil {
-		p.line("desired waits %s for %s", lasts(max(1, w.Until.Sub(p.now).Seconds())), w.Reason)
 	}
 }
 
@@ -486,6 +483,19 @@ func (p *page) traffic(s status.Status) {
 	for _, r := range lastOf(s.Refusals) {
 		p.row(p.ago(r.Time)+" ago", printable(r.Peer), names(r.SANs, "-"), printable(r.Destination), onLine(r.Reason)+" ("+r.Code+")")
 	}
+}
+
+// policyRoutes tells of the policy routes, where there shall be some.
+func (p *page) policyRoutes(routes status.PolicyRoutes) {
+	if len(routes.Families) == 0 {
+		return
+	}
+	p.head("POLICY ROUTES", "STATE")
+	state := "in place: the workload sees its clients' addresses"
+	if routes.Error != "" {
+		state = onLine(routes.Error)
+	}
+	p.row(strings.Join(routes.Families, ", "), state)
 }
 
 func (p *page) repairs(s status.Status) {

@@ -15,7 +15,6 @@ import (
 	"syscall"
 	"time"
 
-	"mantlet/internal/rundir"
 	"mantlet/internal/sandbox"
 )
 
@@ -106,7 +105,7 @@ func (s *Sidecar) Unready(ctx context.Context) string {
 	client := &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", rundir.Directory(s.RuntimeDirectory).StatusSocket())
+			return (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(s.RuntimeDirectory, "mantlet.sock"))
 		},
 	}}
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://mantlet/readyz", nil)

@@ -14,7 +14,7 @@ const (
 	CheckConfig       = "config"       // environment and override file
 	CheckCertificates = "certificates" // of the TLS directory
 	CheckEnvoy        = "envoy"        // it runs with the state, and has all listeners
-	CheckRules        = "rules"        // in the kernel
+	CheckRules        = "rules"        // in the kernel, with the policy routes
 )
 
 // untried are the checks that there is nothing to try of while nothing is in force.
@@ -40,6 +40,8 @@ const (
 	EnvoyListenerJoined         = "another process listens where Envoy does"
 	RulesNotInForce             = "putting the rules in force"
 	RulesChanged                = "the rules are not as they should be"
+	RoutesNotInForce            = "putting the policy routes in place"
+	RoutesChanged               = "the policy routes are not as they should be"
 	DroppedByIptablesLegacy     = "iptables-legacy drops what comes in over IPv4"
 )
 
@@ -67,6 +69,8 @@ func reasons() []struct{ begins, code string } {
 		{EnvoyListenerJoined, "envoy_listener_joined"},
 		{RulesNotInForce, "rules_not_in_force"},
 		{RulesChanged, "rules_changed"},
+		{RoutesNotInForce, "routes_not_in_force"},
+		{RoutesChanged, "routes_changed"},
 		{DroppedByIptablesLegacy, "dropped_by_iptables_legacy"},
 	}
 }

@@ -22,14 +22,14 @@ type Status struct {
 	Reload       Reload        `json:"reload"`  // of the configuration
 	Desired      *Summary      `json:"desired"` // what is wanted; null until there is a good configuration
 	Applied      *Summary      `json:"applied"` // what is in force; null until something is
-	Waits        *Waits        `json:"waits"`   // of what is wanted; null where it waits for nothing
 	LastError    *Failure      `json:"lastError"`
 	Epochs       []Epoch       `json:"epochs"`       // the Envoys that run: those that drain, then the one that serves
 	Envoys       Envoys        `json:"envoys"`       // how many there were
 	Certificates []Certificate `json:"certificates"` // what Envoy says that it has
 	Applies      []Applies     `json:"applies"`
-	Policy       []Policy      `json:"policy"`    // in force for connections from outside, by ports; empty while nothing is let in
-	Routes       []Route       `json:"routes"`    // in force for connections of the workload, by egress entry
+	Policy       []Policy      `json:"policy"` // in force for connections from outside, by ports; empty while nothing is let in
+	Routes       []Route       `json:"routes"` // in force for connections of the workload, by egress entry
+	PolicyRoutes PolicyRoutes  `json:"policyRoutes"`
 	Probes       []ProbeStatus `json:"probes"`    // of the workload
 	Inbound      []Inbound     `json:"inbound"`   // connections from outside that are open, by entry and mode
 	Upstreams    []Upstream    `json:"upstreams"` // of the egress entries
@@ -64,20 +64,6 @@ type Summary struct {
 	Source       string `json:"source"`                 // the override file, or "environment"
 	SourceDigest string `json:"sourceDigest,omitempty"` // SHA-256 of the file's content
 }
-
-// Waits is why what is wanted is not put in force at once.
-type Waits struct {
-	Until  time.Time `json:"until"`  // it is put in force, or tried again, then
-	Code   string    `json:"code"`   // one of the Wait constants
-	Reason string    `json:"reason"` // in words that follow "waits for"
-}
-
-// The codes of Waits.
-const (
-	WaitDrain    = "drain"     // a hot restart would cut the connections of the epoch before the one that serves
-	WaitTooOften = "too_often" // changes that forbid something come faster than they can be served
-	WaitBackoff  = "backoff"   // Envoy, or the last attempt, failed
-)
 
 // Failure is something that did not work.
 type Failure struct {
@@ -181,6 +167,12 @@ const (
 	OtherPorts = "other"  // all that no entry names
 	StatusPort = "status" // where mantlet itself answers
 )
+
+// PolicyRoutes are the policy routes by which the workload's answers to clients' addresses come back to Envoy.
+type PolicyRoutes struct {
+	Families []string `json:"families"`        // IPv4, IPv6: those that shall have one; none with sourceAddress: pod, once no connection needs them
+	Error    string   `json:"error,omitempty"` // what differs; empty where the kernel has them
+}
 
 // Inbound is how many connections from outside are open at a port.
 type Inbound struct {
