@@ -15,6 +15,7 @@ import (
 	"github.com/google/renameio/v2"
 
 	"mantlet/internal/files"
+	"mantlet/internal/rundir"
 	"mantlet/internal/status"
 	"mantlet/render"
 	"mantlet/schema"
@@ -187,7 +188,7 @@ type storedFile struct {
 const maxStored = 8 << 20
 
 func (d *Daemon) storedPath() string {
-	return filepath.Join(d.Environment.Process.RuntimeDirectory, "last-good.json")
+	return rundir.Directory(d.Environment.Process.RuntimeDirectory).LastGoodConfig()
 }
 
 // storeFiles stores each good override file for the next mantlet, until ctx ends. A failed attempt is repeated: a full disk gives no

@@ -36,7 +36,7 @@ func (d *Daemon) tighten(next *desired, revoked bool) *change {
 	if d.have == nil {
 		return c
 	}
-	c.raised = next.enforced().TLS.MinVersion > d.have.enforced().TLS.MinVersion
+	c.raised = next.enforced().TLS.MinVersion.Compare(d.have.enforced().TLS.MinVersion) > 0
 	c.routes = forbidden(d.have.mesh, next.mesh, revoked)
 	sameIngress := reflect.DeepEqual(d.have.generations, next.generations) && reflect.DeepEqual(d.have.closedPorts(), next.closedPorts())
 	if sameIngress && len(c.routes) == 0 {
@@ -61,7 +61,7 @@ func (d *Daemon) readPeers(c *change) {
 // certificate.
 func forbidden(from, to schema.Mesh, revoked bool) map[netip.AddrPort]route {
 	routes := map[netip.AddrPort]route{}
-	raised := to.TLS.MinVersion > from.TLS.MinVersion
+	raised := to.TLS.MinVersion.Compare(from.TLS.MinVersion) > 0
 	for _, was := range from.Egress {
 		i, found := slices.BinarySearchFunc(to.Egress, was.Listen, func(is schema.Egress, at netip.AddrPort) int { return is.Listen.Compare(at) })
 		switch {
@@ -123,7 +123,7 @@ func (c *change) peer(s sockdiag.Socket, narrowed bool, unlisted status.EndReaso
 		return unlisted
 	case c.revoked && !(known && c.isTrusted(conn.Peer)):
 		return status.EndCARemoved
-	case c.raised && !(known && conn.TLSVersion >= c.to.enforced().TLS.MinVersion):
+	case c.raised && !(known && conn.TLSVersion.Compare(c.to.enforced().TLS.MinVersion) >= 0):
 		return status.EndTLSVersion
 	default:
 		return ""

@@ -17,7 +17,7 @@ import (
 // change that forbade it. Generations are counted for each port, so several ports share a generation and its chains. A connection has one
 // port, so what another port's generation means for it does not matter.
 func nextGenerations(have render.Generations, from, to schema.Mesh, revoked bool) render.Generations {
-	raised := to.TLS.MinVersion > from.TLS.MinVersion
+	raised := to.TLS.MinVersion.Compare(from.TLS.MinVersion) > 0
 	ranges := make([]schema.Ports, 0, len(have.Ports))
 	for _, p := range have.Ports {
 		ranges = append(ranges, p.Ports)

@@ -23,27 +23,57 @@ const (
 	advancesEvery  = 10 * time.Second
 )
 
-// delay returns how long a state has to wait: for the back-off, for an epoch that is still draining, or because changes that forbid
-// something come too often.
-func (d *Daemon) delay(now time.Time, want *desired) time.Duration {
-	wait := d.loop.advances.pause(now)
-	if d.have == nil || want.sameRules(d.have) {
-		wait = 0
+// delay returns why a state has to wait, and until when; nil if it does not have to: for the back-off, for an epoch that is still
+// draining, or because changes that forbid something come too often.
+func (d *Daemon) delay(now time.Time, want *desired) (waits *status.Waits) {
+	until := func(at time.Time, code string) {
+		if at.After(now) && (waits == nil || at.After(waits.Until)) {
+			waits = &status.Waits{Until: at, Code: code, Reason: waitReason(code)}
+		}
+	}
+	if d.have != nil && !want.sameRules(d.have) {
+		until(now.Add(d.loop.advances.pause(now)), status.WaitTooOften)
 	}
 	if d.isServing(want) {
-		return wait
+		return waits
 	}
-	wait = max(wait, d.loop.notBefore.Sub(now))
-	if d.serving.process == nil || d.have == nil || !now.Before(d.serving.drained) {
-		return wait
+	until(d.loop.notBefore, status.WaitBackoff)
+	drained := d.serving.drained
+	switch {
+	case d.serving.process == nil || d.have == nil:
+	case !tightens(d.have.mesh, want.mesh):
+		until(drained, status.WaitDrain)
+	case now.Before(drained) && len(d.loop.drainCuts) == drainCutsAtOnce:
+		if again := d.loop.drainCuts[0].Add(drainCutsWithin); again.Before(drained) {
+			until(again, status.WaitTooOften)
+		} else {
+			until(drained, status.WaitDrain)
+		}
 	}
-	if !tightens(d.have.mesh, want.mesh) {
-		return max(wait, d.serving.drained.Sub(now))
+	return waits
+}
+
+// waitReason says what a state waits for.
+func waitReason(code string) string {
+	switch code {
+	case status.WaitDrain:
+		return "the connections of the Envoy before"
+	case status.WaitTooOften:
+		return "its turn: changes that forbid something come too often"
+	default:
+		return "another attempt: the last one failed"
 	}
-	if len(d.loop.drainCuts) == drainCutsAtOnce {
-		wait = max(wait, min(d.serving.drained.Sub(now), d.loop.drainCuts[0].Add(drainCutsWithin).Sub(now)))
+}
+
+// noteWaits takes note of what the wanted state waits for; nil for nothing. The log gets a line when it begins to wait: failures have
+// theirs already.
+func (d *Daemon) noteWaits(now time.Time, waits *status.Waits) {
+	var before *status.Waits
+	d.locked(func() { before, d.waits = d.waits, waits })
+	if waits == nil || waits.Code == status.WaitBackoff || before != nil && before.Code == waits.Code {
+		return
 	}
-	return wait
+	d.Log.Info("a change waits until it is put in force", "code", waits.Code, "waits_for", waits.Reason, "wait", waits.Until.Sub(now).Round(time.Millisecond).String())
 }
 
 // pause returns how long the next generation has to wait.
@@ -110,7 +140,9 @@ func (d *Daemon) closePorts(want *desired) error {
 	}
 	next := *d.have
 	next.closed = &portClosure{ports: schema.Cut(append(ports, d.have.closedPorts()...)), mesh: have}
-	next.closed.mesh.TLS.MinVersion = max(have.TLS.MinVersion, want.mesh.TLS.MinVersion)
+	if want.mesh.TLS.MinVersion.Compare(have.TLS.MinVersion) > 0 {
+		next.closed.mesh.TLS = want.mesh.TLS
+	}
 	next.closed.mesh.Ingress = nil
 	for _, part := range schema.Cut(append(schema.Parts(have.Ingress, want.mesh.Ingress), ports...)) {
 		policy := schema.PolicyOf(have.Ingress, part.First)

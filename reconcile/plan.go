@@ -102,7 +102,7 @@ func compareSettings(from, to schema.Envoy, add func(format string, args ...any)
 
 // tightened returns the ports where connections that one mesh lets in could be refused by the other.
 func tightened(from, to schema.Mesh) (all []schema.Ports) {
-	raised := to.TLS.MinVersion > from.TLS.MinVersion
+	raised := to.TLS.MinVersion.Compare(from.TLS.MinVersion) > 0
 	parts := schema.Parts(from.Ingress, to.Ingress)
 	if raised {
 		parts = schema.Cut(append(parts, schema.Ports{First: 0, Last: math.MaxUint16}))

@@ -9,13 +9,12 @@ import (
 	"path/filepath"
 	"strconv"
 	"time"
+
+	"mantlet/internal/rundir"
 )
 
 // readyPoll is how old what the ready file says may be. Probes usually look for the file once a second.
 const readyPoll = 250 * time.Millisecond
-
-// readyLink is what the ready file leads to.
-func readyLink(runtimeDirectory string) string { return filepath.Join(runtimeDirectory, "ready") }
 
 // PlaceReadyFile makes a path a link to a file that exists exactly while a sidecar is ready; it does not exist yet. Whatever is at the
 // path is replaced, unless it is a directory.
@@ -23,7 +22,7 @@ func readyLink(runtimeDirectory string) string { return filepath.Join(runtimeDir
 // The link leads to a name in the runtime directory, where mantlet may create and remove files once it is confined. That name is a link
 // to a file of mantlet's own process: it does not outlive a mantlet that is killed.
 func PlaceReadyFile(path, runtimeDirectory string) error {
-	link := readyLink(runtimeDirectory)
+	link := rundir.Directory(runtimeDirectory).Ready()
 	if err := remove(link); err != nil {
 		return err
 	}
@@ -52,7 +51,7 @@ func remove(path string) error {
 
 // keepReadyFile makes the ready file exist exactly while the sidecar is ready, until ctx ends. After that it does not exist.
 func (d *Daemon) keepReadyFile(ctx context.Context) {
-	link := readyLink(d.Environment.Process.RuntimeDirectory)
+	link := rundir.Directory(d.Environment.Process.RuntimeDirectory).Ready()
 	alive := filepath.Join("/proc", strconv.Itoa(os.Getpid()), "comm") // looks like a regular file
 	var failed error
 	defer func() { _ = remove(link) }()

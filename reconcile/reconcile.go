@@ -69,8 +69,9 @@ type shared struct {
 	stopping  bool
 	accepted  uint64 // number of configurations
 	envoys    status.Envoys
-	endings   endings // of connections, by changes
-	unapplied error   // why the wanted state is not in force; nil if it is
+	endings   endings       // of connections, by changes
+	waits     *status.Waits // what the wanted state waits for; nil for nothing
+	unapplied error         // why the wanted state is not in force; nil if it is
 
 	// Written by configure and storeFiles.
 	offered   *desired // a good configuration that the loop has not taken yet
@@ -221,7 +222,11 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 	d.restartExhausted()
 	want, err := d.nextState()
 	if err == nil {
-		if wait := d.delay(time.Now(), want); wait > 0 {
+		now := time.Now()
+		waits := d.delay(now, want)
+		d.noteWaits(now, waits)
+		if waits != nil {
+			wait := waits.Until.Sub(now)
 			if err := d.closePorts(want); err != nil {
 				d.Log.Error("what a change forbids goes on until it is in force", "error", err)
 				wait = min(wait, retryInputs)
@@ -250,6 +255,9 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 	now := time.Now()
 	wait := max(d.loop.backoff.next(now), immediately)
 	d.loop.notBefore = now.Add(wait)
+	if wait > immediately {
+		d.noteWaits(now, &status.Waits{Until: d.loop.notBefore, Code: status.WaitBackoff, Reason: waitReason(status.WaitBackoff)})
+	}
 	level := slog.LevelError
 	if again {
 		level = slog.LevelDebug // the log has it already already
@@ -267,7 +275,7 @@ const immediately = time.Millisecond
 // certificates while the TLS minimum is lowered, that moment would let in clients with an old TLS version and without a certificate,
 // which neither the old nor the new state does. Such a change therefore goes through a state with the new modes and the old TLS minimum.
 func (d *Daemon) nextState() (*desired, error) {
-	if d.have == nil || d.want.mesh.TLS.MinVersion >= d.have.mesh.TLS.MinVersion {
+	if d.have == nil || d.want.mesh.TLS.MinVersion.Compare(d.have.mesh.TLS.MinVersion) >= 0 {
 		return d.want, nil
 	}
 	was, is := d.have.mesh.Ingress, d.want.mesh.Ingress

@@ -1227,3 +1227,68 @@ func TestNext(t *testing.T) {
 		}
 	}
 }
+
+// TestWaits: while a change waits, the status says for what and until when, and the log says so once.
+func TestWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		directory := t.TempDir()
+		file := filepath.Join(directory, "override.yaml")
+		env, err := schema.ParseEnvironment([]string{"MANTLET_CONFIG=" + file, "MANTLET_RUNTIME_DIRECTORY=" + directory})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := newWorld(t)
+		w.Environment, w.Place, w.supplied, w.certified = env, render.Place{RuntimeDirectory: directory}, true, true
+		step := func(text string) time.Duration {
+			if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			w.readConfig()
+			return w.converge(t.Context())
+		}
+		check := func(when, code string, wait time.Duration) {
+			t.Helper()
+			said := w.Status(t.Context()).Waits
+			switch {
+			case code == "" && said != nil:
+				t.Errorf("%s: it waits for %+v", when, said)
+			case code != "" && (said == nil || said.Code != code || said.Reason == "" || wait != 0 && !said.Until.Equal(time.Now().Add(wait))):
+				t.Errorf("%s: it waits for %+v, want %s for %s", when, said, code, wait)
+			}
+		}
+		const drain = 10 * time.Second
+		const settings = "envoy: {drainTime: 10s, parentShutdownTime: 15s, concurrency: %d}"
+		step(fmt.Sprintf(settings, 1))
+		step(fmt.Sprintf(settings, 2))
+		check("a hot restart that cuts nothing", "", 0)
+		time.Sleep(time.Second)
+		for concurrency := range 3 {
+			if wait := step(fmt.Sprintf(settings, 3+concurrency)); wait != drain-time.Second {
+				t.Errorf("it waits %s", wait)
+			}
+			check("the next one", status.WaitDrain, drain-time.Second)
+		}
+		if n := strings.Count(w.logged(), "a change waits"); n != 1 {
+			t.Errorf("the log says %d times that a change waits:\n%s", n, w.logged())
+		}
+		step(fmt.Sprintf(settings, 2))
+		check("what was in force is wanted again", "", 0)
+		step(fmt.Sprintf(settings, 3))
+		time.Sleep(drain)
+		w.set(func() { w.startErr = errors.New("no memory") })
+		w.converge(t.Context())
+		w.converge(t.Context())
+		check("an Envoy that does not start", status.WaitBackoff, 0)
+		w.set(func() { w.startErr = nil })
+		time.Sleep(maxPause)
+		w.converge(t.Context())
+		check("it starts", "", 0)
+		for i := range 30 {
+			step(fmt.Sprintf(settings, 3) + []string{"\ningress: [{port: 8080, mode: tls}]", "\ningress: [{port: 8080}]"}[i%2])
+			if wait := w.Status(t.Context()).Waits; wait != nil && wait.Code == status.WaitTooOften {
+				return
+			}
+		}
+		t.Error("changes that forbid something come too often, and none waits")
+	})
+}

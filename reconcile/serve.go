@@ -4,6 +4,7 @@ import (
 	"context"
 	"sync"
 
+	"mantlet/internal/rundir"
 	"mantlet/internal/status"
 )
 
@@ -11,7 +12,7 @@ import (
 // socket and keeps the ready file.
 func (d *Daemon) Serve(ctx context.Context) error {
 	process := d.Environment.Process
-	listener, err := status.Listen(status.Socket(process.RuntimeDirectory))
+	listener, err := status.Listen(rundir.Directory(process.RuntimeDirectory).StatusSocket())
 	if err != nil {
 		return err
 	}

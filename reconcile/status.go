@@ -208,7 +208,7 @@ func (d *Daemon) Status(ctx context.Context) status.Status {
 	d.locked(func() {
 		s.Started = d.since
 		s.Desired, s.Applied = d.want.summary(), d.have.summary()
-		s.LastError = d.lastError
+		s.Waits, s.LastError = d.waits, d.lastError
 		s.Policy, s.Routes, s.Probes = d.have.policies(), d.have.routes(), d.probeStatuses()
 		s.Reload = d.reloaded
 		s.Applies = d.applies.all()

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"mantlet/internal/lab"
+	"mantlet/internal/rundir"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -59,7 +60,7 @@ func newValidator(t testing.TB) validator {
 	} {
 		const form = `{"resources": [{"@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret", "name": %q, %s}]}`
 		text := fmt.Sprintf(form, secret, fmt.Sprintf(content, directory))
-		if err := os.WriteFile(filepath.Join(v.place.RuntimeDirectory, render.SecretFile(secret)), []byte(text), 0o600); err != nil {
+		if err := os.WriteFile(rundir.Envoy(v.place.RuntimeDirectory).Secret(secret), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -22,6 +22,7 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"mantlet/internal/rundir"
 	"mantlet/schema"
 )
 
@@ -45,11 +46,6 @@ const (
 	// of the others at once. While no Envoy serves, a client's first retransmission, after a second, shall find this one.
 	fetchTimeout = 250 * time.Millisecond
 )
-
-// DiscoverySocket returns the path of the socket at which mantlet tells Envoys the addresses of upstreams.
-func DiscoverySocket(runtimeDirectory string) string {
-	return filepath.Join(runtimeDirectory, "discovery.sock")
-}
 
 // discovery is where Envoy asks for the addresses of upstreams that are named: mantlet resolves names.
 func discovery() *corev3.ApiConfigSource {
@@ -82,21 +78,16 @@ func (r *renderer) discoveryServer() *clusterv3.Cluster {
 		Name:                 discoveryCluster,
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
 		ConnectTimeout:       durationpb.New(connectTimeout),
-		LoadAssignment:       assignment(discoveryCluster, atPipe(pipe(DiscoverySocket(r.place.RuntimeDirectory), 0))),
+		LoadAssignment:       assignment(discoveryCluster, atPipe(pipe(rundir.Envoy(r.place.RuntimeDirectory).DiscoverySocket(), 0))),
 		TypedExtensionProtocolOptions: map[string]*anypb.Any{
 			"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": r.pack(http2()),
 		},
 	}
 }
 
-// AdminSocket returns the path of an epoch's admin socket.
-func AdminSocket(runtimeDirectory string, epoch int) string {
-	return filepath.Join(runtimeDirectory, fmt.Sprintf("admin-%d.sock", epoch))
-}
-
 // Admin returns the admin interface of an epoch: a unix socket, never TCP.
 func Admin(runtimeDirectory string, epoch int) *bootstrapv3.Admin {
-	return &bootstrapv3.Admin{Address: pipe(AdminSocket(runtimeDirectory, epoch), fromMantlet)}
+	return &bootstrapv3.Admin{Address: pipe(rundir.Envoy(runtimeDirectory).AdminSocket(epoch), fromMantlet)}
 }
 
 func bootstrap(mesh schema.Mesh, place Place) (*bootstrapv3.Bootstrap, error) {

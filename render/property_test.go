@@ -23,6 +23,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"pgregory.net/rapid"
 
+	"mantlet/internal/rundir"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -401,7 +402,7 @@ func TestTrialIsClosed(t *testing.T) {
 	if strings.Contains(theirs, "trial") {
 		t.Errorf("another part speaks of the trial: %s", theirs)
 	}
-	for _, others := range []string{render.SecretFile(render.IdentitySecret), render.SecretFile(render.MeshCASecret), "socketAddress", `"workload"`} {
+	for _, others := range []string{rundir.SecretFile(render.IdentitySecret), rundir.SecretFile(render.MeshCASecret), "socketAddress", `"workload"`} {
 		if strings.Contains(ours, others) {
 			t.Errorf("the trial speaks of %s: %s", others, ours)
 		}
@@ -433,7 +434,7 @@ func trustsMeshAlone(t *rapid.T, where string, c *tlsv3.CommonTlsContext, names 
 	t.Helper()
 	validation := c.GetCombinedValidationContext()
 	anchor := validation.GetValidationContextSdsSecretConfig()
-	if anchor.GetName() != render.MeshCASecret || anchor.GetSdsConfig().GetPathConfigSource().GetPath() != place.RuntimeDirectory+"/"+render.SecretFile(render.MeshCASecret) {
+	if anchor.GetName() != render.MeshCASecret || anchor.GetSdsConfig().GetPathConfigSource().GetPath() != place.RuntimeDirectory+"/"+rundir.SecretFile(render.MeshCASecret) {
 		t.Errorf("%s trusts %v", where, anchor)
 	}
 	rest := proto.CloneOf(validation.GetDefaultValidationContext())

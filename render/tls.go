@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"mantlet/internal/rundir"
 	"mantlet/schema"
 )
 
@@ -21,9 +22,6 @@ const (
 	IdentitySecret = "identity" // this workload's chain and key
 	MeshCASecret   = "mesh-ca"  // the only trust anchor for peers
 )
-
-// SecretFile returns the name of the file, within the runtime directory, that holds a secret.
-func SecretFile(secret string) string { return "sds-" + secret + ".json" }
 
 // sessionKeys is how many tickets a cluster keeps for resumption. A P-384 signature is 70 % of a full handshake; Envoy's
 // default of 1 resumes a quarter of connections, 64 all (measured).
@@ -143,7 +141,7 @@ func (r *renderer) secret(name string) *tlsv3.SdsSecretConfig {
 		SdsConfig: &corev3.ConfigSource{
 			ResourceApiVersion: corev3.ApiVersion_V3,
 			ConfigSourceSpecifier: &corev3.ConfigSource_PathConfigSource{PathConfigSource: &corev3.PathConfigSource{
-				Path: r.sds(SecretFile(name)),
+				Path: r.sds(rundir.SecretFile(name)),
 			}},
 		},
 	}

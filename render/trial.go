@@ -1,9 +1,6 @@
 package render
 
 import (
-	"fmt"
-	"path/filepath"
-
 	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
@@ -15,6 +12,8 @@ import (
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"mantlet/internal/rundir"
 )
 
 // The trial is a loop in Envoy that certificates are tried in before they are published. What comes to the socket of its
@@ -39,7 +38,7 @@ const TrialDirection = "trial"
 
 // TrialSocket returns the path of the socket that leads into an epoch's trial.
 func TrialSocket(runtimeDirectory string, epoch int) string {
-	return filepath.Join(runtimeDirectory, fmt.Sprintf("%s-%d.sock", trialClient, epoch))
+	return rundir.Envoy(runtimeDirectory).TrialSocket(trialClient, epoch)
 }
 
 // SetEpoch gives a bootstrap the sockets of an epoch: those of the admin interface and of the trial. An epoch that starts
@@ -51,18 +50,14 @@ func SetEpoch(b *bootstrapv3.Bootstrap, runtimeDirectory string, epoch int) {
 		case trialClient:
 			l.Address = pipe(TrialSocket(runtimeDirectory, epoch), fromMantlet)
 		case trialServer:
-			l.Address = pipe(trialServerSocket(runtimeDirectory, epoch), fromEnvoy)
+			l.Address = pipe(rundir.Envoy(runtimeDirectory).TrialSocket(trialServer, epoch), fromEnvoy)
 		}
 	}
 	for _, c := range b.GetStaticResources().GetClusters() {
 		if c.Name == trialServer {
-			c.LoadAssignment = assignment(trialServer, atPipe(pipe(trialServerSocket(runtimeDirectory, epoch), 0)))
+			c.LoadAssignment = assignment(trialServer, atPipe(pipe(rundir.Envoy(runtimeDirectory).TrialSocket(trialServer, epoch), 0)))
 		}
 	}
-}
-
-func trialServerSocket(runtimeDirectory string, epoch int) string {
-	return filepath.Join(runtimeDirectory, fmt.Sprintf("%s-%d.sock", trialServer, epoch))
 }
 
 // Modes of sockets. They lie in a directory that mantlet and Envoy alone get into, two users.

@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"mantlet/internal/rundir"
 )
 
 // The variables of the proxy that mantlet replaces. Each has an older and a newer spelling that mean the same.
@@ -102,7 +104,9 @@ func HostNetwork(environ []string) error {
 }
 
 // EnvoyDirectory returns the part of the runtime directory that Envoy sees.
-func (p *Process) EnvoyDirectory() string { return filepath.Join(p.RuntimeDirectory, "envoy") }
+func (p *Process) EnvoyDirectory() string {
+	return string(rundir.Directory(p.RuntimeDirectory).Envoy())
+}
 
 func (p *Process) variables() map[string]processVariable {
 	return map[string]processVariable{

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"mantlet/internal/lab"
+	"mantlet/internal/rundir"
 	"mantlet/internal/status"
 	"mantlet/reconcile/nft"
 	"mantlet/render"
@@ -64,7 +65,7 @@ func BenchmarkStart(b *testing.B) {
 			// mantlet takes these with it: the one holds the paths of the others, which hold the key.
 			files := map[string]string{"bootstrap-0.json": saved}
 			for _, secret := range []string{render.IdentitySecret, render.MeshCASecret} {
-				files[render.SecretFile(secret)] = filepath.Join(directory, render.SecretFile(secret))
+				files[rundir.SecretFile(secret)] = rundir.Envoy(directory).Secret(secret)
 			}
 			texts := map[string][]byte{}
 			for name := range files {

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mantlet/internal/bind"
+	"mantlet/internal/rundir"
 	"mantlet/internal/sandbox"
 	"mantlet/internal/sockdiag"
 	"mantlet/internal/status"
@@ -466,7 +467,7 @@ func tryAddresses(ctx context.Context, env *schema.Environment, config schema.Co
 	if live, err := envoy.Read(ctx, env.Process.EnvoyDirectory()); err == nil {
 		taken = render.ListenAddresses(live.Bootstrap)
 	}
-	if _, _, err := probe(ctx, status.Socket(env.Process.RuntimeDirectory), "/livez"); err == nil {
+	if _, _, err := probe(ctx, rundir.Directory(env.Process.RuntimeDirectory).StatusSocket(), "/livez"); err == nil {
 		taken = append(taken, env.Process.StatusListen()) // if it is somebody else's, mantlet's status says so
 	}
 	wanted := slices.DeleteFunc(addresses(env, config), func(a netip.AddrPort) bool { return slices.Contains(taken, a) })

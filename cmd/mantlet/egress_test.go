@@ -16,6 +16,7 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 
 	"mantlet/internal/lab"
+	"mantlet/internal/rundir"
 	"mantlet/internal/status"
 )
 
@@ -303,7 +304,7 @@ func (p *pod) reach(address string) (conn net.Conn) {
 // told asks mantlet for its status at its socket.
 func (p *pod) told() (s status.Status) {
 	p.t.Helper()
-	response, err := status.OverSocket(status.Socket(p.sidecar.RuntimeDirectory)).Get("http://mantlet/status")
+	response, err := status.OverSocket(rundir.Directory(p.sidecar.RuntimeDirectory).StatusSocket()).Get("http://mantlet/status")
 	p.must(err)
 	defer response.Body.Close()
 	p.must(json.NewDecoder(response.Body).Decode(&s))

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"mantlet/internal/rundir"
 	"mantlet/internal/status"
 )
 
@@ -162,7 +163,7 @@ func (p *pod) ask(path string) []byte {
 	defer cancel()
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://mantlet"+path, nil)
 	p.must(err)
-	response, err := status.OverSocket(status.Socket(p.sidecar.RuntimeDirectory)).Do(request)
+	response, err := status.OverSocket(rundir.Directory(p.sidecar.RuntimeDirectory).StatusSocket()).Do(request)
 	p.must(err)
 	defer response.Body.Close()
 	text, err := io.ReadAll(response.Body)

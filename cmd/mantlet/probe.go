@@ -11,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"mantlet/internal/rundir"
 	"mantlet/internal/status"
 	"mantlet/schema"
 )
@@ -33,7 +34,7 @@ func probeCommand() *cobra.Command {
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), probeLimit)
 			defer cancel()
-			ok, said, err := probe(ctx, status.Socket(env.Process.RuntimeDirectory), "/"+args[0]+"z")
+			ok, said, err := probe(ctx, rundir.Directory(env.Process.RuntimeDirectory).StatusSocket(), "/"+args[0]+"z")
 			if err != nil {
 				_, _ = fmt.Fprintln(cmd.ErrOrStderr(), "mantlet does not answer:", err)
 				return errNot

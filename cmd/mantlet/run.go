@@ -14,7 +14,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
-	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -24,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mantlet/internal/bind"
+	"mantlet/internal/rundir"
 	"mantlet/internal/sandbox"
 	"mantlet/reconcile"
 	"mantlet/reconcile/dns"
@@ -225,7 +225,7 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 	}
 	names := dns.NewFollower(dns.System(), endpoints, log)
 	secrets := &envoy.Secrets{
-		Files: env.Process.TLS, RuntimeDirectory: directory, KeptFile: filepath.Join(env.Process.RuntimeDirectory, "last-good-certificates.json"),
+		Files: env.Process.TLS, RuntimeDirectory: directory, KeptFile: rundir.Directory(env.Process.RuntimeDirectory).LastGoodCertificates(),
 		Runner: runner, Log: log,
 	}
 	daemon := &reconcile.Daemon{
@@ -238,7 +238,7 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 		PolicyRoutes: routes.Kernel{},
 		Secrets:      secrets,
 		Proxy:        proxy{runner},
-		Legacy:       iptables.Tables{LockFile: filepath.Join(env.Process.RuntimeDirectory, "xtables.lock")},
+		Legacy:       iptables.Tables{LockFile: rundir.Directory(env.Process.RuntimeDirectory).IptablesLock()},
 		Names:        names,
 		Limits:       limits,
 		Processes:    runner.Processes,
@@ -489,7 +489,7 @@ func closable(directory string) error {
 		return fmt.Errorf("looking into MANTLET_RUNTIME_DIRECTORY: %w", err)
 	}
 	for _, e := range entries {
-		if !slices.Contains([]string{"envoy", "mantlet.sock", "lost+found", "ready", "xtables.lock"}, e.Name()) && !strings.HasPrefix(strings.TrimPrefix(e.Name(), "."), "last-good") {
+		if !rundir.IsOwn(e.Name()) {
 			return fmt.Errorf("MANTLET_RUNTIME_DIRECTORY %q is open to others (%v) and holds %q: mantlet would close to them what they use; %s",
 				directory, info.Mode(), e.Name(), right)
 		}

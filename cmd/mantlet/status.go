@@ -20,6 +20,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"mantlet/internal/rundir"
 	"mantlet/internal/status"
 	"mantlet/schema"
 )
@@ -40,10 +41,10 @@ func statusCommand() *cobra.Command {
 			return fmt.Errorf("the configuration is not valid, so no mantlet runs with it: %w", err)
 		}
 		show := func(ctx context.Context) error {
-			return showStatus(ctx, cmd.OutOrStdout(), status.Socket(env.Process.RuntimeDirectory), *output, os.Environ())
+			return showStatus(ctx, cmd.OutOrStdout(), rundir.Directory(env.Process.RuntimeDirectory).StatusSocket(), *output, os.Environ())
 		}
 		if follow {
-			return followRefusals(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr(), status.Socket(env.Process.RuntimeDirectory), *output)
+			return followRefusals(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr(), rundir.Directory(env.Process.RuntimeDirectory).StatusSocket(), *output)
 		}
 		if watch {
 			return watchStatus(cmd.Context(), cmd.OutOrStdout(), show)
@@ -309,6 +310,9 @@ func (p *page) state(s status.Status) {
 		}
 		p.row(row.name, strconv.FormatUint(row.state.Generation, 10), short(row.state.Digest),
 			ingress, strconv.Itoa(row.state.Egress), source)
+	}
+	if w := s.Waits; w != nil {
+		p.line("desired waits %s for %s", lasts(max(1, w.Until.Sub(p.now).Seconds())), w.Reason)
 	}
 }
 

@@ -7,7 +7,7 @@ import (
 	"os"
 	"time"
 
-	"mantlet/internal/status"
+	"mantlet/internal/rundir"
 	"mantlet/schema"
 )
 
@@ -31,7 +31,7 @@ func test(args []string, stderr io.Writer) int {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), testLimit)
 	defer cancel()
-	if ok, _, err := probe(ctx, status.Socket(env.Process.RuntimeDirectory), "/readyz"); err != nil || !ok {
+	if ok, _, err := probe(ctx, rundir.Directory(env.Process.RuntimeDirectory).StatusSocket(), "/readyz"); err != nil || !ok {
 		return exitNot
 	}
 	return 0

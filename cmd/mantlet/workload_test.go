@@ -17,6 +17,7 @@ import (
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 
 	"mantlet/internal/lab"
+	"mantlet/internal/rundir"
 	"mantlet/internal/status"
 )
 
@@ -161,7 +162,7 @@ probes:
 	p.fixed(server)
 
 	// Over the unix socket the workload is asked at an address of the pod's too.
-	socket := status.OverSocket(status.Socket(p.sidecar.RuntimeDirectory))
+	socket := status.OverSocket(rundir.Directory(p.sidecar.RuntimeDirectory).StatusSocket())
 	for name, want := range map[string]int{"web": 200, "grpc-well": 200, "grpc-unhealthy": 503, "local": 503} {
 		response, err := socket.Get("http://mantlet/probe/" + name)
 		p.must(err)

@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"mantlet/internal/rundir"
 	"mantlet/internal/sandbox"
 )
 
@@ -105,7 +106,7 @@ func (s *Sidecar) Unready(ctx context.Context) string {
 	client := &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(s.RuntimeDirectory, "mantlet.sock"))
+			return (&net.Dialer{}).DialContext(ctx, "unix", rundir.Directory(s.RuntimeDirectory).StatusSocket())
 		},
 	}}
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://mantlet/readyz", nil)

@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"syscall"
@@ -21,11 +20,6 @@ import (
 	"mantlet/render"
 	"mantlet/schema"
 )
-
-// StatusSocket returns the path of the socket that a running mantlet answers at.
-func Socket(runtimeDirectory string) string {
-	return filepath.Join(runtimeDirectory, "mantlet.sock")
-}
 
 // OverSocket returns a client of the HTTP server at a unix socket. Connections are not kept: an idle one could stay with
 // whoever listened there before.

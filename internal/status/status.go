@@ -22,6 +22,7 @@ type Status struct {
 	Reload       Reload        `json:"reload"`  // of the configuration
 	Desired      *Summary      `json:"desired"` // what is wanted; null until there is a good configuration
 	Applied      *Summary      `json:"applied"` // what is in force; null until something is
+	Waits        *Waits        `json:"waits"`   // of what is wanted; null where it waits for nothing
 	LastError    *Failure      `json:"lastError"`
 	Epochs       []Epoch       `json:"epochs"`       // the Envoys that run: those that drain, then the one that serves
 	Envoys       Envoys        `json:"envoys"`       // how many there were
@@ -64,6 +65,20 @@ type Summary struct {
 	Source       string `json:"source"`                 // the override file, or "environment"
 	SourceDigest string `json:"sourceDigest,omitempty"` // SHA-256 of the file's content
 }
+
+// Waits is why what is wanted is not put in force at once.
+type Waits struct {
+	Until  time.Time `json:"until"`  // it is put in force, or tried again, then
+	Code   string    `json:"code"`   // one of the Wait constants
+	Reason string    `json:"reason"` // in words that follow "waits for"
+}
+
+// The codes of Waits.
+const (
+	WaitDrain    = "drain"     // a hot restart would cut the connections of the epoch before the one that serves
+	WaitTooOften = "too_often" // changes that forbid something come faster than they can be served
+	WaitBackoff  = "backoff"   // Envoy, or the last attempt, failed
+)
 
 // Failure is something that did not work.
 type Failure struct {

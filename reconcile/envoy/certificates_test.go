@@ -24,6 +24,7 @@ import (
 	"time"
 
 	"mantlet/internal/lab"
+	"mantlet/internal/rundir"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -255,7 +256,7 @@ func TestSecrets(t *testing.T) {
 	mesh := must[*lab.Authority](t)(lab.NewAuthority("mesh"))
 	first, second := must[*lab.Identity](t)(mesh.Issue(lab.Leaf{DNSNames: []string{"pod"}})), must[*lab.Identity](t)(mesh.Issue(lab.Leaf{DNSNames: []string{"pod"}}))
 	s := &Secrets{Files: schema.TLSFiles{Directory: t.TempDir()}, RuntimeDirectory: r.RuntimeDirectory, KeptFile: filepath.Join(t.TempDir(), "kept"), Runner: r, Log: r.Log}
-	path := filepath.Join(s.RuntimeDirectory, render.SecretFile(render.IdentitySecret))
+	path := rundir.Envoy(s.RuntimeDirectory).Secret(render.IdentitySecret)
 	read := func() string { return string(must[[]byte](t)(os.ReadFile(path))) }
 
 	if _, err := s.Update(t.Context()); err == nil || !expires(s).IsZero() || s.Offered() {
@@ -316,7 +317,7 @@ func TestSecrets(t *testing.T) {
 
 	// There is no room for another one, then there is.
 	other := must[*lab.Authority](t)(lab.NewAuthority("mesh"))
-	inTheWay := filepath.Join(s.RuntimeDirectory, render.SecretFile(render.MeshCASecret))
+	inTheWay := rundir.Envoy(s.RuntimeDirectory).Secret(render.MeshCASecret)
 	if err := errors.Join(os.Rename(inTheWay, inTheWay+".aside"), os.MkdirAll(filepath.Join(inTheWay, "x"), 0o700), must[*lab.Identity](t)(other.Issue(lab.Leaf{DNSNames: []string{"pod"}})).Write(s.Files.Directory)); err != nil {
 		t.Fatal(err)
 	}

@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"mantlet/internal/rundir"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -49,7 +50,7 @@ type assignment struct {
 
 // ServeEndpoints serves until Close. Envoys reach the socket by their group, which is the directory's.
 func ServeEndpoints(runtimeDirectory string, log *slog.Logger) (*Endpoints, error) {
-	socket := render.DiscoverySocket(runtimeDirectory)
+	socket := rundir.Envoy(runtimeDirectory).DiscoverySocket()
 	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("removing the discovery socket of a mantlet before this one: %w", err)
 	}

@@ -18,7 +18,7 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"mantlet/internal/lab"
-	"mantlet/render"
+	"mantlet/internal/rundir"
 	"mantlet/schema"
 )
 
@@ -175,7 +175,7 @@ func TestRefusedEndpoints(t *testing.T) {
 	protocols := &http.Protocols{}
 	protocols.SetUnencryptedHTTP2(true)
 	transport := &http.Transport{Protocols: protocols, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", render.DiscoverySocket(directory))
+		return (&net.Dialer{}).DialContext(ctx, "unix", rundir.Envoy(directory).DiscoverySocket())
 	}}
 	body, requests := io.Pipe()
 	ctx, cancel := context.WithTimeout(t.Context(), limit)

@@ -15,6 +15,7 @@ import (
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	"google.golang.org/protobuf/proto"
 
+	"mantlet/internal/rundir"
 	"mantlet/internal/sandbox"
 	"mantlet/render"
 	"mantlet/schema"
@@ -43,12 +44,12 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Proc
 		return nil, err
 	}
 	p.Digest, p.workers = state.Digest, settings.Concurrency
-	config, err := r.write(bootstrapFile(p.Epoch), p.Bootstrap)
-	if err != nil {
+	config := r.directory().Bootstrap(p.Epoch)
+	if err := r.write(config, p.Bootstrap); err != nil {
 		return nil, err
 	}
 	// An Envoy that has not ended yet could answer there for the new one.
-	socket := render.AdminSocket(r.RuntimeDirectory, p.Epoch)
+	socket := rundir.Envoy(r.RuntimeDirectory).AdminSocket(p.Epoch)
 	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("removing the admin socket of an Envoy before this one: %w", err)
 	}
@@ -58,23 +59,20 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Proc
 	p.logs.peers = &r.peers
 	p.exited = make(chan struct{})
 	p.spawner = &r.spawner
-	return p, r.start(p, arguments(config, r.socket(), p.base.id, p.Epoch, settings))
+	return p, r.start(p, arguments(config, r.directory().HotRestart(), p.base.id, p.Epoch, settings))
 }
 
-// write puts a bootstrap into the runtime directory and returns its path.
-func (r *Runner) write(name string, bootstrap *bootstrapv3.Bootstrap) (string, error) {
+// write puts a bootstrap into a file of the runtime directory.
+func (r *Runner) write(path string, bootstrap *bootstrapv3.Bootstrap) error {
 	text, err := render.JSON(bootstrap)
 	if err != nil {
-		return "", err
+		return err
 	}
-	path := filepath.Join(r.RuntimeDirectory, name)
 	if err := writeFile(path, text); err != nil {
-		return "", fmt.Errorf("writing the bootstrap: %w", err)
+		return fmt.Errorf("writing the bootstrap: %w", err)
 	}
-	return path, nil
+	return nil
 }
-
-func bootstrapFile(epoch int) string { return fmt.Sprintf("bootstrap-%d.json", epoch) }
 
 // start executes Envoy with arguments.
 func (r *Runner) start(p *Process, arguments []string) error {

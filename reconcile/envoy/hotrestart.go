@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"time"
 )
@@ -41,18 +40,14 @@ func checkListening(socket string) error {
 	return conn.Close()
 }
 
-// socket returns the prefix of the hot restart's sockets. They are files of the runtime directory, since every container of the pod could
-// talk to abstract ones.
-func (r *Runner) socket() string { return filepath.Join(r.RuntimeDirectory, "epoch") }
-
 // parentSocket returns where a process listens for the messages of its child.
 func (r *Runner) parentSocket(p *Process) string {
-	return fmt.Sprintf("%s_parent_%d", r.socket(), int(p.base.id)*10+p.Epoch%epochs)
+	return r.directory().ParentSocket(int(p.base.id)*10 + p.Epoch%epochs)
 }
 
 // childSocket returns where a process's child listens for its answers.
 func (r *Runner) childSocket(parent *Process) string {
-	return fmt.Sprintf("%s_child_%d", r.socket(), int(parent.base.id)*10+(parent.Epoch+1)%epochs)
+	return r.directory().ChildSocket(int(parent.base.id)*10 + (parent.Epoch+1)%epochs)
 }
 
 // standInForParent listens in place of a parent that ends before its child has told it to end: the child aborts if nobody listens. The

@@ -25,6 +25,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"mantlet/internal/bind"
+	"mantlet/internal/rundir"
 	"mantlet/internal/sandbox"
 	"mantlet/render"
 	"mantlet/schema"
@@ -301,7 +302,7 @@ func TestFailedEpoch(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer taken.Close()
-	secret, fifo := render.SecretFile(render.MeshCASecret), filepath.Join(s.RuntimeDirectory, "test-fifo")
+	secret, fifo := rundir.SecretFile(render.MeshCASecret), filepath.Join(s.RuntimeDirectory, "test-fifo")
 	if err := errors.Join(syscall.Mkfifo(fifo, 0o600), os.Chmod(fifo, 0o644)); err != nil {
 		t.Fatal(err)
 	}
@@ -882,8 +883,8 @@ func BenchmarkHotRestart(b *testing.B) {
 	admin := filepath.Join(s.RuntimeDirectory, "test-admin.sock")
 	bootstrap := proto.CloneOf(s.state.Bootstrap)
 	bootstrap.Admin.Address.GetPipe().Path = admin
-	config, err := s.write("test-bootstrap.json", bootstrap)
-	if err != nil {
+	config := filepath.Join(s.RuntimeDirectory, "test-bootstrap.json")
+	if err := s.write(config, bootstrap); err != nil {
 		b.Fatal(err)
 	}
 	var ours, bare []time.Duration

@@ -1,7 +1,6 @@
 package envoy
 
 import (
-	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/json"
@@ -9,13 +8,12 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	"google.golang.org/protobuf/encoding/protojson"
 
+	"mantlet/internal/rundir"
 	"mantlet/internal/status"
 	"mantlet/render"
 	"mantlet/schema"
@@ -32,19 +30,10 @@ type Live struct {
 // Read asks the newest Envoy of a runtime directory that answers. It needs no mantlet that runs. Where no Envoy answers it
 // returns the zero Live.
 func Read(ctx context.Context, runtimeDirectory string) (Live, error) {
-	sockets, err := filepath.Glob(filepath.Join(runtimeDirectory, "admin-*.sock"))
+	sockets, err := rundir.Envoy(runtimeDirectory).AdminSockets()
 	if err != nil {
 		return Live{}, err
 	}
-	epoch := func(path string) int {
-		digits := strings.TrimSuffix(strings.TrimPrefix(filepath.Base(path), "admin-"), ".sock")
-		n, err := strconv.Atoi(digits)
-		if err != nil {
-			return -1
-		}
-		return n
-	}
-	slices.SortFunc(sockets, func(a, b string) int { return cmp.Compare(epoch(b), epoch(a)) })
 	for _, socket := range sockets {
 		a := newAdmin(socket)
 		l, err := a.live(ctx)

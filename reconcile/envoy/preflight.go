@@ -18,8 +18,8 @@ import (
 
 // preflight has Envoy validate a bootstrap before a new epoch starts: a failure after that costs the old epoch its admin interface.
 func (r *Runner) preflight(ctx context.Context, state render.State) error {
-	config, err := r.write("preflight.json", state.Bootstrap)
-	if err != nil {
+	config := r.directory().Preflight()
+	if err := r.write(config, state.Bootstrap); err != nil {
 		return err
 	}
 	defer func() { _ = os.Remove(config) }()
@@ -30,7 +30,8 @@ func (r *Runner) preflight(ctx context.Context, state render.State) error {
 	cmd.Stdout, cmd.Stderr = &said, &said
 	cmd.WaitDelay = time.Second // for a script whose child holds the pipe
 	cmd.Cancel = func() error { return r.spawner.do(cmd.Process.Kill) }
-	if err = r.spawner.do(cmd.Start); err == nil {
+	err := r.spawner.do(cmd.Start)
+	if err == nil {
 		err = cmd.Wait()
 	}
 	if err != nil {

@@ -22,6 +22,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"mantlet/internal/lab"
+	"mantlet/internal/rundir"
 	"mantlet/render"
 )
 
@@ -205,7 +206,7 @@ func TestStopForces(t *testing.T) {
 func TestFormerAdmin(t *testing.T) {
 	r, _ := runner(t)
 	state, settings := state(t, r)
-	listener, err := net.Listen("unix", render.AdminSocket(r.RuntimeDirectory, 0))
+	listener, err := net.Listen("unix", rundir.Envoy(r.RuntimeDirectory).AdminSocket(0))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -223,7 +224,7 @@ func TestFormerAdmin(t *testing.T) {
 	done.Go(func() { _ = server.Serve(listener) })
 	t.Cleanup(func() { _ = server.Close(); done.Wait() })
 	former := &Process{
-		Digest: state.Digest, Bootstrap: proto.CloneOf(state.Bootstrap), admin: newAdmin(render.AdminSocket(r.RuntimeDirectory, 0)),
+		Digest: state.Digest, Bootstrap: proto.CloneOf(state.Bootstrap), admin: newAdmin(rundir.Envoy(r.RuntimeDirectory).AdminSocket(0)),
 	}
 	if err := former.checkLive(t.Context()); err != nil {
 		t.Fatalf("the impostor is not good enough: %v", err)

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -16,6 +15,7 @@ import (
 	"mantlet/internal/bind"
 	"mantlet/internal/cgroup"
 	"mantlet/internal/peers"
+	"mantlet/internal/rundir"
 	"mantlet/internal/sandbox"
 	"mantlet/internal/status"
 	"mantlet/render"
@@ -176,7 +176,7 @@ func (r *Runner) addRunning(p, parent *Process, most time.Duration) {
 			r.ended = addCounters(r.ended, old.counted)
 		}
 		if !old.alive() && old.Epoch != p.Epoch {
-			_ = r.remove(fmt.Sprintf("*-%d.sock", old.Epoch), bootstrapFile(old.Epoch))
+			_ = r.remove(r.directory().OfEpoch(old.Epoch)...)
 		}
 		return !old.alive()
 	}), p)
@@ -188,7 +188,7 @@ func (r *Runner) addRunning(p, parent *Process, most time.Duration) {
 func (r *Runner) removeUnusedBases() {
 	r.bases = slices.DeleteFunc(r.bases, func(b *base) bool {
 		used := slices.ContainsFunc(r.running, func(p *Process) bool { return p.base == b && p.alive() })
-		return !used && errors.Join(r.spawner.do(b.remove), r.remove(fmt.Sprintf("epoch_*_%d[0-%d]", b.id, epochs-1))) == nil
+		return !used && errors.Join(r.spawner.do(b.remove), r.remove(r.directory().OfBase(b.id)...)) == nil
 	})
 }
 
@@ -254,19 +254,23 @@ func (r *Runner) Close() error {
 		errs = append(errs, r.spawner.do(b.remove))
 	}
 	r.spawner.stop(errors.New("the Runner is closed"))
-	return errors.Join(append(errs, r.removeLeftovers(), r.remove("sds-*.json"))...)
+	return errors.Join(append(errs, r.removeLeftovers(), r.remove(r.directory().Secrets()...))...)
 }
 
 // removeLeftovers removes the files that Envoys leave in the runtime directory, and a mantlet that was killed while it wrote one. No
 // Envoy may be running.
 func (r *Runner) removeLeftovers() error {
-	return r.remove("epoch_*", "admin-*.sock", "trial-*.sock", "bootstrap-*.json", "preflight.json", ".*.json*", "../.*.json*")
+	return r.remove(r.directory().Leftovers()...)
 }
 
+// directory has the layout of the runtime directory.
+func (r *Runner) directory() rundir.Envoy { return rundir.Envoy(r.RuntimeDirectory) }
+
+// remove removes the files that patterns match.
 func (r *Runner) remove(patterns ...string) error {
 	var errs []error
 	for _, pattern := range patterns {
-		files, err := filepath.Glob(filepath.Join(r.RuntimeDirectory, pattern))
+		files, err := filepath.Glob(pattern)
 		errs = append(errs, err)
 		for _, f := range files {
 			if err := os.Remove(f); !errors.Is(err, os.ErrNotExist) {

@@ -7,7 +7,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -17,6 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"mantlet/internal/files"
+	"mantlet/internal/rundir"
 	"mantlet/render"
 )
 
@@ -116,14 +116,14 @@ func (p publication) write(directory string) error {
 		if err != nil {
 			return fmt.Errorf("marshalling secret %s: %w", s.Name, err)
 		}
-		file, err := prepareFile(filepath.Join(directory, render.SecretFile(s.Name)), text)
+		file, err := prepareFile(rundir.Envoy(directory).Secret(s.Name), text)
 		if err != nil {
 			return fmt.Errorf("publishing secret %s: %w", s.Name, err)
 		}
 		pending = append(pending, file)
 	}
 	for i, f := range pending {
-		path := filepath.Join(directory, render.SecretFile(p.secrets[i].Name))
+		path := rundir.Envoy(directory).Secret(p.secrets[i].Name)
 		if err := files.Replacing(path, f.CloseAtomicallyReplace()); err != nil {
 			return fmt.Errorf("publishing secret %s: %w", p.secrets[i].Name, err)
 		}

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"mantlet/internal/lab"
+	"mantlet/internal/rundir"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -379,7 +380,7 @@ func TestTrialEndsEnvoy(t *testing.T) {
 		if err := s.reject(next, p, p.Err(), time.Now()); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want %q", err, want)
 		}
-		text := must[[]byte](t)(os.ReadFile(filepath.Join(r.RuntimeDirectory, render.SecretFile(render.TrialIdentitySecret))))
+		text := must[[]byte](t)(os.ReadFile(rundir.Envoy(r.RuntimeDirectory).Secret(render.TrialIdentitySecret)))
 		if line := strings.Split(string(pem.EncodeToMemory(next.key)), "\n")[2]; bytes.Contains(text, []byte(line)) {
 			t.Error("the next Envoy meets them")
 		}
