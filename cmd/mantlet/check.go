@@ -464,8 +464,8 @@ func tryAddresses(ctx context.Context, env *schema.Environment, config schema.Co
 	ctx, cancel := context.WithTimeout(ctx, liveLimit)
 	defer cancel()
 	var taken []netip.AddrPort
-	if live, err := envoy.Read(ctx, env.Process.EnvoyDirectory()); err == nil {
-		taken = render.ListenAddresses(live.Bootstrap)
+	if running, _, err := envoy.Read(ctx, env.Process.EnvoyDirectory()); err == nil {
+		taken = render.ListenAddresses(running.Bootstrap)
 	}
 	if _, _, err := probe(ctx, rundir.Directory(env.Process.RuntimeDirectory).StatusSocket(), "/livez"); err == nil {
 		taken = append(taken, env.Process.StatusListen()) // if it is somebody else's, mantlet's status says so

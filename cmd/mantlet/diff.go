@@ -96,15 +96,15 @@ func diffLive(ctx context.Context, environ []string, notes io.Writer) (d reconci
 		return d, err
 	}
 	process := env.Process
-	live, err := envoy.Read(ctx, process.EnvoyDirectory())
+	running, published, err := envoy.Read(ctx, process.EnvoyDirectory())
 	if err != nil {
 		return d, fmt.Errorf("asking Envoy: %w", err)
 	}
-	certificates, err := envoy.Unpublished(process.TLS, live, time.Now())
+	certificates, err := published.Differences(process.TLS, time.Now())
 	if err != nil {
 		_, _ = fmt.Fprintln(notes, "the certificates are not good, so they are not published:", err)
 	}
-	return reconcile.Diff(config.Mesh, place(env), reconcile.Live{Rules: rules, Routes: routes.Kernel{}.Check, Fit: table.Fit, Envoy: live.Envoy, Certificates: certificates})
+	return reconcile.Diff(config.Mesh, place(env), reconcile.Live{Rules: rules, Routes: routes.Kernel{}.Check, Fit: table.Fit, Envoy: running, Certificates: certificates})
 }
 
 // compare returns the steps from the current configuration to the one with another override file. A configuration that

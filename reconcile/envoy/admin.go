@@ -14,13 +14,6 @@ import (
 	"mantlet/render"
 )
 
-// Info is what a running Envoy says of itself.
-type Info struct {
-	State  string // LIVE, INITIALIZING, …
-	Epoch  int
-	Digest string // of the bootstrap that it runs
-}
-
 // admin asks the Envoy behind one admin socket.
 type admin struct {
 	socket string
@@ -87,9 +80,9 @@ func (a admin) ready(ctx context.Context) error {
 	return err
 }
 
-// info asks /server_info (envoy.admin.v3.ServerInfo), and reads up to the digest: the 120 KB after it list what Envoy is
-// built with.
-func (a admin) info(ctx context.Context) (info Info, err error) {
+// info asks /server_info (envoy.admin.v3.ServerInfo) for state, epoch and digest, and reads up to the digest: the 120 KB after it list what
+// Envoy is built with.
+func (a admin) info(ctx context.Context) (info status.Envoy, err error) {
 	err = a.ask(ctx, "/server_info", func(r *http.Response) error {
 		for from := json.NewDecoder(io.LimitReader(r.Body, maxAnswer)); info.Digest == ""; {
 			name, err := from.Token()

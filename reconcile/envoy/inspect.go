@@ -19,36 +19,34 @@ import (
 	"mantlet/schema"
 )
 
-// Live is what a running Envoy says of itself.
-type Live struct {
-	status.Envoy
-
+// Published is the secrets that a running Envoy has.
+type Published struct {
 	secrets  secretTexts
-	outdated bool // it did not take a secret that it was given
+	outdated bool // Envoy did not take a secret that it was given
 }
 
 // Read asks the newest Envoy of a runtime directory that answers. It needs no mantlet that runs. Where no Envoy answers it
-// returns the zero Live.
-func Read(ctx context.Context, runtimeDirectory string) (Live, error) {
+// returns zero values.
+func Read(ctx context.Context, runtimeDirectory string) (status.Envoy, *Published, error) {
 	sockets, err := rundir.Envoy(runtimeDirectory).AdminSockets()
 	if err != nil {
-		return Live{}, err
+		return status.Envoy{}, nil, err
 	}
 	for _, socket := range sockets {
 		a := newAdmin(socket)
-		l, err := a.live(ctx)
+		e, published, err := a.inspect(ctx)
 		if err == nil {
-			return l, nil
+			return e, published, nil
 		}
 		if ctx.Err() != nil {
-			return Live{}, fmt.Errorf("%s: %w", filepath.Base(socket), err)
+			return status.Envoy{}, nil, fmt.Errorf("%s: %w", filepath.Base(socket), err)
 		}
 	}
-	return Live{}, nil
+	return status.Envoy{}, nil, nil
 }
 
-// live asks for all there is to know.
-func (a admin) live(ctx context.Context) (Live, error) {
+// inspect asks for all there is to know.
+func (a admin) inspect(ctx context.Context) (status.Envoy, *Published, error) {
 	var info struct {
 		State   string `json:"state"`
 		Options struct {
@@ -63,30 +61,30 @@ func (a admin) live(ctx context.Context) (Live, error) {
 		} `json:"node"`
 	}
 	if err := a.get(ctx, "/server_info", &info); err != nil {
-		return Live{}, err
+		return status.Envoy{}, nil, err
 	}
-	l := Live{Envoy: status.Envoy{Epoch: info.Options.Epoch, State: info.State}}
-	l.Digest, _ = info.Node.Metadata[render.DigestKey].(string)
+	e, published := status.Envoy{Epoch: info.Options.Epoch, State: info.State}, &Published{}
+	e.Digest, _ = info.Node.Metadata[render.DigestKey].(string)
 	drain, err := time.ParseDuration(info.Options.DrainTime)
 	shutdown, err2 := time.ParseDuration(info.Options.ParentShutdownTime)
-	l.Settings = schema.Envoy{
+	e.Settings = schema.Envoy{
 		Concurrency: info.Options.Concurrency, DrainTime: drain, ParentShutdownTime: shutdown, LogLevel: info.Options.LogLevel,
 	}
 	if err := errors.Join(err, err2); err != nil {
-		return Live{}, fmt.Errorf("reading Envoy's options: %w", err)
+		return status.Envoy{}, nil, fmt.Errorf("reading Envoy's options: %w", err)
 	}
-	if l.Listeners, err = a.listeners(ctx); err != nil {
-		return Live{}, err
+	if e.Listeners, err = a.listeners(ctx); err != nil {
+		return status.Envoy{}, nil, err
 	}
-	if l.Bootstrap, err = a.bootstrap(ctx); err != nil {
-		return Live{}, err
+	if e.Bootstrap, err = a.bootstrap(ctx); err != nil {
+		return status.Envoy{}, nil, err
 	}
-	if l.secrets, err = a.secretTexts(ctx); err != nil {
-		return Live{}, err
+	if published.secrets, err = a.secretTexts(ctx); err != nil {
+		return status.Envoy{}, nil, err
 	}
 	states, err := a.secrets(ctx, meshNames())
-	l.outdated = l.secrets.outdated(states)
-	return l, err
+	published.outdated = published.secrets.outdated(states)
+	return e, published, err
 }
 
 // bootstrap asks /config_dump (envoy.admin.v3.BootstrapConfigDump). What Envoy adds in a version of its own is left out.
@@ -112,14 +110,14 @@ func (a admin) bootstrap(ctx context.Context) (*bootstrapv3.Bootstrap, error) {
 	return nil, errors.New("reading Envoy's bootstrap: there is none in its answer to /config_dump")
 }
 
-// Unpublished returns what an Envoy that runs has otherwise than the TLS directory, a line each. The error says why the TLS
-// directory's generation is not good: no such is ever published.
-func Unpublished(files schema.TLSFiles, live Live, now time.Time) ([]string, error) {
+// Differences returns what an Envoy has otherwise than the TLS directory, a line each; none where nil is given, since no Envoy runs. The error
+// says why the TLS directory's set is not good: no such set is ever published.
+func (p *Published) Differences(files schema.TLSFiles, now time.Time) ([]string, error) {
 	c, err := LoadCertificates(files, now)
-	if err != nil || live.State == "" {
+	if err != nil || p == nil {
 		return nil, err
 	}
-	has, err := live.secrets.parse()
+	has, err := p.secrets.parse()
 	if err != nil {
 		return nil, err
 	}
@@ -140,7 +138,7 @@ func Unpublished(files schema.TLSFiles, live Live, now time.Time) ([]string, err
 	if missing := subtract(c.anchors, has.anchors); len(missing) > 0 {
 		add("mesh CA: Envoy does not trust %s, which %s has", listCAs(missing), caName)
 	}
-	if live.outdated {
+	if p.outdated {
 		add("certificate: Envoy did not take all of what it was given last")
 	}
 	return lines, nil
