@@ -123,8 +123,8 @@ func (d *Daemon) Statistics(ctx context.Context) ([]byte, error) {
 	return d.Proxy.Statistics(ctx)
 }
 
-// Unserved notes why the status address is not served; nil once it is. It reports whether the reason is new.
-func (d *Daemon) Unserved(err error) (isNew bool) {
+// StatusAddressFailed notes why the status address is not served; nil once it is. It reports whether the reason is new.
+func (d *Daemon) StatusAddressFailed(err error) (isNew bool) {
 	d.locked(func() { isNew, d.statusErr = !sameError(err, d.statusErr), err })
 	return isNew
 }

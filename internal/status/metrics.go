@@ -42,7 +42,7 @@ func metricsFormat() expfmt.Format { return expfmt.NewFormat(expfmt.TypeTextPlai
 
 func (s *Server) serveMetrics(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", string(metricsFormat()))
-	if err := WriteMetrics(w, recent(s, r, "status", s.Source.Status)); err != nil {
+	if err := WriteMetrics(w, coalesceCached(s, r, "status", s.Source.Status)); err != nil {
 		s.Log.Debug("the metrics were not written", "error", err) // to a client that is gone
 	}
 }
@@ -53,7 +53,7 @@ func (s *Server) serveStatistics(w http.ResponseWriter, r *http.Request) {
 		text []byte
 		err  error
 	}
-	said := recent(s, r, "statistics", func(ctx context.Context) answer {
+	said := coalesceCached(s, r, "statistics", func(ctx context.Context) answer {
 		text, err := s.Source.Statistics(ctx)
 		return answer{text, err}
 	})
@@ -78,7 +78,7 @@ func (m metrics) Collect(to chan<- prometheus.Metric) {
 	c.gauge("start_time_seconds", "When mantlet started.", stamp(s.Started))
 	c.gauge("ready", "Whether the sidecar is ready.", number(s.Ready))
 	for _, check := range Checks() {
-		failed := s.Applied == nil && slices.Contains(untried(), check)
+		failed := s.Applied == nil && slices.Contains(waitingChecks(), check)
 		for _, r := range s.Unready {
 			failed = failed || r.Check == check
 		}

@@ -2,7 +2,6 @@ package status
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -10,12 +9,10 @@ import (
 	"net/http"
 	"net/netip"
 	"slices"
-	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
-	"google.golang.org/protobuf/encoding/protowire"
 
 	"mantlet/render"
 	"mantlet/schema"
@@ -38,11 +35,11 @@ func (s *Server) probe(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "there is no such probe", http.StatusNotFound)
 		return
 	}
-	p, to := probes[i], netip.AddrPortFrom(askedAt(r), probes[i].Port)
-	well := once(s, fmt.Sprintf("probe %+v %s", p, to), func(ctx context.Context) bool {
+	p, to := probes[i], netip.AddrPortFrom(probeAddress(r), probes[i].Port)
+	well := coalesce(s, fmt.Sprintf("probe %+v %s", p, to), func(ctx context.Context) bool {
 		ctx, cancel := context.WithTimeout(ctx, probeLimit)
 		defer cancel()
-		err := ask(ctx, p, to)
+		err := runProbe(ctx, p, to)
 		s.Source.Probed(p, err)
 		return err == nil
 	})
@@ -51,9 +48,9 @@ func (s *Server) probe(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// askedAt returns the pod's address that a request came to, since a workload may listen there alone; for one over the unix
+// probeAddress returns the pod's address that a request came to, since a workload may listen there alone; for one over the unix
 // socket, the first that the pod has.
-func askedAt(r *http.Request) netip.Addr {
+func probeAddress(r *http.Request) netip.Addr {
 	if local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr); ok {
 		return local.AddrPort().Addr().Unmap()
 	}
@@ -66,10 +63,10 @@ func askedAt(r *http.Request) netip.Addr {
 	return netip.AddrFrom4([4]byte{127, 0, 0, 1})
 }
 
-// ask returns nil if the workload is well.
-func ask(ctx context.Context, p schema.Probe, to netip.AddrPort) error {
+// runProbe returns nil if the workload is well.
+func runProbe(ctx context.Context, p schema.Probe, to netip.AddrPort) error {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{Control: stayInside}).DialContext(ctx, "tcp", to.String())
+		return (&net.Dialer{Control: markWorkloadTraffic}).DialContext(ctx, "tcp", to.String())
 	}
 	if p.Kind == schema.ProbeTCP {
 		conn, err := dial(ctx, "", "")
@@ -85,14 +82,14 @@ func ask(ctx context.Context, p schema.Probe, to netip.AddrPort) error {
 	url := "http://" + netip.AddrPortFrom(to.Addr().WithZone(""), to.Port()).String()
 	if p.Kind == schema.ProbeGRPC {
 		transport.Protocols.SetUnencryptedHTTP2(true)
-		return askGRPC(ctx, transport, url, p.Target)
+		return runGRPCProbe(ctx, transport, url, p.Target)
 	}
 	transport.Protocols.SetHTTP1(true)
-	return askHTTP(ctx, transport, url+p.Target)
+	return runHTTPProbe(ctx, transport, url+p.Target)
 }
 
-// stayInside gives a socket the priority by which the rules keep it from leaving the pod.
-func stayInside(_, _ string, raw syscall.RawConn) error {
+// markWorkloadTraffic gives a socket the priority by which the rules keep it from leaving the pod.
+func markWorkloadTraffic(_, _ string, raw syscall.RawConn) error {
 	var refused error
 	err := raw.Control(func(fd uintptr) {
 		refused = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PRIORITY, int(render.WorkloadPriority))
@@ -100,8 +97,8 @@ func stayInside(_, _ string, raw syscall.RawConn) error {
 	return errors.Join(err, refused)
 }
 
-// askHTTP takes what a kubelet takes for good. RoundTrip follows no redirect.
-func askHTTP(ctx context.Context, transport http.RoundTripper, url string) error {
+// runHTTPProbe takes what a kubelet takes for good. RoundTrip follows no redirect.
+func runHTTPProbe(ctx context.Context, transport http.RoundTripper, url string) error {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return err
@@ -118,72 +115,4 @@ func askHTTP(ctx context.Context, transport http.RoundTripper, url string) error
 		return fmt.Errorf("the workload answers with status %d", code)
 	}
 	return nil
-}
-
-// serving is ServingStatus SERVING of grpc.health.v1.
-const serving = 1
-
-// askGRPC calls grpc.health.v1.Health/Check, as gRPC's protocol over HTTP/2 has it. A client of gRPC would be a quarter of
-// this program.
-func askGRPC(ctx context.Context, transport http.RoundTripper, url, service string) error {
-	var message []byte
-	if service != "" {
-		message = protowire.AppendString(protowire.AppendTag(nil, 1, protowire.BytesType), service)
-	}
-	frame := append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(message))), message...)
-	request, err := http.NewRequestWithContext(ctx, http.MethodPost, url+"/grpc.health.v1.Health/Check", strings.NewReader(string(frame)))
-	if err != nil {
-		return err
-	}
-	request.Header.Set("User-Agent", "mantlet-probe")
-	request.Header.Set("Content-Type", "application/grpc")
-	request.Header.Set("TE", "trailers")
-	response, err := transport.RoundTrip(request)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = response.Body.Close() }()
-	body, err := io.ReadAll(io.LimitReader(response.Body, probeBody))
-	if err != nil {
-		return err
-	}
-	status := response.Trailer.Get("Grpc-Status")
-	if status == "" {
-		status = response.Header.Get("Grpc-Status") // of an answer that is nothing but an error
-	}
-	switch {
-	case response.StatusCode != http.StatusOK:
-		return fmt.Errorf("the workload answers with status %d", response.StatusCode)
-	case status == "12":
-		return errors.New("the workload does not implement grpc.health.v1")
-	case status == "5":
-		return fmt.Errorf("the workload does not know the service %q", service)
-	case status != "0":
-		return errors.New("the workload answers with an error")
-	}
-	health, err := servingStatus(body)
-	if err == nil && health != serving {
-		err = fmt.Errorf("the workload is not SERVING, its status is %d", health)
-	}
-	return err
-}
-
-// servingStatus reads a HealthCheckResponse in its frame.
-func servingStatus(frame []byte) (status uint64, err error) {
-	const head = 5 // whether it is compressed, and the length
-	if len(frame) < head || frame[0] != 0 || int64(binary.BigEndian.Uint32(frame[1:])) != int64(len(frame)-head) {
-		return 0, errors.New("the workload's answer is no message of gRPC")
-	}
-	for message := frame[head:]; len(message) > 0; {
-		number, kind, n := protowire.ConsumeField(message)
-		if n < 0 {
-			return 0, errors.New("the workload's answer is no HealthCheckResponse")
-		}
-		if number == 1 && kind == protowire.VarintType {
-			_, _, tag := protowire.ConsumeTag(message)
-			status, _ = protowire.ConsumeVarint(message[tag:])
-		}
-		message = message[n:]
-	}
-	return status, nil
 }

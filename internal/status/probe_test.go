@@ -73,7 +73,7 @@ func TestGRPCAnswers(t *testing.T) {
 	to := netip.MustParseAddrPort(listener.Addr().String())
 	for name, answer := range answers {
 		meant = name
-		err := ask(context.Background(), schema.Probe{Kind: schema.ProbeGRPC, Port: to.Port(), Target: "shop.Orders"}, to)
+		err := runProbe(context.Background(), schema.Probe{Kind: schema.ProbeGRPC, Port: to.Port(), Target: "shop.Orders"}, to)
 		if (err == nil) != (answer.refused == "") || err != nil && !strings.Contains(err.Error(), answer.refused) {
 			t.Errorf("%s: %v; want %q", name, err, answer.refused)
 		}

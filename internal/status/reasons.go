@@ -17,8 +17,8 @@ const (
 	CheckRules        = "rules"        // in the kernel, with the policy routes
 )
 
-// untried are the checks that there is nothing to try of while nothing is in force.
-func untried() []string { return []string{CheckEnvoy, CheckRules} }
+// waitingChecks are the checks that there is nothing to try of while nothing is in force.
+func waitingChecks() []string { return []string{CheckEnvoy, CheckRules} }
 
 // Checks are the names of all checks.
 func Checks() []string {
