@@ -6,8 +6,9 @@ import (
 	"slices"
 )
 
-// writeChecks writes what Kubernetes' own components writeChecks at these paths: ok, or the reasons, one a line; with ?verbose every
-// check, of which some may have to wait. Those that ?exclude= names do not count. What is worth a look although it is ok follows it.
+// writeChecks answers in the form of Kubernetes' own components: 200 and ok, or 503 and the reasons, a line each; with ?verbose a line for
+// each check. Checks in waiting have nothing to look at yet. A check that ?exclude= names does not count. The notes follow an answer that is
+// ok, and a verbose one.
 func writeChecks(w http.ResponseWriter, r *http.Request, checks, waiting []string, reasons []Reason, notes []Problem) {
 	query := r.URL.Query()
 	excluded := query["exclude"]
@@ -38,7 +39,7 @@ func writeChecks(w http.ResponseWriter, r *http.Request, checks, waiting []strin
 	}
 }
 
-// verboseLine is the line of one check.
+// verboseLine returns the line of one check.
 func verboseLine(check string, reasons []Reason, waiting, excluded bool) string {
 	if excluded {
 		return "[+]" + check + " excluded: ok"

@@ -6,8 +6,8 @@ import (
 	"net/http"
 )
 
-// OverSocket returns a client of the HTTP server at a unix socket. Connections are not kept: an idle one could stay with
-// whoever listened there before.
+// OverSocket returns a client of the HTTP server at a unix socket. It opens a connection for each request: one that is kept could belong to
+// a process that listened there before.
 func OverSocket(path string) *http.Client {
 	return &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,

@@ -13,24 +13,25 @@ func overTCP(r *http.Request) bool {
 	return is
 }
 
-// coalesce lets those who ask the same at the same time share one answer, so that no number of them takes more than one.
+// coalesce returns the same answer to all requests with the same key that come while it is made. So any number of requests costs as much as
+// one.
 func coalesce[T any](s *Server, key string, ask func(context.Context) T) T {
 	answer, _, _ := s.flight.Do(key, func() (any, error) { return ask(context.Background()), nil })
 	return answer.(T)
 }
 
-// maxAnswerAge is how long an answer is given to others who ask the same over TCP: it takes some milliseconds of mantlet and Envoy,
-// and strangers must not be able to keep them busy.
+// maxAnswerAge is how old an answer over TCP may be. An answer costs mantlet and Envoy some milliseconds, and strangers must not be able to
+// keep them busy.
 const maxAnswerAge = 200 * time.Millisecond
 
-// cached is an answer, and when it was begun.
+// cached is an answer with the time when it was begun.
 type cached[T any] struct {
 	began  time.Time
 	answer T
 }
 
-// coalesceCached is once for those who ask over the unix socket. All others may get an answer that was finished before, but is
-// coalesceCached.
+// coalesceCached is coalesce, but a request over TCP may get an answer that was begun up to maxAnswerAge ago. A request over the unix socket
+// never does.
 func coalesceCached[T any](s *Server, r *http.Request, key string, ask func(context.Context) T) T {
 	if !overTCP(r) {
 		return coalesce(s, key, ask)

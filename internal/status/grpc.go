@@ -12,11 +12,11 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// serving is ServingStatus SERVING of grpc.health.v1.
+// serving is SERVING of ServingStatus in grpc.health.v1.
 const serving = 1
 
-// runGRPCProbe calls grpc.health.v1.Health/Check, as gRPC's protocol over HTTP/2 has it. A client of gRPC would be a quarter of
-// this program.
+// runGRPCProbe calls grpc.health.v1.Health/Check by gRPC's protocol over HTTP/2. The library's client would make up a quarter of this
+// program.
 func runGRPCProbe(ctx context.Context, transport http.RoundTripper, url, service string) error {
 	var message []byte
 	if service != "" {
@@ -41,7 +41,7 @@ func runGRPCProbe(ctx context.Context, transport http.RoundTripper, url, service
 	}
 	status := response.Trailer.Get("Grpc-Status")
 	if status == "" {
-		status = response.Header.Get("Grpc-Status") // of an answer that is nothing but an error
+		status = response.Header.Get("Grpc-Status") // an answer without a body has it there
 	}
 	switch {
 	case response.StatusCode != http.StatusOK:
@@ -60,9 +60,9 @@ func runGRPCProbe(ctx context.Context, transport http.RoundTripper, url, service
 	return err
 }
 
-// servingStatus reads a HealthCheckResponse in its frame.
+// servingStatus returns the status in a HealthCheckResponse, which is in a gRPC frame.
 func servingStatus(frame []byte) (status uint64, err error) {
-	const head = 5 // whether it is compressed, and the length
+	const head = 5 // one byte for compression, four for the length
 	if len(frame) < head || frame[0] != 0 || int64(binary.BigEndian.Uint32(frame[1:])) != int64(len(frame)-head) {
 		return 0, errors.New("the workload's answer is no message of gRPC")
 	}

@@ -17,7 +17,7 @@ import (
 	"mantlet/render"
 )
 
-// Listen opens the status socket, which only the owner may connect to. One that a mantlet before this one left is replaced.
+// Listen opens the status socket. Only its owner may connect. It replaces a socket that an earlier mantlet left.
 func Listen(path string) (net.Listener, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("removing the socket of a mantlet before this one: %w", err)
@@ -32,7 +32,7 @@ func Listen(path string) (net.Listener, error) {
 	return listener, nil
 }
 
-// listenMarked listens as the rules let peers in by: at a socket with mantlet's mark.
+// listenMarked listens at a socket with mantlet's mark. The rules let peers in to such a socket alone.
 func listenMarked(ctx context.Context, address string) (net.Listener, error) {
 	config := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
 		var refused error
@@ -44,11 +44,11 @@ func listenMarked(ctx context.Context, address string) (net.Listener, error) {
 		}
 		return nil
 	}}
-	config.SetMultipathTCP(false) // the mark is to be on the very socket that packets are for
+	config.SetMultipathTCP(false) // the rules look at the socket that a packet is for: with MPTCP a subflow's
 	return config.Listen(ctx, "tcp", address)
 }
 
-// Limits of the server: whoever may connect must not be able to use up memory, nor to keep a probe from its answer.
+// Limits of the server. No client may be able to use up memory, or to keep a probe from being answered.
 const (
 	maxConnections = 64
 	maxHeader      = 8 << 10
@@ -74,20 +74,20 @@ func serve(ctx context.Context, listener net.Listener, handler http.Handler) err
 	return nil
 }
 
-// connLimiter bounds the connLimiter of a server. Where one is too many, the oldest ends that has not sent its request yet: a probe
-// sends its own within milliseconds, and those who hold connLimiter without one can't keep it from being answered.
+// connLimiter limits the open connections of a server. When there is one too many, it closes the oldest that has not sent its request. A
+// probe sends its request within milliseconds, so that clients which send none can't keep it from being answered.
 type connLimiter struct {
 	handler http.Handler
 
 	mu     sync.Mutex
 	conns  []net.Conn
-	served map[net.Conn]bool // those of conns whose requests are being answered
+	served map[net.Conn]bool // connections whose requests are being answered
 }
 
 // connKey is the key of a request's connection in its context.
 type connKey struct{}
 
-// ServeHTTP answers a request, whose connection is the last to be ended meanwhile.
+// ServeHTTP passes a request on, and keeps its connection from being closed before idle ones.
 func (c *connLimiter) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	conn, _ := r.Context().Value(connKey{}).(net.Conn)
 	c.mu.Lock()

@@ -14,8 +14,8 @@ import (
 	"github.com/prometheus/common/expfmt"
 )
 
-// WriteMetrics writes a status in Prometheus' text format, and what Prometheus' own collectors tell of a Go program. There is no state beside the status: the registry lives for one
-// scrape, so that a mantlet which nobody scrapes pays nothing for it.
+// WriteMetrics writes a status in Prometheus' text format, with the metrics of Prometheus' own collectors for Go and the process. The
+// registry is made for each call, so that metrics cost nothing while nobody scrapes them.
 func WriteMetrics(to io.Writer, s Status) error {
 	registry := prometheus.NewRegistry()
 	for _, c := range []prometheus.Collector{
@@ -43,11 +43,11 @@ func metricsFormat() expfmt.Format { return expfmt.NewFormat(expfmt.TypeTextPlai
 func (s *Server) serveMetrics(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", string(metricsFormat()))
 	if err := WriteMetrics(w, coalesceCached(s, r, "status", s.Source.Status)); err != nil {
-		s.Log.Debug("the metrics were not written", "error", err) // to a client that is gone
+		s.Log.Debug("the metrics were not written", "error", err) // the client is gone
 	}
 }
 
-// serveStatistics passes on Envoy's own statistics. Nothing of the request goes to Envoy, whose admin interface can do more than tell.
+// serveStatistics answers with Envoy's own statistics. Nothing of the request is passed on to Envoy: its admin interface can change things.
 func (s *Server) serveStatistics(w http.ResponseWriter, r *http.Request) {
 	type answer struct {
 		text []byte
@@ -62,13 +62,13 @@ func (s *Server) serveStatistics(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", string(metricsFormat()))
-	_, _ = w.Write(said.text) // to a client that is gone
+	_, _ = w.Write(said.text) // it fails if the client is gone
 }
 
-// metrics is a Status as a collector.
+// metrics collects the metrics of a Status.
 type metrics struct{ status Status }
 
-// Describe implements prometheus.Collector. Nothing is said beforehand: which labels there are is the status' affair.
+// Describe implements prometheus.Collector. It describes nothing, since the labels depend on the status.
 func (metrics) Describe(chan<- *prometheus.Desc) {}
 
 // Collect implements prometheus.Collector.
@@ -111,7 +111,7 @@ func (m metrics) Collect(to chan<- prometheus.Metric) {
 	c.connections(s)
 }
 
-// collector passes on metrics. Labels are given as names and values in turn.
+// collector sends metrics. Labels are given as names and values in turn.
 type collector struct{ to chan<- prometheus.Metric }
 
 func (c collector) gauge(name, help string, value float64, labels ...string) {
@@ -128,7 +128,7 @@ func (c collector) send(kind prometheus.ValueType, name, help string, value floa
 	c.pass(desc, metric, err)
 }
 
-// pass makes an error the scrape's. The library's own way, a panic in a goroutine of its own, would be mantlet's end.
+// pass sends a metric. An error makes the scrape fail; the library's Must functions would panic in a goroutine of their own.
 func (c collector) pass(desc *prometheus.Desc, metric prometheus.Metric, err error) {
 	if err != nil {
 		metric = prometheus.NewInvalidMetric(desc, err)
@@ -185,8 +185,8 @@ func (c collector) envoys(s Status) {
 	}
 }
 
-// certificates tells when the next certificate of each role expires. One that has expired does not hide the next: a bundle may
-// hold a mesh CA of before.
+// certificates sends the expiry of the next certificate of each role that expires. A certificate that has expired already counts only if the
+// role has no other: a bundle may hold an old mesh CA.
 func (c collector) certificates(all []Certificate) {
 	all = slices.SortedFunc(slices.Values(all), func(a, b Certificate) int { return a.NotAfter.Compare(b.NotAfter) })
 	next := map[string]Certificate{}

@@ -18,16 +18,15 @@ import (
 	"mantlet/schema"
 )
 
-// Limits of a probe. A kubelet waits for a second, if it is not told otherwise. Whatever the workload answers beyond its
-// status is read, as far as this, and thrown away.
+// Limits of a probe.
 const (
-	probeLimit  = time.Second
+	probeLimit  = time.Second // the kubelet's default timeout
 	probeHeader = 16 << 10
-	probeBody   = 10 << 10
+	probeBody   = 10 << 10 // that is read and discarded
 )
 
-// probe asks the workload what a probe of the configuration asks, and tells whether it is well: 200 or 503, and nothing
-// else. Nothing of the request goes on to the workload.
+// probe runs a configured probe of the workload, and answers with 200 or 503 and no body. Nothing of the request is passed on to the
+// workload.
 func (s *Server) probe(w http.ResponseWriter, r *http.Request) {
 	probes := s.Source.Probes()
 	i := slices.IndexFunc(probes, func(p schema.Probe) bool { return p.Name == r.PathValue("name") })
@@ -48,13 +47,13 @@ func (s *Server) probe(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// probeAddress returns the pod's address that a request came to, since a workload may listen there alone; for one over the unix
-// socket, the first that the pod has.
+// probeAddress returns the pod's address that a request came to: the workload may listen at that address alone. For a request over the unix
+// socket it is the pod's first global address.
 func probeAddress(r *http.Request) netip.Addr {
 	if local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr); ok {
 		return local.AddrPort().Addr().Unmap()
 	}
-	addrs, _ := net.InterfaceAddrs() // none: loopback
+	addrs, _ := net.InterfaceAddrs() // if that fails, loopback is left
 	for _, a := range addrs {
 		if prefix, err := netip.ParsePrefix(a.String()); err == nil && prefix.Addr().IsGlobalUnicast() {
 			return prefix.Addr()
@@ -63,7 +62,7 @@ func probeAddress(r *http.Request) netip.Addr {
 	return netip.AddrFrom4([4]byte{127, 0, 0, 1})
 }
 
-// runProbe returns nil if the workload is well.
+// runProbe returns nil if the probe succeeds.
 func runProbe(ctx context.Context, p schema.Probe, to netip.AddrPort) error {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{Control: markWorkloadTraffic}).DialContext(ctx, "tcp", to.String())
@@ -75,7 +74,7 @@ func runProbe(ctx context.Context, p schema.Probe, to netip.AddrPort) error {
 		}
 		return conn.Close()
 	}
-	transport := &http.Transport{ // of its own: no proxy, no connection that is kept
+	transport := &http.Transport{ // a transport for each probe: it uses no proxy, and keeps no connection
 		DialContext: dial, DisableKeepAlives: true, DisableCompression: true, MaxResponseHeaderBytes: probeHeader, Protocols: &http.Protocols{},
 	}
 	defer transport.CloseIdleConnections()
@@ -88,7 +87,7 @@ func runProbe(ctx context.Context, p schema.Probe, to netip.AddrPort) error {
 	return runHTTPProbe(ctx, transport, url+p.Target)
 }
 
-// markWorkloadTraffic gives a socket the priority by which the rules keep it from leaving the pod.
+// markWorkloadTraffic sets a socket's priority to render.WorkloadPriority. The rules keep such packets inside the pod.
 func markWorkloadTraffic(_, _ string, raw syscall.RawConn) error {
 	var refused error
 	err := raw.Control(func(fd uintptr) {
@@ -97,7 +96,7 @@ func markWorkloadTraffic(_, _ string, raw syscall.RawConn) error {
 	return errors.Join(err, refused)
 }
 
-// runHTTPProbe takes what a kubelet takes for good. RoundTrip follows no redirect.
+// runHTTPProbe succeeds where a kubelet's probe does: with a status from 200 to 399. RoundTrip follows no redirect.
 func runHTTPProbe(ctx context.Context, transport http.RoundTripper, url string) error {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
@@ -110,7 +109,7 @@ func runHTTPProbe(ctx context.Context, transport http.RoundTripper, url string) 
 		return err
 	}
 	defer func() { _ = response.Body.Close() }()
-	_, _ = io.CopyN(io.Discard, response.Body, probeBody) // a workload that can't write its answer may log that
+	_, _ = io.CopyN(io.Discard, response.Body, probeBody) // a workload might log that its answer was cut off
 	if code := response.StatusCode; code < 200 || code > 399 {
 		return fmt.Errorf("the workload answers with status %d", code)
 	}

@@ -5,27 +5,27 @@ import (
 	"strings"
 )
 
-// ErrUntried is what Secrets.Update's error wraps where it says nothing of the certificates: no Envoy could try them now.
+// ErrUntried is wrapped by errors that say nothing about the certificates: there was no Envoy that could try them.
 var ErrUntried = errors.New("the certificates can't be tried")
 
-// The checks of readiness: places where something can be wrong.
+// The checks of readiness. Each looks at one part.
 const (
-	CheckMantlet      = "mantlet"      // it is starting, or stopping
-	CheckConfig       = "config"       // environment and override file
-	CheckCertificates = "certificates" // of the TLS directory
-	CheckEnvoy        = "envoy"        // it runs with the state, and has all listeners
-	CheckRules        = "rules"        // in the kernel, with the policy routes
+	CheckMantlet      = "mantlet"      // mantlet is neither starting nor stopping
+	CheckConfig       = "config"       // the environment and the override file are valid
+	CheckCertificates = "certificates" // peers accept the certificates, and Envoy has them
+	CheckEnvoy        = "envoy"        // Envoy runs with the wanted state, and has all listeners
+	CheckRules        = "rules"        // the kernel has the rules and the policy routes
 )
 
-// waitingChecks are the checks that there is nothing to try of while nothing is in force.
+// waitingChecks returns the checks that have nothing to look at while no state is in force.
 func waitingChecks() []string { return []string{CheckEnvoy, CheckRules} }
 
-// Checks are the names of all checks.
+// Checks returns the names of all checks.
 func Checks() []string {
 	return []string{CheckMantlet, CheckConfig, CheckCertificates, CheckEnvoy, CheckRules}
 }
 
-// Why the sidecar is not ready: how each reason begins. docs/operations.md says what to do about it.
+// The reasons why the sidecar is not ready: the text of each begins like this. docs/operations.md says what to do about them.
 const (
 	Starting                    = "mantlet is starting"
 	Stopping                    = "mantlet is stopping"
@@ -45,7 +45,7 @@ const (
 	DroppedByIptablesLegacy     = "iptables-legacy drops what comes in over IPv4"
 )
 
-// Reasons returns how the reasons of Unready begin.
+// Reasons returns the beginnings of all reasons why the sidecar is not ready.
 func Reasons() (all []string) {
 	for _, r := range reasons() {
 		all = append(all, r.begins)
@@ -53,7 +53,7 @@ func Reasons() (all []string) {
 	return all
 }
 
-// reasons are how the reasons of Unready begin, and their codes.
+// reasons returns the beginnings of all reasons, with their codes.
 func reasons() []struct{ begins, code string } {
 	return []struct{ begins, code string }{
 		{Starting, "starting"},
@@ -83,9 +83,9 @@ type Reason struct {
 
 func (r Reason) Error() string { return r.Text }
 
-// Problem is something that is not as it should be.
+// Problem is something that somebody should look at, whether or not it makes the sidecar unready.
 type Problem struct {
-	Code string `json:"code"` // one of ProblemCodes, that stay
+	Code string `json:"code"` // one of ProblemCodes; they are stable
 	Text string `json:"text"`
 }
 
@@ -114,7 +114,7 @@ func ProblemCodes() (all []string) {
 		RulesUndermined, LogNotRead, UpstreamUnresolved, PortsClosed, IptablesLegacyNotRead)
 }
 
-// NewProblem gives a text the code of the reason that it begins as, or else the other one.
+// NewProblem returns a problem with the code of the reason that the text begins with; if it begins with none, with the other code.
 func NewProblem(text, other string) Problem {
 	for _, r := range reasons() {
 		if strings.HasPrefix(text, r.begins) {
@@ -124,7 +124,7 @@ func NewProblem(text, other string) Problem {
 	return Problem{other, text}
 }
 
-// Problem is a reason with its code.
+// Problem returns a reason as a problem.
 func (r Reason) Problem() Problem {
 	other := StateNotInForce
 	switch r.Check {

@@ -17,39 +17,40 @@ import (
 	"mantlet/schema"
 )
 
-// Source is a running mantlet, as a Server asks it. Its methods may be called at any time.
+// Source is the running mantlet that a Server asks. Its methods may be called at any time, from several goroutines.
 type Source interface {
 	// Dead returns why mantlet should be killed and started again, or nil.
 	Dead(context.Context) error
 	// Unready returns the reasons why the sidecar is not ready; none if it is.
 	Unready(context.Context) []Reason
-	// InForce reports whether a state is in force: before, some checks have nothing to try.
+	// InForce reports whether a state is in force. Until then some checks have nothing to look at.
 	InForce() bool
 	// Notes returns the problems that do not make the sidecar unready.
 	Notes() []Problem
+	// Status returns the whole status. It asks kernel and Envoy.
 	Status(context.Context) Status
-	// Statistics returns those of the Envoy that serves, in Prometheus' text format.
+	// Statistics returns the statistics of the Envoy that serves, in Prometheus' text format.
 	Statistics(context.Context) ([]byte, error)
 	// Probes returns the probes of the workload that are configured.
 	Probes() []schema.Probe
-	// Probed takes note of what came of a probe.
+	// Probed records the result of a probe; nil for success.
 	Probed(schema.Probe, error)
-	// StatusAddressFailed takes note of why the status address is not served; nil once it is. It reports whether the reason is new.
+	// StatusAddressFailed records why the status address is not served; nil once it is. It reports whether the reason is new.
 	StatusAddressFailed(error) (isNew bool)
 }
 
-// Server answers what a Source knows over HTTP. Its exported fields are set before it is used.
+// Server serves the status, the checks, the metrics and the probes of a Source over HTTP. Its exported fields are set before it is used.
 type Server struct {
 	Source Source
-	// Follow returns refusals as they come, until ctx ends; an error where too many follow already. It may be nil.
+	// Follow returns refusals as they come, until ctx ends. It fails if too many follow already. If it is nil, there is no RefusalsPath.
 	Follow func(ctx context.Context) (<-chan Followed, error)
 	Log    *slog.Logger
 
-	flight  singleflight.Group // of requests that ask the same
-	answers sync.Map           // the last ones, by what was asked
+	flight  singleflight.Group // requests that are being answered, by key
+	answers sync.Map           // the last answers over TCP, by key
 }
 
-// Serve answers at a listener until ctx ends.
+// Serve answers at the status socket's listener until ctx ends.
 func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	if err := serve(ctx, listener, s.Handler()); err != nil {
 		return fmt.Errorf("serving the status socket: %w", err)
@@ -57,11 +58,11 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	return nil
 }
 
-// rebindInterval is how often the status address is tried that is somebody else's.
+// rebindInterval is how long ServeAddress waits before it tries again to listen.
 const rebindInterval = time.Second
 
-// ServeAddress answers at the status address until ctx ends. Where it can't, the Source is told why, and it is tried again. holder
-// names the process that has the address.
+// ServeAddress answers at the status address until ctx ends. If it can't, it reports the reason to the Source and tries again. holder returns
+// the name of the process that has the address.
 func (s *Server) ServeAddress(ctx context.Context, address string, holder func() string) {
 	for ; ctx.Err() == nil; sleep(ctx, rebindInterval) {
 		listener, err := listenMarked(ctx, address)
@@ -89,7 +90,7 @@ func sleep(ctx context.Context, d time.Duration) {
 	}
 }
 
-// Handler answers all paths.
+// Handler returns the handler of all paths.
 func (s *Server) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, r *http.Request) {
@@ -111,7 +112,7 @@ func (s *Server) Handler() http.Handler {
 		w.Header().Set("Content-Type", "application/json")
 		encoder := json.NewEncoder(w)
 		encoder.SetEscapeHTML(false)
-		_ = encoder.Encode(coalesceCached(s, r, "status", s.Source.Status)) // to a client that is gone
+		_ = encoder.Encode(coalesceCached(s, r, "status", s.Source.Status)) // it fails if the client is gone
 	})
 	mux.HandleFunc("GET /metrics", s.serveMetrics)
 	mux.HandleFunc("GET /stats/prometheus", s.serveStatistics)
@@ -119,10 +120,10 @@ func (s *Server) Handler() http.Handler {
 	return mux
 }
 
-// RefusalsPath is where refusals are served as they come, over the unix socket alone.
+// RefusalsPath is where refusals are streamed, over the unix socket alone.
 const RefusalsPath = "/refusals"
 
-// serveRefusals writes refusals as they come, a line of JSON each, until the client is gone or takes none for too long.
+// serveRefusals streams refusals, a line of JSON each, until the client is gone, or does not read for writeLimit.
 func (s *Server) serveRefusals(w http.ResponseWriter, r *http.Request) {
 	if overTCP(r) || s.Follow == nil {
 		http.NotFound(w, r)
@@ -144,7 +145,7 @@ func (s *Server) serveRefusals(w http.ResponseWriter, r *http.Request) {
 		return stream.Flush()
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
-	err = errors.Join(stream.SetReadDeadline(time.Time{}), write(nil)) // it is to notice that the client is gone, however late
+	err = errors.Join(stream.SetReadDeadline(time.Time{}), write(nil)) // no read deadline: the read notices when the client goes
 	for err == nil {
 		select {
 		case <-r.Context().Done():

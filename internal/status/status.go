@@ -15,8 +15,8 @@ type Status struct {
 	Started time.Time `json:"started"`
 	Ready   bool      `json:"ready"`
 	Unready []Reason  `json:"unready"` // why it is not ready; empty if it is
-	// Problems are all that is not as it should be, in words; empty when all is well. Those beside Unready do not keep the
-	// sidecar from its work: an input that is not good while the last good one is in force, say.
+	// Problems are all problems in words, the reasons of Unready first. The others do not make the sidecar unready: an input that was
+	// rejected while the last good one is in force, for example.
 	Problems     []string      `json:"problems"`
 	Causes       []Problem     `json:"causes"`  // the same problems with their codes
 	Reload       Reload        `json:"reload"`  // of the configuration
@@ -226,7 +226,7 @@ type Resolved struct {
 type Traffic struct {
 	Ingress []Handshakes `json:"ingress"`
 	Egress  []Dialled    `json:"egress"`
-	// Shed is how many were closed as they came, since too many were open, by direction. It is told among Refused.
+	// Shed is how many connections were closed at once since too many were open, by direction. Refused counts them, too.
 	Shed map[string]uint64 `json:"-"`
 }
 
@@ -292,7 +292,7 @@ type RefusalCount struct {
 // Repair is one time that somebody changed the rules in the kernel, and they were put back.
 type Repair struct {
 	Time  time.Time `json:"time"`
-	By    string    `json:"by,omitempty"`    // the name of the process, as the kernel tells it; "" where no event told
+	By    string    `json:"by,omitempty"`    // the name of the process, from the kernel's event; "" where there was none
 	Found []string  `json:"found"`           // what differed, a line each; at most maxFound
 	Error string    `json:"error,omitempty"` // why they could not be put back; it is tried again
 }
