@@ -182,7 +182,7 @@ func (d *Daemon) candidates(c *change) (map[sockdiag.Socket]render.Mark, error) 
 func (d *Daemon) moveAll(c *change, to map[sockdiag.Socket]render.Mark) (spared int, err error) {
 	both := *d.have
 	both.moving = true
-	if err := d.Kernel.Replace(both.rules()); err != nil {
+	if err := d.Kernel.Exchange(both.rules()); err != nil {
 		return 0, err
 	}
 	d.locked(func() { d.have = &both })

@@ -23,8 +23,11 @@ func (d *Daemon) enforce(want *desired) (err error) {
 	next.moving = false
 	change := d.tighten(&next, revoked)
 	if rules := next.rules(); d.have == nil || rules.Text() != d.have.rules().Text() {
-		spared := d.moveAllowed(change)
-		if err := d.replace(rules); err != nil {
+		spared, put := d.moveAllowed(change), d.Kernel.Replace
+		if spared > 0 {
+			put = d.Kernel.Exchange
+		}
+		if err := d.replace(put, rules); err != nil {
 			d.loop.exhausted = d.loop.exhausted || spared > 0 // the next attempt may forbid what was moved to the next generation already
 			return err
 		}
@@ -63,10 +66,11 @@ func (d *Daemon) restartExhausted() {
 	d.watchdog.begin(loop, "its turn", turnLimit)
 }
 
-func (d *Daemon) replace(rules render.Ruleset) error {
+// replace puts rules in force by one of the kernel's ways.
+func (d *Daemon) replace(put func(render.Ruleset) error, rules render.Ruleset) error {
 	began := time.Now()
 	d.watchdog.begin(loop, "putting the rules in force", kernelLimit)
-	err := d.Kernel.Replace(rules)
+	err := put(rules)
 	d.watchdog.begin(loop, "its turn", turnLimit)
 	d.countApplied(status.ApplyRules, time.Since(began), err)
 	if err != nil {

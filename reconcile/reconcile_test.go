@@ -110,6 +110,8 @@ func (w *world) wait(did string) {
 	}
 }
 
+func (w *world) Exchange(r render.Ruleset) error { return w.Replace(r) }
+
 func (w *world) Replace(render.Ruleset) error {
 	w.note("rules")
 	w.wait("rules")

@@ -1,6 +1,12 @@
 package nft
 
 import (
+	"github.com/google/go-cmp/cmp"
+	"io"
+	"strings"
+	"sync"
+	"sync/atomic"
+
 	"net"
 	"slices"
 	"testing"
@@ -18,7 +24,14 @@ func TestMovedConnectionsLiveOn(t *testing.T) {
 			x.replace(rules())
 			x.standIn(schema.IngressMTLSPort)
 			moved, left := x.greeted(x.target(9000)), x.greeted(x.target(9000))
-			x.replace(render.Rules(schema.Mesh{}, render.Generations{Moving: true}))
+			update := func(r render.Ruleset) {
+				x.t.Helper()
+				if err := x.pod.Do(func() error { return x.table.Exchange(r) }); err != nil {
+					x.t.Fatal(err)
+				}
+				x.check()
+			}
+			update(render.Rules(schema.Mesh{}, render.Generations{Moving: true}))
 			socket := sockdiag.Socket{Local: moved.RemoteAddr().(*net.TCPAddr).AddrPort(), Remote: moved.LocalAddr().(*net.TCPAddr).AddrPort()}
 			must := func(err error) {
 				if err != nil {
@@ -50,7 +63,7 @@ func TestMovedConnectionsLiveOn(t *testing.T) {
 					x.t.Errorf("a connection that is %s does not pass while they are moved", conn.what)
 				}
 			}
-			x.apply()
+			update(x.rules)
 			if x.passes(left, left) {
 				x.t.Error("a connection that was not moved passes")
 			}
@@ -60,4 +73,81 @@ func TestMovedConnectionsLiveOn(t *testing.T) {
 	whole := render.Rules(schema.Mesh{}, render.Generations{Default: 1})
 	try(t, "moved", whole, true, attempt(true))
 	try(t, "not moved", whole, false, attempt(false))
+}
+
+// TestExchangeFromAnyStateToAnyOther: whatever stays, the rules are as they should be, and what each chain says too.
+func TestExchangeFromAnyStateToAnyOther(t *testing.T) {
+	t.Parallel()
+	all := map[string]render.Ruleset{"deny all": render.DenyAll(true), "generations": render.Rules(schema.Mesh{Ingress: []schema.Ingress{port1(8080, schema.ModeTLS)}}, render.Generations{
+		Default: 3, Ports: []render.PortsGeneration{{Ports: schema.Ports{First: 8000, Last: 8099}, Generation: 4}},
+	})}
+	for _, name := range []string{"web", "ranges", "last port", "status"} {
+		all[name] = states()[name]
+	}
+	sorted := func(text string) string {
+		parts := strings.Split(strings.TrimSuffix(text, "}\n"), "\n\n")
+		for i := range parts {
+			parts[i] = strings.TrimSpace(parts[i])
+		}
+		slices.Sort(parts)
+		return strings.Join(parts, "\n\n")
+	}
+	modes(t, func(t *testing.T, p *place) {
+		for from, first := range all {
+			for to, second := range all { // itself among them
+				p.replace(first)
+				if err := p.pod.Do(func() error { return p.table.Exchange(second) }); err != nil {
+					t.Fatal(err)
+				}
+				if diff := cmp.Diff(sorted(second.Text()), sorted(listing(t, p.pod))); diff != "" {
+					t.Fatalf("from %q to %q (-want +got):\n%s", from, to, diff)
+				}
+				p.check()
+			}
+		}
+	})
+}
+
+// TestExchangeIsNotNoticed: connections that speak all the time, at ports with an entry of their own, go on while generations change and
+// other ports come and go.
+func TestExchangeIsNotNoticed(t *testing.T) {
+	t.Parallel()
+	modes(t, func(t *testing.T, p *place) {
+		generation := func(g render.Generation, moving bool, entries ...schema.Ingress) render.Ruleset {
+			return render.Rules(schema.Mesh{Ingress: entries}, render.Generations{
+				Default: g, Moving: moving, Ports: []render.PortsGeneration{{Ports: schema.Ports{First: 9000, Last: 9000}, Generation: 0}},
+			})
+		}
+		p.replace(generation(5, false))
+		p.standIn(schema.IngressMTLSPort)
+		var speaking sync.WaitGroup
+		var stop atomic.Bool
+		for range 8 {
+			for family := range 2 {
+				conn := p.greeted(p.addr(family, 9000))
+				speaking.Go(func() {
+					for !stop.Load() {
+						_, err := io.WriteString(conn, "passes")
+						if err == nil {
+							err = hear(conn, "passes")
+						}
+						if err != nil {
+							t.Errorf("a connection that nothing forbids: %v", err)
+							return
+						}
+					}
+				})
+			}
+		}
+		for n := range 60 {
+			next := []render.Ruleset{
+				generation(6, true, port1(8080, schema.ModeTLS)), generation(7, false, port1(80, schema.ModePassthrough)), generation(5, false),
+			}[n%3]
+			if err := p.pod.Do(func() error { return p.table.Exchange(next) }); err != nil {
+				t.Error(err)
+			}
+		}
+		stop.Store(true)
+		speaking.Wait()
+	})
 }

@@ -45,6 +45,8 @@ type Table struct {
 	want      render.Ruleset // what Replace put there last
 	refused   tally          // packets that the rules counted
 	checkedAt uint32         // the kernel's revision at which the table was seen to hold that; 0 for none
+	unsure    bool           // whether it holds that
+	keeps     kept           // what stays in the transaction that is being built
 
 	others others
 }
@@ -209,13 +211,18 @@ const attempts = 10
 // Replace makes the table hold r and nothing else, in one transaction. If it fails, the rules are unchanged. A table that is not owned is
 // read back; if it already holds something else, another process changed it, and the change is made again. If the kernel refuses the
 // rules, the error names each option that it lacks. If it has no ct timeout objects, the table is made without them, see LacksTimeouts.
-func (t *Table) Replace(r render.Ruleset) error {
+func (t *Table) Replace(r render.Ruleset) error { return t.change(r, false) }
+
+// Exchange is Replace for a table with connections that must not notice: see kept. Chains that are new stand behind those that were there.
+func (t *Table) Exchange(r render.Ruleset) error { return t.change(r, true) }
+
+func (t *Table) change(r render.Ruleset, gently bool) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	err := t.put(t.fit(r, t.lacksTimeouts))
+	err := t.put(t.fit(r, t.lacksTimeouts), gently)
 	if refuses(err) && !t.lacksTimeouts && len(r.Timeouts) > 0 && t.try(timeoutsNeed(r.Timeouts)) != nil {
 		t.lacksTimeouts = true
-		err = t.put(t.fit(r, t.lacksTimeouts))
+		err = t.put(t.fit(r, t.lacksTimeouts), gently)
 	}
 	if !refuses(err) {
 		return err
@@ -243,13 +250,18 @@ func (t *Table) fit(r render.Ruleset, lacksTimeouts bool) render.Ruleset {
 	return r.ForUsers(uint32(os.Geteuid()), t.EnvoyUID)
 }
 
-func (t *Table) put(r render.Ruleset) error {
+func (t *Table) put(r render.Ruleset, gently bool) error {
 	var found []string
 	for n := range attempts {
 		_ = t.refused.look(t) // if it fails, only counts are lost
 		whole := n > 0 && !t.owned
+		if t.keeps = (kept{}); gently && n == 0 {
+			t.keeps = t.keep(r)
+			t.prepare(&t.keeps, r)
+		}
 		failed := t.transaction(func(b *batch) error { return t.replace(b, r, whole) })
-		if failed != nil && n == 0 && !t.owned {
+		t.unsure = failed != nil
+		if failed != nil && n == 0 && (!t.owned || len(t.keeps.maps) > 0) {
 			continue // another process may have deleted what clear deletes
 		}
 		// If acknowledgements did not fit into the socket's buffer, the commit may have succeeded all the same.
@@ -288,7 +300,7 @@ func (t *Table) Repair() (found []string, err error) {
 	if len(found) == 0 {
 		return nil, nil
 	}
-	return found, t.put(t.want)
+	return found, t.put(t.want, false)
 }
 
 var errBusy = fmt.Errorf("other processes changed nftables at the same time, %d times in a row", attempts)
@@ -360,10 +372,16 @@ func (t *Table) replace(b *batch, r render.Ruleset, whole bool) error {
 	}
 	// Rules and the elements of maps refer to chains, and rules to maps: so chains come first, then maps, then rules.
 	for _, c := range r.Chains {
-		t.conn.AddChain(b.chain(c))
+		if !t.keeps.chains[c.Name] {
+			t.conn.AddChain(b.chain(c))
+		}
 	}
 	for _, m := range r.Maps {
-		if err := b.addMap(m); err != nil {
+		if old, stays := t.keeps.maps[m.Name]; stays {
+			if err := b.extend(t, old, m); err != nil {
+				return err
+			}
+		} else if err := b.addMap(m); err != nil {
 			return err
 		}
 	}
@@ -377,20 +395,7 @@ func (t *Table) replace(b *batch, r render.Ruleset, whole bool) error {
 			return err
 		}
 	}
-	holder := t.holder.userData() // carried by the first rule
-	for _, c := range r.Chains {
-		for _, rule := range c.Rules {
-			exprs, err := b.expressions(rule)
-			if err != nil {
-				return err
-			}
-			t.conn.AddRule(&nftables.Rule{
-				Table: t.table, Chain: &nftables.Chain{Name: c.Name, Table: t.table}, Exprs: exprs, UserData: holder,
-			})
-			holder = nil
-		}
-	}
-	return nil
+	return t.addRules(b, r.Chains, t.holder.userData())
 }
 
 // clear adds to the transaction what empties the table, except for timeouts and accounts that are kept: open connections lose their
@@ -406,6 +411,11 @@ func (t *Table) clear(keep render.Ruleset, whole bool) error {
 		return nil
 	}
 	t.conn.FlushTable(t.table)
+	for name, m := range t.keeps.maps {
+		if err := t.forget(m, t.keeps.next[name]); err != nil {
+			return err
+		}
+	}
 	// Raw attributes are used since the library fails on types and user data that it does not know. What refers to others is deleted before them.
 	for _, part := range []struct {
 		of, table uint16
@@ -415,8 +425,9 @@ func (t *Table) clear(keep render.Ruleset, whole bool) error {
 			if account, ok := setOf(a).asAccount(); ok && slices.Contains(keep.Accounts, account) {
 				return
 			}
-			if a.u32(unix.NFTA_SET_FLAGS)&unix.NFT_SET_ANONYMOUS == 0 {
-				t.conn.DelSet(&nftables.Set{Table: t.table, Name: a.text(unix.NFTA_SET_NAME)})
+			name := a.text(unix.NFTA_SET_NAME)
+			if _, stays := t.keeps.maps[name]; !stays && a.u32(unix.NFTA_SET_FLAGS)&unix.NFT_SET_ANONYMOUS == 0 {
+				t.conn.DelSet(&nftables.Set{Table: t.table, Name: name})
 			}
 		}},
 		{unix.NFT_MSG_GETOBJ, unix.NFTA_OBJ_TABLE, func(a attributes) {
@@ -430,8 +441,8 @@ func (t *Table) clear(keep render.Ruleset, whole bool) error {
 			t.conn.DelFlowtable(&nftables.Flowtable{Table: t.table, Name: a.text(flowtableName)})
 		}},
 		{unix.NFT_MSG_GETCHAIN, unix.NFTA_CHAIN_TABLE, func(a attributes) {
-			if a.u32(chainFlags)&chainBinding == 0 {
-				t.conn.DelChain(&nftables.Chain{Table: t.table, Name: a.text(unix.NFTA_CHAIN_NAME)})
+			if name := a.text(unix.NFTA_CHAIN_NAME); !t.keeps.chains[name] && a.u32(chainFlags)&chainBinding == 0 {
+				t.conn.DelChain(&nftables.Chain{Table: t.table, Name: name})
 			}
 		}},
 	} {
