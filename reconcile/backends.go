@@ -2,6 +2,7 @@ package reconcile
 
 import (
 	"context"
+	"net/netip"
 	"time"
 
 	"mantlet/internal/peers"
@@ -35,6 +36,11 @@ type Kernel interface {
 	// addresses, for which judge returns a reason. judge gets the socket that was dialled and the connection's mark, MarkNone for one that
 	// is not from outside. End returns what it ended, and why.
 	End(judge func(sockdiag.Socket, render.Mark) status.EndReason) (ended map[sockdiag.Socket]status.EndReason, err error)
+	// EndOutbound ends open connections that the pod made past the egress entries to what may not leave any more, and tells both ends of
+	// those by TCP. It returns how many it ended, by destination.
+	EndOutbound(leaves func(to netip.AddrPort) bool) (ended map[netip.AddrPort]int, err error)
+	// Spoken returns what the accounts of the rules hold now: destinations that the pod spoke to past the egress entries, or tried to.
+	Spoken() ([]status.Spoken, error)
 	// Conflicts returns the rules of other tables that undermine these, a line each. It changes nothing.
 	Conflicts() ([]string, error)
 	// Watch sends a note when another process changed rules in the kernel, until ctx ends: the name of the process if it changed the table,

@@ -2,6 +2,9 @@ package reconcile
 
 import (
 	"fmt"
+	"net/netip"
+	"reflect"
+	"slices"
 	"strings"
 
 	"mantlet/internal/status"
@@ -37,8 +40,8 @@ func Diff(mesh schema.Mesh, place render.Place, have Live) (Difference, error) {
 	live, reported := inForce(mesh, place, have)
 	d.Steps = Compare(live, mesh)
 	_, generations, known := render.ReadBack(have.Rules)
-	d.Details = have.diffRules(mesh, generations)
-	switch rest := have.diffRules(live, generations); {
+	d.Details = have.diffRules(place, mesh, generations)
+	switch rest := have.diffRules(place, live, generations); {
 	case render.Denies(have.Rules):
 		add(NoRestart, "nothing is let in -> what the configuration says")
 	case !known && len(rest) == 1: // it is not there
@@ -62,8 +65,8 @@ func Diff(mesh schema.Mesh, place render.Place, have Live) (Difference, error) {
 }
 
 // diffRules returns how the live rules differ from those of a mesh, a line each.
-func (l Live) diffRules(mesh schema.Mesh, generations render.Generations) []string {
-	want := render.Rules(mesh, generations)
+func (l Live) diffRules(place render.Place, mesh schema.Mesh, generations render.Generations) []string {
+	want := render.RulesIn(place, mesh, generations)
 	if l.Fit != nil {
 		want = l.Fit(want)
 	}
@@ -78,6 +81,7 @@ func inForce(mesh schema.Mesh, place render.Place, have Live) (live schema.Mesh,
 		before.Probes, before.OtherProtocols, before.StatusPort = mesh.Probes, mesh.OtherProtocols, mesh.StatusPort
 		live, reported = before, true
 	}
+	live.Outbound = outboundIn(place, mesh.Outbound, have.Rules)
 	modes, generations, ok := render.ReadBack(have.Rules)
 	if !ok || render.Denies(have.Rules) {
 		live.Ingress = mesh.Ingress
@@ -87,7 +91,7 @@ func inForce(mesh schema.Mesh, place render.Place, have Live) (live schema.Mesh,
 	differ := func(other schema.OtherProtocols) int {
 		mesh := live
 		mesh.OtherProtocols = other
-		return len(have.diffRules(mesh, generations))
+		return len(have.diffRules(place, mesh, generations))
 	}
 	if differ(schema.OtherProtocolsAccept) < differ(schema.OtherProtocolsDrop) {
 		live.OtherProtocols = schema.OtherProtocolsAccept
@@ -95,6 +99,24 @@ func inForce(mesh schema.Mesh, place render.Place, have Live) (live schema.Mesh,
 		live.OtherProtocols = schema.OtherProtocolsDrop
 	}
 	return live, reported
+}
+
+// outboundIn returns what live rules do with what the pod sends: as a wanted Outbound says it, where they have the same meaning.
+func outboundIn(place render.Place, want schema.Outbound, rules render.Ruleset) schema.Outbound {
+	is := render.OutboundOf(rules)
+	like := render.OutboundOf(render.RulesIn(place, schema.Mesh{Outbound: want}, render.Generations{}))
+	if reflect.DeepEqual(is, like) || len(rules.Chains) == 0 {
+		return want
+	}
+	// Name servers can be on the list by themselves, too. Then "dns" says more than it has to.
+	servers := slices.DeleteFunc(slices.Clone(place.Resolvers[:]), func(addr netip.Addr) bool { return !addr.IsValid() || addr.IsLoopback() })
+	isServer := func(d schema.Destination) bool {
+		return d.Port == 53 && d.Prefix.IsSingleIP() && slices.Contains(servers, d.Prefix.Addr())
+	}
+	if rest := slices.DeleteFunc(slices.Clone(is.Allow), isServer); len(servers) > 0 && len(is.Allow)-len(rest) == len(servers) {
+		is.DNS, is.Allow = true, rest
+	}
+	return is
 }
 
 // withModes returns entries, sorted, with the lists of clients of others.

@@ -220,5 +220,5 @@ func (d *Daemon) end(c *change) {
 	if err != nil {
 		d.Log.Warn("connections that are forbidden now end at their next packet, and those to egress entries with the Envoy that has them", "error", err)
 	}
-	d.logEnded(c, ended)
+	d.logEnded(c.sum(ended))
 }

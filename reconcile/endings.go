@@ -26,7 +26,7 @@ type endings struct {
 
 // ended returns the counts.
 func (e *endings) ended() (all []status.Ended) {
-	for _, direction := range []string{"ingress", "egress"} {
+	for _, direction := range []string{"ingress", "egress", "outbound"} {
 		one := status.Ended{Direction: direction}
 		for _, reason := range status.EndReasons(direction) {
 			n := e.counts[direction][reason]
@@ -41,7 +41,7 @@ func (e *endings) ended() (all []status.Ended) {
 // add counts and keeps what a change ended.
 func (e *endings) add(all []status.Ending) {
 	if e.counts == nil {
-		e.counts = map[string]map[status.EndReason]uint64{"ingress": {}, "egress": {}}
+		e.counts = map[string]map[status.EndReason]uint64{"ingress": {}, "egress": {}, "outbound": {}}
 	}
 	for _, one := range all {
 		e.counts[one.Direction][one.Code] += uint64(one.Count)
@@ -51,8 +51,7 @@ func (e *endings) add(all []status.Ending) {
 }
 
 // logEnded logs, counts and keeps what a change ended.
-func (d *Daemon) logEnded(c *change, ended map[sockdiag.Socket]status.EndReason) {
-	all := c.sum(ended)
+func (d *Daemon) logEnded(all []status.Ending) {
 	if len(all) == 0 {
 		return
 	}

@@ -34,6 +34,7 @@ func (d *Daemon) enforce(want *desired) (err error) {
 		d.Log.Info("rules are in force", "ingress_entries", len(want.mesh.Ingress), "egress_entries", len(want.mesh.Egress))
 	}
 	d.end(change)
+	d.endOutbound(&next)
 	d.loop.exhausted = d.loop.exhausted || d.have != nil && d.loop.advances.add(time.Now(), d.have.generations, next.generations)
 	d.locked(func() { d.have = &next })
 	d.follow()

@@ -2,6 +2,7 @@ package reconcile
 
 import (
 	"fmt"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -108,7 +109,7 @@ func (s *desired) enforced() schema.Mesh {
 func (s *desired) rules() render.Ruleset {
 	generations := s.generations
 	generations.Moving = s.moving
-	return render.Rules(s.enforced(), generations).Closed(s.closedPorts())
+	return render.RulesIn(s.place, s.enforced(), generations).Closed(s.closedPorts())
 }
 
 func (s *desired) closedPorts() []schema.Ports {
@@ -125,7 +126,7 @@ func (s *desired) isClosed(ports schema.Ports) bool {
 
 // sameRules reports whether two states have the same rules, apart from generations.
 func (s *desired) sameRules(other *desired) bool {
-	return s.closed == nil && other.closed == nil && len(tightened(s.mesh, other.mesh)) == 0 && len(tightened(other.mesh, s.mesh)) == 0
+	return s.closed == nil && other.closed == nil && reflect.DeepEqual(s.mesh.Outbound, other.mesh.Outbound) && len(tightened(s.mesh, other.mesh)) == 0 && len(tightened(other.mesh, s.mesh)) == 0
 }
 
 // closePorts ends the connections that a waiting state forbids, and closes their ports until another state is in force.
@@ -135,13 +136,17 @@ func (d *Daemon) closePorts(want *desired) error {
 	}
 	have := d.have.enforced()
 	ports := slices.DeleteFunc(tightened(have, want.mesh), d.have.isClosed)
-	if len(ports) == 0 {
+	narrows := !have.Outbound.Within(want.mesh.Outbound) // which needs no Envoy
+	if len(ports) == 0 && !narrows {
 		return nil
 	}
 	next := *d.have
 	next.closed = &portClosure{ports: schema.Cut(append(ports, d.have.closedPorts()...)), mesh: have}
 	if want.mesh.TLS.MinVersion.Compare(have.TLS.MinVersion) > 0 {
 		next.closed.mesh.TLS = want.mesh.TLS
+	}
+	if narrows {
+		next.closed.mesh.Outbound = want.mesh.Outbound
 	}
 	next.closed.mesh.Ingress = nil
 	for _, part := range schema.Cut(append(schema.Parts(have.Ingress, want.mesh.Ingress), ports...)) {
@@ -150,6 +155,9 @@ func (d *Daemon) closePorts(want *desired) error {
 			policy = schema.PolicyOf(want.mesh.Ingress, part.First)
 		}
 		next.closed.mesh.Ingress = append(next.closed.mesh.Ingress, schema.Ingress{Ports: part, Mode: policy.Mode, Allow: policy.Allow})
+	}
+	if len(ports) == 0 {
+		return d.enforce(&next)
 	}
 	d.Log.Warn("ports are closed until a change that forbids something may be served: such changes come too often", "ports", portList(next.closed.ports))
 	return d.enforce(&next)
@@ -165,7 +173,7 @@ func portList(ports []schema.Ports) string {
 
 // whyClosed says which ports are closed, and why; nil if none are.
 func (s *desired) whyClosed() error {
-	if s == nil || s.closed == nil {
+	if s == nil || len(s.closedPorts()) == 0 {
 		return nil
 	}
 	return checkError{status.CheckRules, fmt.Errorf("ports %s are closed for seconds: the configuration changes so often to what forbids something that it can't be served at once", portList(s.closed.ports))}

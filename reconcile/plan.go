@@ -51,6 +51,13 @@ func Compare(from, to schema.Mesh) []Step {
 	if from.OtherProtocols != to.OtherProtocols {
 		add(NoRestart, "otherProtocols: %v -> %v", from.OtherProtocols, to.OtherProtocols)
 	}
+	if from.Outbound.Mode != to.Outbound.Mode {
+		add(NoRestart, "outbound.mode: %v -> %v", from.Outbound.Mode, to.Outbound.Mode)
+	}
+	hasList := from.Outbound.Mode != schema.OutboundAccept || to.Outbound.Mode != schema.OutboundAccept
+	if was, is := from.Outbound.List(), to.Outbound.List(); hasList && !slices.Equal(was, is) {
+		add(NoRestart, "outbound.allow: [%s] -> [%s]", strings.Join(was, ", "), strings.Join(is, ", "))
+	}
 	if from.MaxConnectionAge != to.MaxConnectionAge {
 		restarts("maxConnectionAge: %s -> %s", ageOf(from), ageOf(to))
 	}

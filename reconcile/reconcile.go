@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -26,11 +27,13 @@ type Daemon struct {
 	PolicyRoutes PolicyRoutes
 	Secrets      Secrets
 	Proxy        Proxy
-	Legacy       Legacy         // nil: iptables-legacy is ignored
-	Names        Names          // nil: names are not resolved, and have no addresses
-	HasIPv6      func() bool    // reports whether Envoy can listen on ::1; nil: as Place says
-	Limits       render.Limits  // of mantlet and its Envoys
-	Processes    bind.Processes // those that listened before mantlet gave up the privilege to see them
+	Legacy       Legacy                                   // nil: iptables-legacy is ignored
+	Names        Names                                    // nil: names are not resolved, and have no addresses
+	HasIPv6      func() bool                              // reports whether Envoy can listen on ::1; nil: as Place says
+	Limits       render.Limits                            // of mantlet and its Envoys
+	Processes    bind.Processes                           // those that listened before mantlet gave up the privilege to see them
+	NameOf       func(context.Context, netip.Addr) string // finds a name of an address, "" for none; nil: nobody does
+	Resolvers    func() render.Resolvers                  // returns the name servers of resolv.conf; nil: as Place says
 	// Follow returns refusals as they come, until ctx ends; an error where too many follow already.
 	Follow func(ctx context.Context) (<-chan status.Followed, error)
 	Log    *slog.Logger
@@ -48,6 +51,7 @@ type Daemon struct {
 	guarding    guardState
 	configuring configState
 	certifying  certifyState
+	outbound    outboundAccount
 }
 
 // notes are channels by which one goroutine tells another that there is something to do.
@@ -178,6 +182,7 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 	running.Go(func() { d.guard(beside) })
 	running.Go(func() { d.configure(beside, reload, reread) })
 	running.Go(func() { d.certify(beside, reread) })
+	running.Go(func() { d.followOutbound(beside) })
 	if d.Legacy != nil {
 		running.Go(func() { d.followLegacy(beside) })
 	}

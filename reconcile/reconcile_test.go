@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -46,6 +47,7 @@ type world struct {
 	found       error                    // what is not as it should be with the rules in the kernel
 	secretErr   error
 	undermining []string
+	spoken      []status.Spoken
 	expiry      time.Time
 	untried     bool // certificates that no Envoy has tried yet
 	revoked     bool // a mesh CA was taken away; told once
@@ -138,6 +140,17 @@ func (w *world) Repair() ([]string, error) {
 		return nil, err
 	}
 	return []string{found.Error()}, err
+}
+
+func (w *world) EndOutbound(func(netip.AddrPort) bool) (map[netip.AddrPort]int, error) {
+	w.note("end outbound")
+	return nil, nil
+}
+
+func (w *world) Spoken() ([]status.Spoken, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.spoken, nil
 }
 
 func (w *world) Conflicts() ([]string, error) {

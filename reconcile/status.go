@@ -202,6 +202,7 @@ func (d *Daemon) Status(ctx context.Context) status.Status {
 	}
 	d.addCounts(ctx, &s)
 	s.PolicyRoutes = d.policyRoutesStatus()
+	d.addOutbound(&s)
 	s.Repairs, s.Repaired = d.Repairs()
 	s.Repairs = append([]status.Repair{}, s.Repairs...)
 	s.LogDropped, _ = d.logLost()

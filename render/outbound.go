@@ -123,6 +123,15 @@ func (r Ruleset) WithOutbound(o schema.Outbound) Ruleset {
 	return r
 }
 
+// RulesIn returns the rules of Rules with the name servers of a place where those may be asked in the clear.
+func RulesIn(place Place, mesh schema.Mesh, generations Generations) Ruleset {
+	r := Rules(mesh, generations)
+	if mesh.Outbound.DNS {
+		r = r.WithResolvers(place.Resolvers[:])
+	}
+	return r
+}
+
 // WithResolvers returns the rules with port 53 of name servers among what may leave, where they have such a list.
 func (r Ruleset) WithResolvers(servers []netip.Addr) Ruleset {
 	r.Allows = slices.Clone(r.Allows)
@@ -156,6 +165,29 @@ func OutboundOf(r Ruleset) schema.Outbound {
 		o.Allow = append(o.Allow, set.Destinations...)
 	}
 	return o
+}
+
+// Allowing returns rules whose OutboundOf is at least as strict as another one, with the name servers of a place where that allows them.
+// They are for Remembering and DenyAll; nothing else of them changes.
+func (r Ruleset) Allowing(o schema.Outbound, place Place) Ruleset {
+	if before := OutboundOf(r); before.Mode == schema.OutboundDrop || before.Mode == o.Mode {
+		return r // it was in force until now
+	}
+	like := RulesIn(place, schema.Mesh{Outbound: o}, Generations{})
+	r.Allows, r.Accounts = like.Allows, like.Accounts
+	return r
+}
+
+// Leaves reports whether the sets of a ruleset in mode drop let out what goes to an address and port; a ruleset of another mode does.
+func (r Ruleset) Leaves(to netip.AddrPort) bool {
+	if OutboundOf(r).Mode != schema.OutboundDrop {
+		return true
+	}
+	addr := to.Addr().Unmap()
+	single := schema.Destination{Prefix: netip.PrefixFrom(addr, addr.BitLen()), Port: to.Port()}
+	return slices.ContainsFunc(r.Allows, func(set Allow) bool {
+		return slices.ContainsFunc(set.Destinations, func(d schema.Destination) bool { return d.Contains(single) })
+	})
 }
 
 // withOutbound returns the rules of the egress chain for a mode beside accept.

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"net/netip"
 
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -29,9 +30,13 @@ const DigestKey = "mantlet.digest"
 
 // Place is what rendering needs to know of where it is.
 type Place struct {
-	RuntimeDirectory string // Envoy's: holds the SDS files and the admin socket
-	NoIPv6           bool   // the kernel has IPv6 switched off: Envoy could not bind to ::1
+	RuntimeDirectory string    // Envoy's: holds the SDS files and the admin socket
+	NoIPv6           bool      // the kernel has IPv6 switched off: Envoy could not bind to ::1
+	Resolvers        Resolvers // of resolv.conf
 }
+
+// Resolvers are the addresses of name servers, the zero Addr after the last one. C libraries ask no more than three (resolv.conf(5)).
+type Resolvers [3]netip.Addr
 
 // Render returns the desired state of a valid mesh.
 func Render(mesh schema.Mesh, place Place) (State, error) {
@@ -44,7 +49,7 @@ func Render(mesh schema.Mesh, place Place) (State, error) {
 		return State{}, fmt.Errorf("marshalling the bootstrap: %w", err)
 	}
 	b.Node.Metadata = &structpb.Struct{Fields: map[string]*structpb.Value{DigestKey: structpb.NewStringValue(digest)}}
-	return State{Mesh: mesh, Ruleset: Rules(mesh, Generations{}), Bootstrap: b, Digest: digest, Cost: CostOf(mesh)}, nil
+	return State{Mesh: mesh, Ruleset: RulesIn(place, mesh, Generations{}), Bootstrap: b, Digest: digest, Cost: CostOf(mesh)}, nil
 }
 
 // digestOf hashes all that an Envoy is started with. Of the bootstrap it takes the binary form: its text takes longer than all

@@ -21,7 +21,7 @@ func (m Mesh) MarshalJSON() ([]byte, error) {
 		OtherProtocols:   m.OtherProtocols,
 		AccessLog:        m.AccessLog,
 		SourceAddress:    m.SourceAddress,
-		Outbound:         &outboundForm{Mode: m.Outbound.Mode, Allow: texts[allowText](m.Outbound.list())},
+		Outbound:         &outboundForm{Mode: m.Outbound.Mode, Allow: texts[allowText](m.Outbound.List())},
 		MaxConnectionAge: ageText(noAge),
 	}
 	if m.MaxConnectionAge > 0 {

@@ -103,6 +103,20 @@ func HostNetwork(environ []string) error {
 	return nil
 }
 
+// EnvoyUID returns the user that an environment gives Envoy, and DefaultEnvoyUID where it gives none that is valid.
+func EnvoyUID(environ []string) uint32 {
+	uid := uint32(DefaultEnvoyUID)
+	for _, v := range environ {
+		if text, ok := strings.CutPrefix(v, "MANTLET_ENVOY_UID="); ok {
+			uid = DefaultEnvoyUID
+			if n, err := strconv.ParseUint(text, 10, 31); err == nil {
+				uid = uint32(n)
+			}
+		}
+	}
+	return uid
+}
+
 // EnvoyDirectory returns the part of the runtime directory that Envoy sees.
 func (p *Process) EnvoyDirectory() string {
 	return string(rundir.Directory(p.RuntimeDirectory).Envoy())

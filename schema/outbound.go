@@ -83,8 +83,8 @@ func (o Outbound) beyond(other Outbound) (all []string) {
 
 func (m OutboundMode) strictness() int { return max(0, slices.Index(m.choices(), string(m))) }
 
-// list returns the items of the override file.
-func (o Outbound) list() []string {
+// List returns the items of the override file.
+func (o Outbound) List() []string {
 	var all []string
 	if o.DNS {
 		all = append(all, allowDNS)

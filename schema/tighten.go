@@ -133,6 +133,6 @@ func (e *Environment) tightenOutbound(config Config, r *report) {
 		refuse(outboundMode, "loosen this; it is %s (%s)", was.Mode, mode.origin)
 	default:
 		refuse(outboundAllow, "allow more; %s is not in what is allowed, which is %s (%s)",
-			listed(is.beyond(was)), listed(was.list()), e.partial.merged.scalar(outboundAllow).origin)
+			listed(is.beyond(was)), listed(was.List()), e.partial.merged.scalar(outboundAllow).origin)
 	}
 }

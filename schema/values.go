@@ -219,6 +219,9 @@ var label = regexp.MustCompile("^" + labelPattern + "$")
 // maxHostName is the most characters of a name in the DNS (RFC 1035, section 2.3.4) as text, without a final dot.
 const maxHostName = 253
 
+// IsHostName reports whether an upstream may have a text as its host's name.
+func IsHostName(text string) bool { return text != "" && hostReason(text) == "" }
+
 func hostReason(host string) string {
 	name := strings.TrimSuffix(host, ".")
 	if len(name) > maxHostName {

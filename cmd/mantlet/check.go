@@ -154,7 +154,7 @@ func findings(ctx context.Context, environ []string) []finding {
 	all = append(all, tried("environment", "", nil, ""))
 	most, _ := limits()
 	all = append(all, tryLimits(most, render.CostOf(config.Mesh)))
-	return slices.Concat(all, tryRoutes(config.Mesh, place(env)), tryOverrides(env, unloaded), []finding{tryAddresses(ctx, env, config)}, tryUpstreams(ctx, config.Mesh.Egress))
+	return slices.Concat(all, tryRoutes(config.Mesh, place(env, dns.System())), tryOverrides(env, unloaded), []finding{tryAddresses(ctx, env, config)}, tryUpstreams(ctx, config.Mesh.Egress))
 }
 
 // ofNodes are interfaces that network plugins make on a node. A node that is a container itself, as kind's are, shows by nothing else.

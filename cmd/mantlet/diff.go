@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"mantlet/reconcile"
+	"mantlet/reconcile/dns"
 	"mantlet/reconcile/envoy"
 	"mantlet/reconcile/nft"
 	"mantlet/reconcile/routes"
@@ -91,6 +92,7 @@ func diffLive(ctx context.Context, environ []string, notes io.Writer) (d reconci
 		return d, err
 	}
 	defer func() { _ = table.Close() }()
+	table.EnvoyUID = uint32(env.Process.EnvoyUID)
 	rules, err := table.Read()
 	if err != nil {
 		return d, err
@@ -104,7 +106,7 @@ func diffLive(ctx context.Context, environ []string, notes io.Writer) (d reconci
 	if err != nil {
 		_, _ = fmt.Fprintln(notes, "the certificates are not good, so they are not published:", err)
 	}
-	return reconcile.Diff(config.Mesh, place(env), reconcile.Live{Rules: rules, Routes: routes.Kernel{}.Check, Fit: table.Fit, Envoy: running, Certificates: certificates})
+	return reconcile.Diff(config.Mesh, place(env, dns.System()), reconcile.Live{Rules: rules, Routes: routes.Kernel{}.Check, Fit: table.Fit, Envoy: running, Certificates: certificates})
 }
 
 // compare returns the steps from the current configuration to the one with another override file. A configuration that

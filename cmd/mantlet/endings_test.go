@@ -68,6 +68,6 @@ func TestForbiddenConnectionsEndAtOnce(t *testing.T) {
 	p.must(echo(other))
 	p.await("status tells of them", func() bool {
 		status := p.status()
-		return len(status.Ended) == 2 && status.Ended[0].Count == 4 && status.Ended[1].Count == 1
+		return len(status.Ended) == 3 && status.Ended[0].Count == 4 && status.Ended[1].Count == 1
 	})
 }

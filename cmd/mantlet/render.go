@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 	"go.yaml.in/yaml/v3"
 
+	"mantlet/reconcile/dns"
 	"mantlet/render"
 	"mantlet/schema"
 )
@@ -117,7 +118,7 @@ func renderCommand() *cobra.Command {
 }
 
 func printState(to io.Writer, env *schema.Environment, config schema.Config, output string) error {
-	state, err := render.Render(config.Mesh, render.Place{RuntimeDirectory: env.Process.EnvoyDirectory()})
+	state, err := render.Render(config.Mesh, render.Place{RuntimeDirectory: env.Process.EnvoyDirectory(), Resolvers: servers(dns.System())})
 	if err != nil {
 		return err
 	}
@@ -125,7 +126,7 @@ func printState(to io.Writer, env *schema.Environment, config schema.Config, out
 	if err != nil {
 		return err
 	}
-	rules := state.Ruleset.Text()
+	rules := state.Ruleset.ForUsers(0, uint32(env.Process.EnvoyUID)).Text()
 	switch output {
 	case "text":
 		_, err = fmt.Fprintf(to, "%s---\n%s", rules, bootstrap)

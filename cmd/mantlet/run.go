@@ -164,7 +164,7 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 	if err := here().judge(args.allowHostNetwork); err != nil {
 		return unclosed{errors.Join(err, args.err), "none was touched"}
 	}
-	table, found, err := closePod(log)
+	table, found, err := closePod(args.environ, log)
 	if errors.Is(err, syscall.EPERM) {
 		env, _ := schema.ParseEnvironment(args.environ)
 		needs := capabilities(env, env.Base())
@@ -199,6 +199,14 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 			log.Warn("nothing that comes in is protected", "reason", warning.Error())
 		}
 	}
+	resolver := dns.System()
+	place := place(env, resolver)
+	if outbound := env.Base().Mesh.Outbound; outbound.Mode != render.OutboundOf(found).Mode {
+		found = found.Allowing(outbound, place)
+		if err := table.DenyAll(found); err != nil {
+			log.Warn("what the pod sends in the clear leaves until the desired state is in force", "error", err)
+		}
+	}
 	if port := env.Base().Mesh.StatusPort; port != 0 {
 		if err := table.OnlyStatus(port, found); err != nil {
 			log.Warn("the status address can't be reached until the desired state is in force", "error", err)
@@ -223,7 +231,7 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 	if err != nil {
 		return errors.Join(err, runner.Close())
 	}
-	names := dns.NewFollower(dns.System(), endpoints, log)
+	names := dns.NewFollower(resolver, endpoints, log)
 	secrets := &envoy.Secrets{
 		Files: env.Process.TLS, RuntimeDirectory: directory, KeptFile: rundir.Directory(env.Process.RuntimeDirectory).LastGoodCertificates(),
 		Runner: runner, Log: log,
@@ -231,7 +239,9 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 	daemon := &reconcile.Daemon{
 		Version:      versionText(),
 		Environment:  env,
-		Place:        place(env),
+		Place:        place,
+		NameOf:       resolver.Name,
+		Resolvers:    func() render.Resolvers { return servers(resolver) },
 		HasIPv6:      hasIPv6,
 		Kernel:       table,
 		Found:        found,
@@ -332,11 +342,12 @@ func (p proxy) Start(ctx context.Context, state render.State, settings schema.En
 }
 
 // closePod puts the deny-all rules in place, and returns what was there before.
-func closePod(log *slog.Logger) (*nft.Table, render.Ruleset, error) {
+func closePod(environ []string, log *slog.Logger) (*nft.Table, render.Ruleset, error) {
 	table, err := nft.Open()
 	if err != nil {
 		return nil, render.Ruleset{}, err
 	}
+	table.EnvoyUID = schema.EnvoyUID(environ)
 	found, err := deny(table, log)
 	if err != nil {
 		return nil, render.Ruleset{}, errors.Join(err, table.Close())
@@ -499,7 +510,7 @@ func closable(directory string) error {
 
 // addresses returns those that Envoy and mantlet listen at.
 func addresses(env *schema.Environment, config schema.Config) (all []netip.AddrPort) {
-	if state, err := render.Render(config.Mesh, place(env)); err == nil {
+	if state, err := render.Render(config.Mesh, place(env, dns.System())); err == nil {
 		all = render.ListenAddresses(state.Bootstrap)
 	}
 	if status := env.Process.StatusListen(); status.IsValid() {
@@ -509,8 +520,14 @@ func addresses(env *schema.Environment, config schema.Config) (all []netip.AddrP
 }
 
 // place is where mantlet runs.
-func place(env *schema.Environment) render.Place {
-	return render.Place{RuntimeDirectory: env.Process.EnvoyDirectory(), NoIPv6: !hasIPv6()}
+func place(env *schema.Environment, resolver *dns.Resolver) render.Place {
+	return render.Place{RuntimeDirectory: env.Process.EnvoyDirectory(), NoIPv6: !hasIPv6(), Resolvers: servers(resolver)}
+}
+
+// servers are the name servers that a workload asks.
+func servers(resolver *dns.Resolver) (all render.Resolvers) {
+	copy(all[:], resolver.Servers())
+	return all
 }
 
 // hasIPv6 tells whether Envoy can bind to ::1. Where it can't, the kernel has no IPv6 and nothing to redirect.

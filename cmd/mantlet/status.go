@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -244,6 +245,7 @@ func printStatus(to io.Writer, s status.Status, now time.Time) error {
 	p.probes(s.Probes)
 	p.traffic(s)
 	p.upstreams(s.Upstreams)
+	p.outbound(s)
 	p.repairs(s)
 	return p.Flush()
 }
@@ -500,6 +502,43 @@ func (p *page) policyRoutes(routes status.PolicyRoutes) {
 		state = onLine(routes.Error)
 	}
 	p.row(strings.Join(routes.Families, ", "), state)
+}
+
+// outbound tells what is spoken to in the clear: first what nobody allowed.
+func (p *page) outbound(s status.Status) {
+	if s.OutboundPolicy.Mode == "" || s.OutboundPolicy.Mode == string(schema.OutboundAccept) && len(s.Outbound) == 0 {
+		return
+	}
+	p.head("IN THE CLEAR", "PROTOCOL", "COUNT", "FIRST", "LAST", "VERDICT", "NAME")
+	rows := slices.SortedStableFunc(slices.Values(s.Outbound), func(a, b status.Outbound) int {
+		switch {
+		case a.Allowed == b.Allowed:
+			return 0
+		case b.Allowed:
+			return -1
+		default:
+			return 1
+		}
+	})
+	suggestions := []string{}
+	for _, o := range rows[:min(len(rows), mostRows)] {
+		p.row(o.Destination, o.Protocol, strconv.FormatUint(o.Count, 10), p.ago(o.FirstSeen)+" ago", p.ago(o.LastSeen)+" ago", o.Fate(), optional(o.Name))
+		if o.Suggestion != "" && !o.Allowed && !slices.Contains(suggestions, o.Suggestion) {
+			suggestions = append(suggestions, o.Suggestion)
+		}
+	}
+	p.more(len(rows))
+	if s.OutboundPolicy.Incomplete {
+		p.row("There were more destinations than are kept; those that were spoken to last are here.")
+	}
+	if len(suggestions) > 0 {
+		_ = p.Flush()
+		p.line("")
+		p.line("egress entries that would cover them, where the peer is of the mesh; the workload then dials the listen address:")
+		for _, line := range suggestions {
+			p.line("  - %s", onLine(line))
+		}
+	}
 }
 
 func (p *page) repairs(s status.Status) {

@@ -15,6 +15,7 @@ const (
 	EndEntry       EndReason = "entry_removed"    // the egress entry is gone
 	EndUpstream    EndReason = "upstream_changed" // the egress entry leads elsewhere
 	EndServerNames EndReason = "server_names"     // the egress entry does not accept the endpoint any more
+	EndOutbound    EndReason = "outbound"         // outbound does not allow the destination any more
 	EndOlder       EndReason = "older"            // it was let in before this mantlet, and may not be now
 )
 
@@ -23,12 +24,15 @@ func EndReasons(direction string) []EndReason {
 	if direction == "egress" {
 		return []EndReason{EndEntry, EndUpstream, EndServerNames, EndTLSVersion, EndCARemoved}
 	}
+	if direction == "outbound" {
+		return []EndReason{EndOutbound}
+	}
 	return []EndReason{EndNotAllowed, EndMode, EndTLSVersion, EndCARemoved, EndClosed, EndOlder}
 }
 
 // Ended counts the connections that changes of the configuration or of the mesh CAs ended.
 type Ended struct {
-	Direction string        `json:"direction"` // ingress, egress
+	Direction string        `json:"direction"` // ingress, egress, outbound
 	Count     uint64        `json:"count"`
 	Reasons   []EndedReason `json:"reasons"` // all that there are
 }
@@ -43,8 +47,8 @@ type EndedReason struct {
 type Ending struct {
 	Time        time.Time `json:"time"`
 	Count       int       `json:"count"`
-	Direction   string    `json:"direction"`      // ingress, egress
-	Destination string    `json:"destination"`    // the ingress entry's ports, as Inbound has them, or the listen address of the egress entry
+	Direction   string    `json:"direction"`      // ingress, egress, outbound
+	Destination string    `json:"destination"`    // the ingress entry's ports, as Inbound has them, the listen address of the egress entry, or the address that was dialled for outbound
 	Peer        string    `json:"peer"`           // the upstream, for egress; else empty
 	SANs        []string  `json:"sans,omitempty"` // of the peer's certificate; none where it was not known who is connected
 	Code        EndReason `json:"code"`           // a name that stays
@@ -61,6 +65,7 @@ var endWords = map[EndReason]string{
 	EndEntry:       "the egress entry was removed",
 	EndUpstream:    "the egress entry leads elsewhere",
 	EndServerNames: "the endpoint is not in serverNames any more",
+	EndOutbound:    "outbound does not allow the destination any more",
 	EndOlder:       "it was let in before what is in force now",
 }
 

@@ -224,6 +224,21 @@ func (c collector) connections(s Status) {
 		c.counter("refused_total", "Packets that the kernel's rules ended, and connections that Envoy did.", float64(r.Count),
 			"by", r.By, "direction", r.Direction, "reason", r.Reason)
 	}
+	destinations := map[string]float64{OutboundAllowed: 0, OutboundObserved: 0, OutboundRefused: 0}
+	for _, o := range s.Outbound {
+		destinations[o.Fate()]++
+	}
+	totals := map[OutboundTotal]uint64{}
+	for _, total := range s.OutboundTotals {
+		totals[OutboundTotal{Fate: total.Fate, Protocol: total.Protocol}] = total.Connections
+	}
+	for fate, n := range destinations {
+		c.gauge("outbound_destinations", "Destinations that the workload spoke to in the clear, or tried to: those that are remembered.", n, "verdict", fate)
+		for _, protocol := range []string{"tcp", "udp", "other"} {
+			c.counter("outbound_connections_total", "Connections of the workload past the egress entries, in the clear; of those that are refused, attempts.",
+				float64(totals[OutboundTotal{Fate: fate, Protocol: protocol}]), "verdict", fate, "protocol", protocol)
+		}
+	}
 	const limit = "How many connections are open at most; of the workload, at each egress entry."
 	c.gauge("connections_limit", limit, float64(s.Capacity.Ingress), "direction", "ingress")
 	c.gauge("connections_limit", limit, float64(s.Capacity.Egress), "direction", "egress")

@@ -40,8 +40,13 @@ type Status struct {
 	Refused  []Refused `json:"refused"`
 	Refusals []Refusal `json:"refusals"` // the last ones, the newest last
 	// Ended counts the connections that changes of the configuration, or of the mesh CAs, ended at once.
-	Ended     []Ended   `json:"ended"`
-	Endings   []Ending  `json:"endings"`  // the last ones, the newest last
+	Ended   []Ended  `json:"ended"`
+	Endings []Ending `json:"endings"` // the last ones, the newest last
+	// Outbound are the destinations that the workload spoke to past the egress entries, or tried to, the last first. None are told in mode accept.
+	Outbound       []Outbound      `json:"outbound"`
+	OutboundPolicy OutboundPolicy  `json:"outboundPolicy"`
+	OutboundTotals []OutboundTotal `json:"-"`
+
 	Repairs   []Repair  `json:"repairs"`  // of the rules: the last ones, the newest last
 	Repaired  int       `json:"repaired"` // how many there were
 	Conntrack Conntrack `json:"conntrack"`
@@ -258,7 +263,7 @@ type Capacity struct {
 // Refused counts what was refused for one reason.
 type Refused struct {
 	By        string `json:"by"`        // kernel (packets), envoy (connections)
-	Direction string `json:"direction"` // ingress, egress
+	Direction string `json:"direction"` // ingress, egress, outbound
 	Reason    string `json:"reason"`    // a name that stays
 	Count     uint64 `json:"count"`
 }

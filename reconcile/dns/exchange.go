@@ -16,12 +16,16 @@ import (
 	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
+	"golang.org/x/sys/unix"
+
+	"mantlet/render"
 )
 
 // reply is what name servers say of one name and one family of addresses. Without an error they know what they say: there are
 // these addresses, or there are none.
 type reply struct {
 	addrs  []netip.Addr
+	name   string // that an address was asked for
 	ttl    time.Duration
 	absent bool   // the name does not exist, in any family
 	server string // whose answer it is
@@ -127,6 +131,8 @@ func ask(ctx context.Context, tcp bool, server string, question dnsmessage.Quest
 		switch body := record.Body.(type) {
 		case *dnsmessage.AResource:
 			r.add(netip.AddrFrom4(body.A))
+		case *dnsmessage.PTRResource:
+			r.name = body.PTR.String()
 		case *dnsmessage.AAAAResource:
 			r.add(netip.AddrFrom16(body.AAAA).Unmap())
 		}
@@ -195,7 +201,7 @@ func roundTrip(ctx context.Context, network, server string, question dnsmessage.
 	if err != nil {
 		return answer, err
 	}
-	conn, err := (&net.Dialer{}).DialContext(ctx, network, server)
+	conn, err := (&net.Dialer{Control: marked}).DialContext(ctx, network, server)
 	if err != nil {
 		return answer, err
 	}
@@ -226,6 +232,14 @@ func roundTrip(ctx context.Context, network, server string, question dnsmessage.
 			return answer, errors.New("the answer is to another question")
 		}
 	}
+}
+
+// marked lets the rules tell the resolver's sockets from the workload's. Without the capability that it takes, the question is asked all the
+// same, as the workload's would be.
+func marked(_, _ string, conn syscall.RawConn) error {
+	return conn.Control(func(fd uintptr) {
+		_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, int(render.ResolverSocket))
+	})
 }
 
 func readDatagram(conn net.Conn) ([]byte, error) {

@@ -30,6 +30,16 @@ func NewResolver(resolvConf, hosts string) *Resolver {
 // System returns a resolver that reads the files of the system.
 func System() *Resolver { return NewResolver("/etc/resolv.conf", "/etc/hosts") }
 
+// Servers returns the addresses of the name servers.
+func (r *Resolver) Servers() (all []netip.Addr) {
+	for _, server := range r.config.get().servers {
+		if addr, err := netip.ParseAddrPort(server); err == nil {
+			all = append(all, addr.Addr())
+		}
+	}
+	return all
+}
+
 // The families of addresses, as places in a Record.
 const (
 	v4 = iota

@@ -14,6 +14,7 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
+	"mantlet/internal/sockdiag"
 	"mantlet/internal/status"
 	"mantlet/render"
 	"mantlet/schema"
@@ -206,4 +207,51 @@ func spoken(a render.Account, data []byte, now time.Time) (s status.Spoken, err 
 		}
 	}
 	return s, nil
+}
+
+// EndOutbound ends open connections that the pod made past the egress entries to what may not leave. Those by TCP are ended at both ends;
+// of the others conntrack forgets, so that nothing that comes passes for an answer. It must be called on a thread in the table's network
+// namespace.
+func (t *Table) EndOutbound(leaves func(to netip.AddrPort) bool) (ended map[netip.AddrPort]int, err error) {
+	forbidden := map[sockdiag.Socket]bool{}
+	var forget []entry
+	err = ask(conntrackGet, netlink.Request|netlink.Dump, func(d *netlink.AttributeDecoder) error {
+		e, err := readEntry(d)
+		switch {
+		case err != nil || e.mark&render.MarkMask != render.MarkOutbound || e.protocol == render.ICMP || e.protocol == render.ICMPv6 || leaves(e.to):
+		case e.protocol == render.TCP:
+			forbidden[sockdiag.Socket{Local: e.from, Remote: e.to}] = true
+		default:
+			forget = append(forget, e)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("asking conntrack: %w", err)
+	}
+	ended = map[netip.AddrPort]int{}
+	if len(forbidden) > 0 {
+		var sockets []sockdiag.Socket
+		sockets, err = sockdiag.Destroy(func(s sockdiag.Socket) bool { return forbidden[s] })
+		for _, s := range sockets {
+			ended[s.Remote]++
+		}
+	}
+	for _, e := range forget {
+		about, failed := netlink.MarshalAttributes([]netlink.Attribute{{Type: tupleOriginal | unix.NLA_F_NESTED, Data: e.tuple}})
+		if failed == nil {
+			family := byte(unix.NFPROTO_IPV4)
+			if e.to.Addr().Is6() {
+				family = unix.NFPROTO_IPV6
+			}
+			failed = tell(conntrackDelete, netlink.Request|netlink.Acknowledge, family, about, func(*netlink.AttributeDecoder) error { return nil })
+		}
+		switch {
+		case failed == nil:
+			ended[e.to]++
+		case !errors.Is(failed, unix.ENOENT):
+			err = errors.Join(err, fmt.Errorf("making conntrack forget a connection: %w", failed))
+		}
+	}
+	return ended, err
 }

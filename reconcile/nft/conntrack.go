@@ -20,6 +20,7 @@ import (
 const (
 	conntrackNew      = unix.NFNL_SUBSYS_CTNETLINK << 8 // changes one that is there, without NLM_F_CREATE
 	conntrackGet      = unix.NFNL_SUBSYS_CTNETLINK<<8 | 1
+	conntrackDelete   = unix.NFNL_SUBSYS_CTNETLINK<<8 | 2
 	conntrackGetStats = unix.NFNL_SUBSYS_CTNETLINK<<8 | 5
 
 	statsEntries, statsMax     = 1, 2
@@ -74,6 +75,8 @@ func (t *Table) Inbound() (open []status.Inbound, entries, most int, err error) 
 type entry struct {
 	from, to    netip.AddrPort // of its first packet
 	mark        render.Mark
+	protocol    uint8
+	tuple       []byte // of its first packet, as the kernel tells it
 	established bool
 }
 
@@ -115,6 +118,8 @@ func readEntry(d *netlink.AttributeDecoder) (e entry, err error) {
 	transport := func(d *netlink.AttributeDecoder) error {
 		for d.Next() {
 			switch d.Type() {
+			case protoNumber:
+				e.protocol = d.Uint8()
 			case protoSrcPort:
 				ports[0] = d.Uint16()
 			case protoDstPort:
@@ -145,6 +150,7 @@ func readEntry(d *netlink.AttributeDecoder) (e entry, err error) {
 	for d.Next() {
 		switch d.Type() {
 		case tupleOriginal:
+			e.tuple = d.Bytes()
 			d.Nested(original)
 		case protoinfo:
 			d.Nested(within(protoinfoTCP, func(d *netlink.AttributeDecoder) error { d.Nested(tcp); return nil }))
@@ -172,6 +178,11 @@ func within(kind uint16, read func(*netlink.AttributeDecoder) error) func(*netli
 
 // ask sends a request on a socket of its own and calls each for each answer.
 func ask(kind uint16, flags netlink.HeaderFlags, each func(*netlink.AttributeDecoder) error) error {
+	return tell(kind, flags, unix.NFPROTO_UNSPEC, nil, each)
+}
+
+// tell is ask about one object of a family.
+func tell(kind uint16, flags netlink.HeaderFlags, family byte, about []byte, each func(*netlink.AttributeDecoder) error) error {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
 	if err != nil {
 		return os.NewSyscallError("socket", err)
@@ -181,7 +192,7 @@ func ask(kind uint16, flags netlink.HeaderFlags, each func(*netlink.AttributeDec
 	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: patience}); err != nil {
 		return os.NewSyscallError("setsockopt", err)
 	}
-	request := message(kind, flags, unix.NFPROTO_UNSPEC, 0, nil)
+	request := message(kind, flags, family, 0, about)
 	request.Header.Length = uint32(unix.NLMSG_HDRLEN + len(request.Data))
 	data, err := request.MarshalBinary()
 	if err != nil {
