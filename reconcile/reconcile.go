@@ -265,7 +265,7 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 	}
 	level := slog.LevelError
 	if again {
-		level = slog.LevelDebug // the log has it already already
+		level = slog.LevelDebug // the log has it already
 	}
 	d.Log.Log(ctx, level, "the desired state is not in force", "error", err, "retry_in", wait.String(), "last_good_goes_on", d.have != nil)
 	return wait

@@ -17,13 +17,10 @@ type Policy struct {
 	entry Ports // of the entry; the zero value where there is none
 }
 
-// looseness orders the modes.
-var looseness = map[Mode]int{ModeMTLS: 0, ModeTLS: 1, ModePassthrough: 2}
-
 // Within reports whether p lets in nobody whom other refuses.
 func (p Policy) Within(other Policy) bool {
 	if p.Mode != ModeMTLS || other.Mode != ModeMTLS {
-		return looseness[p.Mode] <= looseness[other.Mode]
+		return p.Mode.looseness() <= other.Mode.looseness()
 	}
 	return isPart(p.Allow, other.Allow)
 }

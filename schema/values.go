@@ -525,9 +525,14 @@ func oneOf[T ~string](text string, choices []string) (T, string) {
 	return "", "must be one of " + strings.Join(choices, ", ") + didYouMean(text, choices)
 }
 
+// choices returns the modes from the strictest to the loosest: see looseness.
 func (Mode) choices() []string {
 	return []string{string(ModeMTLS), string(ModeTLS), string(ModePassthrough)}
 }
+
+// looseness orders the modes: what a looser one lets in, a stricter one may refuse.
+func (m Mode) looseness() int { return slices.Index(m.choices(), string(m)) }
+
 func (TLSVersion) choices() []string { return []string{string(TLS12), string(TLS13)} }
 
 // EnvoyLogLevels returns the values of EnvoyLogLevel, the most talkative first.
