@@ -103,6 +103,10 @@ func (b *bench) peers() []string {
 // layouts returns the paths of a case.
 func (b *bench) layouts(t trial) []proxy.Options {
 	all := []proxy.Options{{Proxy: proxy.Mantlet, NoResume: t.full}}
+	if t.pods && !b.withoutPods && t.job.Kind == load.Connect {
+		all = append(all, proxy.Options{Proxy: proxy.Envoy, Pods: true, Sessions: true},
+			proxy.Options{Proxy: proxy.Envoy, Pods: true, Sessions: true, Unverified: true})
+	}
 	for _, name := range b.peers() {
 		switch {
 		case name == proxy.None && !t.none:

@@ -25,6 +25,8 @@ type end struct {
 	Directory  string
 	Modules    string
 	Resume     bool
+	Sessions   bool
+	Verify     bool
 }
 
 // peers puts a proxy between client and server.
@@ -58,6 +60,7 @@ func (p *Path) peers(server *lab.Host, mesh *lab.Authority) error {
 		e := end{
 			Side: name, Peer: names[1-side], Listen: listen[side], To: to[side],
 			Directory: filepath.Join(p.directory, name+"-files"), Modules: p.programs.NginxModules, Resume: !p.NoResume,
+			Sessions: p.Sessions, Verify: !p.Unverified,
 		}
 		if err := e.write(identity); err != nil {
 			return err

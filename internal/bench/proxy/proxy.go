@@ -63,13 +63,22 @@ type Options struct {
 	Proxy string
 	// Pods lets a proxy share the namespaces of client and server, as a sidecar does. Else it has two of its own, and there are
 	// four. mantlet always shares: it is deployed in no other way.
-	Pods     bool
-	Restarts bool // the server's mantlet has a configuration that Restart changes
-	NoResume bool // the client's side makes a full handshake for each connection
+	Pods bool
+	// Sessions gives Envoy's client as many session keys as mantlet gives it, where its default is one. Unverified has it verify no
+	// certificate beside, which nobody should do: it tells what verification costs where sessions are resumed.
+	Sessions, Unverified bool
+	Restarts             bool // the server's mantlet has a configuration that Restart changes
+	NoResume             bool // the client's side makes a full handshake for each connection
 }
 
 // Name is the options' name in results and reports.
 func (o Options) Name() string {
+	switch {
+	case o.Unverified:
+		return o.Proxy + "-unverified"
+	case o.Sessions:
+		return o.Proxy + "-64-sessions"
+	}
 	if o.Pods && o.Proxy != Mantlet && o.Proxy != None {
 		return o.Proxy + "-in-pods"
 	}

@@ -16,13 +16,14 @@ type goal struct {
 	beside string    // what it is compared with
 }
 
-// best returns the other proxy that has the lowest median, and the ratios of ours to it.
-func (s Sections) best(section, name, unit string) (beside string, ratios []float64) {
+// best returns the other proxy that has the lowest median, of those in namespaces of their own or of those in pods, and the ratios of ours
+// to it.
+func (s Sections) best(section, name, unit string, pods bool) (beside string, ratios []float64) {
 	least := math.Inf(1)
 	ours := s[section].Of(name, Ours, unit)
 	for _, subject := range Subjects() {
 		values := s[section].Of(name, subject, unit)
-		if subject == Ours || subject == "none" || len(values) == 0 {
+		if subject == Ours || subject == "none" || subject == Sessions || subject == Unverified || len(values) == 0 || strings.HasSuffix(subject, "-in-pods") != pods {
 			continue
 		}
 		if median := summary(values).Center; median < least {
@@ -36,8 +37,10 @@ func (s Sections) best(section, name, unit string) (beside string, ratios []floa
 func (s Sections) targets() []goal {
 	var all []goal
 	beside := func(text string, most float64, name, unit string) {
-		subject, ratios := s.best("data", name, unit)
-		all = append(all, goal{text: text, most: most, values: ratios, beside: subject})
+		for _, pods := range []bool{false, true} {
+			subject, ratios := s.best("data", name, unit, pods)
+			all = append(all, goal{text: text, most: most, values: ratios, beside: subject})
+		}
 	}
 	for _, workers := range []int{1, 16, 64} {
 		name := fmt.Sprintf("Connect/workers=%d/handshakes=resumed", workers)

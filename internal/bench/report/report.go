@@ -19,9 +19,16 @@ var text string
 // Sections are what was measured, by name.
 type Sections map[string]*measured.Section
 
+// Envoy as a sidecar with as many session keys as mantlet gives it, and the same with no verification. They tell where CPU goes and are
+// no other proxies.
+const (
+	Sessions   = "envoy-64-sessions"
+	Unverified = "envoy-unverified"
+)
+
 // Subjects of the data path, in the order of tables and charts.
 func Subjects() []string {
-	return []string{Ours, "haproxy", "haproxy-in-pods", "nginx", "nginx-in-pods", "envoy", "envoy-in-pods", "stunnel", "ghostunnel", "none"}
+	return []string{Ours, "haproxy", "haproxy-in-pods", "nginx", "nginx-in-pods", "envoy", "envoy-in-pods", Sessions, Unverified, "stunnel", "ghostunnel", "none"}
 }
 
 // Write writes the report and its charts into the repository at root.
