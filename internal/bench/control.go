@@ -105,7 +105,11 @@ func (c *controlled) measure(last bool) error {
 	if err != nil {
 		return err
 	}
-	c.add(ours, seconds("start-sec", took), seconds("start-cpu-sec", cpu))
+	mantlets, _, err := c.pod.CPU()
+	if err != nil {
+		return err
+	}
+	c.add(ours, seconds("start-sec", took), seconds("start-cpu-sec", cpu), seconds("start-mantlet-cpu-sec", mantlets))
 	if c.commits, err = c.pod.Commits(); err != nil {
 		return err
 	}
@@ -120,18 +124,18 @@ func (c *controlled) measure(last bool) error {
 	return c.idle(last)
 }
 
-// committed waits for a transaction of mantlet's.
-func (c *controlled) committed() (time.Time, error) {
+// committed waits for a transaction of mantlet's, or else of somebody else's.
+func (c *controlled) committed(ours bool) (time.Time, error) {
 	deadline := time.NewTimer(3 * time.Minute)
 	defer deadline.Stop()
 	for {
 		select {
 		case commit := <-c.commits:
-			if commit.By != "nft" {
+			if (commit.By != "nft") == ours {
 				return commit.At, nil
 			}
 		case <-deadline.C:
-			return time.Time{}, errors.New("mantlet did not change the rules within three minutes")
+			return time.Time{}, errors.New("the rules did not change within three minutes")
 		}
 	}
 }
@@ -196,7 +200,7 @@ func (c *controlled) change(more, kind string, conn net.Conn) error {
 	if err != nil {
 		return err
 	}
-	at, err := c.committed()
+	at, err := c.committed(true)
 	if err != nil || kind == "" {
 		return err
 	}
@@ -254,12 +258,15 @@ func (c *controlled) repairs() error {
 		if err := c.pod.Tamper(command); err != nil {
 			return err
 		}
-		theirs := <-c.commits
-		at, err := c.committed()
+		theirs, err := c.committed(false)
 		if err != nil {
 			return err
 		}
-		c.add(ours, seconds("repair-sec", at.Sub(theirs.At)))
+		at, err := c.committed(true)
+		if err != nil {
+			return err
+		}
+		c.add(ours, seconds("repair-sec", at.Sub(theirs)))
 	}
 	return nil
 }

@@ -157,6 +157,9 @@ func (b *bench) data(s *measured.Section) (err error) {
 				s.Add(t.name, options.Name(), t.value(m)...)
 			}
 		}
+		if err := b.completed(round + 1); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -99,7 +99,8 @@ type bench struct {
 	programs proxy.Programs
 	scratch  string
 
-	withoutPods bool // peers have namespaces of their own only
+	completed   func(rounds int) error // keeps the rounds that are complete
+	withoutPods bool                   // peers have namespaces of their own only
 }
 
 // section is a part of the benchmarks that is measured in one go.
@@ -159,6 +160,13 @@ func (b *bench) measure(name string) error {
 	})
 	for program, version := range b.programs.Versions() {
 		s.Set(program, version)
+	}
+	b.completed = func(rounds int) error { // what there is so far; a run can be ended after each round
+		if b.cases != "" {
+			return nil
+		}
+		s.Set("rounds", fmt.Sprint(rounds))
+		return s.Write(b.file(name))
 	}
 	began := time.Now()
 	if err := sections()[index].run(b, s); err != nil {

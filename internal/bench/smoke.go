@@ -14,7 +14,7 @@ import (
 func (b *bench) smoke() error {
 	b.pattern = regexp.MustCompile(`^(Connect/workers=16/handshakes=resumed|Bulk/streams=1/|Request/)`)
 	b.subjects = []string{proxy.Envoy, proxy.HAProxy, proxy.Nginx}
-	b.rounds, b.withoutPods = 4, true
+	b.rounds, b.withoutPods, b.completed = 4, true, func(int) error { return nil }
 	before, err := measured.Read(b.file("data"))
 	if err != nil {
 		return err

@@ -63,8 +63,14 @@ func (s *Section) Add(name, subject string, values ...Value) {
 // Of returns the values of a series, round by round; none if it was not measured.
 func (s *Section) Of(name, subject, unit string) []float64 { return s.values[Key{name, subject, unit}] }
 
-// Set adds to the configuration.
+// Set changes the configuration.
 func (s *Section) Set(key, value string) {
+	for i, c := range s.Config {
+		if c.Key == key {
+			s.Config[i].Value = []byte(value)
+			return
+		}
+	}
 	s.Config = append(s.Config, benchfmt.Config{Key: key, Value: []byte(value), File: true})
 }
 

@@ -33,6 +33,7 @@ func (s Sections) controlTable() string {
 	}{
 		{"from exec to ready", Ours, "start-sec", false},
 		{"— CPU of mantlet and its Envoy", Ours, "start-cpu-sec", false},
+		{"— CPU of mantlet without Envoy", Ours, "start-mantlet-cpu-sec", false},
 		{"bare Envoy: validate, then exec to LIVE", bare, "restart-sec", false},
 		{"bare Envoy: exec to LIVE alone", bare, "live-sec", false},
 		{"— its CPU", bare, "live-cpu-sec", false},
