@@ -3,6 +3,7 @@ package proxy
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -115,7 +116,7 @@ const (
 	plainPort   = 8081 // the client's side of the proxy listens
 	tlsPort     = 8443 // the server's side of a proxy listens
 	workload    = 9000 // the server listens
-	startWithin = 30 * time.Second
+	startWithin = time.Minute
 )
 
 // Start lays out a path and waits until messages get through. The directory is for its files; it must exist.
@@ -261,7 +262,12 @@ func (p *Path) sidecar(host *lab.Host, mesh *lab.Authority, env ...string) (*lab
 	})
 	ctx, cancel := context.WithTimeout(context.Background(), startWithin)
 	defer cancel()
-	return s, s.Ready(ctx)
+	// The log tells it: asking for it all the while would keep mantlet busy.
+	err = lab.Until(ctx, func() bool {
+		text, err := os.ReadFile(log.Name())
+		return err != nil || s.Ended() || bytes.Contains(text, []byte("rules are in force"))
+	})
+	return s, errors.Join(err, s.Ready(ctx))
 }
 
 func ignore(error) error { return nil }

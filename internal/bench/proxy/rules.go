@@ -120,12 +120,11 @@ func (p *Path) iptables(server *lab.Host, entries int) error {
 		fmt.Fprintf(&rules, "-A INBOUND -p tcp --dport %d -j RETURN\n", Exempt(n))
 	}
 	fmt.Fprintf(&rules, "-A INBOUND -p tcp -j TPROXY --on-port %d --on-ip 127.0.0.1\nCOMMIT\n", proxyPort)
-	cmd := exec.Command(p.programs.IPTables + "-restore")
+	// A lock of the lab's own: another user's can't be taken.
+	cmd := exec.Command("env", "XTABLES_LOCKFILE="+filepath.Join(p.directory, "xtables.lock"), p.programs.IPTables+"-restore")
 	cmd.Stdin = &rules
 	var said bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &said, &said
-	// A lock of the lab's own: another user's can't be taken.
-	cmd.Env = append(os.Environ(), "XTABLES_LOCKFILE="+filepath.Join(p.directory, "xtables.lock"))
 	err := server.Start(cmd)
 	if err == nil {
 		err = cmd.Wait()

@@ -49,8 +49,8 @@ func Compare(out io.Writer, before, now *measured.Section) (worse int, err error
 			continue
 		}
 		t := &benchmath.DefaultThresholds
-		all = append(all, change{key.Case, key.Unit, key.Subject, summary(was), summary(is),
-			benchmath.AssumeNothing.Compare(benchmath.NewSample(was, t), benchmath.NewSample(is, t))})
+		comparison := benchmath.AssumeNothing.Compare(benchmath.NewSample(was, t), benchmath.NewSample(is, t))
+		all = append(all, change{key.Case, key.Unit, key.Subject, summary(was), summary(is), comparison})
 	}
 	slices.SortStableFunc(all, func(a, b change) int { return cmp.Compare(b.worse(), a.worse()) })
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
