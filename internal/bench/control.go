@@ -29,6 +29,11 @@ func (b *bench) control(s *measured.Section) error {
 	if err != nil {
 		return err
 	}
+	if b.chosen("Restarts") {
+		if err := b.restarts(s, mesh); err != nil {
+			return err
+		}
+	}
 	for _, entries := range []int{1, 10, 100, 1000} {
 		name := fmt.Sprintf("Control/entries=%d", entries)
 		if !b.chosen(name) {
@@ -38,9 +43,6 @@ func (b *bench) control(s *measured.Section) error {
 		if err := b.controlled(s, mesh, name, entries); err != nil {
 			return err
 		}
-	}
-	if b.chosen("Restarts") {
-		return b.restarts(s, mesh)
 	}
 	return nil
 }
@@ -62,6 +64,9 @@ func settings(entries int, more string) string {
 // controlled measures all of it with one number of entries.
 func (b *bench) controlled(s *measured.Section, mesh *lab.Authority, name string, entries int) (err error) {
 	rounds := min(3, b.rounds)
+	if entries >= 1000 { // minutes
+		rounds = min(2, rounds)
+	}
 	for round := range rounds {
 		directory, err := b.directory("control")
 		if err != nil {
@@ -74,6 +79,9 @@ func (b *bench) controlled(s *measured.Section, mesh *lab.Authority, name string
 		c := &controlled{pod: pod, section: s, name: name, entries: entries}
 		err = c.measure(round == rounds-1)
 		if err := errors.Join(err, pod.Close()); err != nil {
+			return err
+		}
+		if err := b.completed(round + 1); err != nil {
 			return err
 		}
 	}

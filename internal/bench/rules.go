@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"time"
 
 	"mantlet/internal/bench/load"
 	"mantlet/internal/bench/measured"
@@ -59,8 +58,8 @@ func (b *bench) rules(s *measured.Section) (err error) {
 		}
 		paths[l] = path
 	}
-	for round := range b.rounds {
-		fmt.Fprintf(os.Stderr, "rules, round %d of %d\n", round+1, b.rounds)
+	for round := range 2 * b.rounds { // short ones: what is compared differs by little
+		fmt.Fprintf(os.Stderr, "rules, round %d of %d\n", round+1, 2*b.rounds)
 		all := ruleLayouts()
 		for i := range all {
 			l := all[(i+round*5)%len(all)] // each round begins with another one
@@ -90,45 +89,27 @@ func (b *bench) conntrack(s *measured.Section, mesh *lab.Authority) error {
 	if !b.chosen(name) {
 		return nil
 	}
-	measure := func(start func(directory string) (*proxy.Path, error)) (held, room float64, err error) {
+	measure := func(subject string, start func(directory string) (*proxy.Path, error)) (err error) {
 		directory, err := b.directory("conntrack")
-		if err != nil {
-			return 0, 0, err
-		}
-		path, err := start(directory)
-		if err != nil {
-			return 0, 0, err
-		}
-		defer func() { err = errors.Join(err, path.Close()) }()
-		before, _, err := path.Conntrack()
-		if err != nil {
-			return 0, 0, err
-		}
-		m, err := path.Run(load.Job{Kind: load.Connect, Workers: 4, For: 300 * time.Millisecond})
-		if err != nil {
-			return 0, 0, err
-		}
-		after, room, err := path.Conntrack()
-		return (after - before) / float64(m.Count), room, err
-	}
-	ours, room, err := measure(func(directory string) (*proxy.Path, error) {
-		return proxy.Start(b.programs, directory, mesh, proxy.Options{Proxy: proxy.Mantlet})
-	})
-	if err != nil {
-		return err
-	}
-	var kernels float64 // of the connection from outside, and of the one inside
-	for _, inside := range []bool{false, true} {
-		held, _, err := measure(func(directory string) (*proxy.Path, error) {
-			return proxy.StartRules(b.programs, directory, mesh, proxy.Rules{Kind: proxy.IPTables, Entries: 1, Inside: inside})
-		})
 		if err != nil {
 			return err
 		}
-		kernels += held
-	}
-	for subject, held := range map[string]float64{proxy.Mantlet: ours, "kernel's time-outs": kernels} {
+		path, err := start(directory)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, path.Close()) }()
+		if _, err := path.Run(load.Job{Kind: load.Connect, Workers: 4, For: b.during}); err != nil {
+			return err
+		}
+		held, room, err := path.Conntrack()
+		held *= 2 // a connection from outside, and one inside
 		s.Add(name, subject, measured.Value{Unit: "entry-sec/conn", Value: held}, measured.Value{Unit: "conn/s", Value: room / held})
+		return err
 	}
-	return nil
+	return errors.Join(measure(proxy.Mantlet, func(directory string) (*proxy.Path, error) {
+		return proxy.Start(b.programs, directory, mesh, proxy.Options{Proxy: proxy.Mantlet})
+	}), measure("kernel's time-outs", func(directory string) (*proxy.Path, error) {
+		return proxy.StartRules(b.programs, directory, mesh, proxy.Rules{Kind: proxy.IPTables, Entries: 1})
+	}))
 }

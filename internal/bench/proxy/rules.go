@@ -141,17 +141,24 @@ func Transparent(_, _ string, conn syscall.RawConn) error {
 	return errors.Join(conn.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_TRANSPARENT, 1) }), err)
 }
 
-// Conntrack returns for how many seconds conntrack will go on keeping its entries of the server's pod, in all, and how many
-// entries its table has room for.
+// Conntrack returns for how many seconds conntrack will go on keeping an entry of the server's pod, in the mean of those of connections
+// that have ended, and how many entries its table has room for.
 func (p *Path) Conntrack() (seconds, room float64, err error) {
+	// The longest of the kernel's time-outs of a connection that has ended is 120 s, the shortest of one that has not is 300 s.
+	const ended = 120
 	err = p.pod.Do(func() error {
 		flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
 		if err != nil {
 			return err
 		}
+		count := 0
 		for _, flow := range flows {
-			seconds += float64(flow.TimeOut)
+			if flow.TimeOut <= ended {
+				seconds += float64(flow.TimeOut)
+				count++
+			}
 		}
+		seconds /= float64(max(1, count))
 		text, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_max")
 		if err != nil {
 			return err
