@@ -19,7 +19,7 @@ import (
 // The subjects of the control path.
 const (
 	ours = proxy.Mantlet
-	bare = "bare Envoy"
+	bare = "bare-envoy"
 )
 
 // control measures what mantlet takes to start, to change and to repair, beside what Envoy by itself takes to validate the same
@@ -30,7 +30,7 @@ func (b *bench) control(s *measured.Section) error {
 		return err
 	}
 	if b.chosen("Restarts") {
-		if err := b.restarts(s, mesh); err != nil {
+		if err := errors.Join(b.restarts(s, mesh), b.completed(0)); err != nil {
 			return err
 		}
 	}

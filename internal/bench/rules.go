@@ -109,7 +109,7 @@ func (b *bench) conntrack(s *measured.Section, mesh *lab.Authority) error {
 	}
 	return errors.Join(measure(proxy.Mantlet, func(directory string) (*proxy.Path, error) {
 		return proxy.Start(b.programs, directory, mesh, proxy.Options{Proxy: proxy.Mantlet})
-	}), measure("kernel's time-outs", func(directory string) (*proxy.Path, error) {
+	}), measure("kernel", func(directory string) (*proxy.Path, error) {
 		return proxy.StartRules(b.programs, directory, mesh, proxy.Rules{Kind: proxy.IPTables, Entries: 1})
 	}))
 }

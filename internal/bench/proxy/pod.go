@@ -148,7 +148,7 @@ func (p *Pod) Port() uint16 { return workload }
 
 // Connect connects from outside, in plaintext or else as the client that the mesh has, and exchanges a message.
 func (p *Pod) Connect(plaintext bool) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), startWithin)
 	defer cancel()
 	conn, err := p.outside.Dial(ctx, "tcp", netip.AddrPortFrom(p.pod.IPv4, workload).String())
 	if err != nil || plaintext {

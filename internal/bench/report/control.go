@@ -11,7 +11,7 @@ import (
 )
 
 // bare is Envoy by itself.
-const bare = "bare Envoy"
+const bare = "bare-envoy"
 
 // scales are the numbers of entries that the control path is measured with.
 func scales() []int { return []int{1, 10, 100, 1000} }
