@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"regexp"
 	"slices"
 	"time"
 
@@ -121,8 +122,8 @@ func (b *bench) layouts(t trial) []proxy.Options {
 	return all
 }
 
-// data measures the data path. All paths are there from the beginning, and idle while it is not their turn.
-func (b *bench) data(s *measured.Section) (err error) {
+// data measures the cases of the data path whose names match. All paths are there from the beginning, and idle while it is not their turn.
+func (b *bench) data(s *measured.Section, names string) (err error) {
 	mesh, err := lab.NewAuthority("mesh")
 	if err != nil {
 		return err
@@ -133,7 +134,9 @@ func (b *bench) data(s *measured.Section) (err error) {
 			err = errors.Join(err, path.Close())
 		}
 	}()
-	trials := slices.DeleteFunc(b.trials(), func(t trial) bool { return !b.chosen(t.name) })
+	trials := slices.DeleteFunc(b.trials(), func(t trial) bool {
+		return !b.chosen(t.name) || !regexp.MustCompile(names).MatchString(t.name)
+	})
 	for _, t := range trials {
 		for _, options := range b.layouts(t) {
 			if paths[options] == nil {

@@ -47,7 +47,7 @@ func run() error {
 	b := &bench{}
 	var only, subjects string
 	flag.StringVar(&only, "sections", strings.Join(sectionNames(), ","), "what to measure; the report has the rest as it was measured last")
-	flag.StringVar(&subjects, "subjects", "", "proxies to measure beside mantlet, of the section data; all, if empty")
+	flag.StringVar(&subjects, "subjects", "", "proxies to measure beside mantlet; all, if empty")
 	flag.StringVar(&b.cases, "cases", "", "measure only cases whose name matches this regular expression, and write nothing")
 	smoke := flag.Bool("smoke", false, "measure a few cases, write nothing, and say what is worse than in the report")
 	flag.IntVar(&b.rounds, "rounds", 6, "how often each case is measured, by turns")
@@ -110,7 +110,12 @@ type section struct {
 }
 
 func sections() []section {
-	return []section{{"data", (*bench).data}, {"memory", (*bench).memory}, {"rules", (*bench).rules}, {"control", (*bench).control}}
+	return []section{
+		{"connections", func(b *bench, s *measured.Section) error { return b.data(s, "^Connect/") }},
+		{"bulk", func(b *bench, s *measured.Section) error { return b.data(s, "^Bulk/") }},
+		{"latency", func(b *bench, s *measured.Section) error { return b.data(s, "^Request/") }},
+		{"memory", (*bench).memory}, {"rules", (*bench).rules}, {"control", (*bench).control},
+	}
 }
 
 func sectionNames() (all []string) {

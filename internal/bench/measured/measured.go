@@ -110,6 +110,13 @@ func (s *Section) Keys() []Key {
 	return all
 }
 
+// Merge adds what another section has.
+func (s *Section) Merge(other *Section) {
+	for key, values := range other.values {
+		s.values[key] = append(s.values[key], values...)
+	}
+}
+
 // Write writes the section to a file, whole or not at all.
 func (s *Section) Write(file string) error {
 	var text bytes.Buffer

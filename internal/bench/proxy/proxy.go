@@ -56,6 +56,13 @@ func (p *Programs) Versions() map[string]string {
 		text, _ := exec.Command(command[0], command[1:]...).CombinedOutput()
 		all[name] = string(version.Find(text))
 	}
+	// ghostunnel does not tell: it is built as a module.
+	text, _ := exec.Command("go", "version", "-m", p.Ghostunnel).Output()
+	for line := range strings.Lines(string(text)) {
+		if fields := strings.Fields(line); len(fields) > 2 && fields[0] == "mod" && strings.HasSuffix(fields[1], "/"+Ghostunnel) {
+			all[Ghostunnel] = strings.TrimPrefix(fields[2], "v")
+		}
+	}
 	return all
 }
 

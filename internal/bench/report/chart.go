@@ -41,19 +41,19 @@ func (s Sections) charts(directory string) error {
 	full := chart{"handshakes.svg", "CPU of a new connection, both sides together (full handshakes)", "ms", 1e3, proxies, nil}
 	for _, workers := range []int{1, 16, 64} {
 		label, name := fmt.Sprintf("%d at a time", workers), fmt.Sprintf("Connect/workers=%d/handshakes=", workers)
-		connections.groups = append(connections.groups, group{label, s["data"], name + "resumed", "cpu-sec/conn"})
-		full.groups = append(full.groups, group{label, s["data"], name + "full", "cpu-sec/conn"})
+		connections.groups = append(connections.groups, group{label, s["connections"], name + "resumed", "cpu-sec/conn"})
+		full.groups = append(full.groups, group{label, s["connections"], name + "full", "cpu-sec/conn"})
 	}
 	bulk := chart{"bulk.svg", "CPU of a GiB, both sides together", "s", 1, proxies, nil}
 	for _, streams := range []int{1, 8} {
 		for _, direction := range []string{"download", "upload"} {
 			name := fmt.Sprintf("Bulk/streams=%d/direction=%s", streams, direction)
-			bulk.groups = append(bulk.groups, group{fmt.Sprintf("%s, %d", direction, streams), s["data"], name, "cpu-sec/GiB"})
+			bulk.groups = append(bulk.groups, group{fmt.Sprintf("%s, %d", direction, streams), s["bulk"], name, "cpu-sec/GiB"})
 		}
 	}
 	latency := chart{"latency.svg", "Time of a request of 128 bytes, 1,000 a second", "ms", 1e3, append(slices.Clone(proxies), "none"), nil}
 	for _, p := range []string{"p50", "p99", "p99.9"} {
-		latency.groups = append(latency.groups, group{p, s["data"], "Request/connections=4/rate=1000", p + "-sec"})
+		latency.groups = append(latency.groups, group{p, s["latency"], "Request/connections=4/rate=1000", p + "-sec"})
 	}
 	memory := chart{"memory.svg", "Memory with 1,000 connections, both sides together", "MiB", 1. / (1 << 20), proxies, nil}
 	for _, kind := range []string{"open", "stalled"} {

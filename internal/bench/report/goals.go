@@ -36,28 +36,28 @@ func (s Sections) best(section, name, unit string, pods bool) (beside string, ra
 // targets are the goals that what was measured can be held to.
 func (s Sections) targets() []goal {
 	var all []goal
-	beside := func(text string, most float64, name, unit string) {
+	beside := func(section, text string, most float64, name, unit string) {
 		for _, pods := range []bool{false, true} {
-			subject, ratios := s.best("data", name, unit, pods)
+			subject, ratios := s.best(section, name, unit, pods)
 			all = append(all, goal{text: text, most: most, values: ratios, beside: subject})
 		}
 	}
 	for _, workers := range []int{1, 16, 64} {
 		name := fmt.Sprintf("Connect/workers=%d/handshakes=resumed", workers)
-		beside(fmt.Sprintf("CPU of a connection, %d at a time", workers), 0.8, name, "cpu-sec/conn")
-		beside("— the client's side by itself", 1, name, "client-cpu-sec/conn")
-		beside("— the server's side by itself", 1, name, "server-cpu-sec/conn")
+		beside("connections", fmt.Sprintf("CPU of a connection, %d at a time", workers), 0.8, name, "cpu-sec/conn")
+		beside("connections", "— the client's side by itself", 1, name, "client-cpu-sec/conn")
+		beside("connections", "— the server's side by itself", 1, name, "server-cpu-sec/conn")
 	}
 	for _, streams := range []int{1, 8} {
 		for _, direction := range []string{"download", "upload"} {
-			beside(fmt.Sprintf("CPU of a GiB, %s, %d at a time", direction, streams), 0.9,
+			beside("bulk", fmt.Sprintf("CPU of a GiB, %s, %d at a time", direction, streams), 0.9,
 				fmt.Sprintf("Bulk/streams=%d/direction=%s", streams, direction), "cpu-sec/GiB")
 		}
 	}
 	const request = "Request/connections=4/rate=1000"
 	all = append(all, goal{
 		text: "p50 of a request", most: 1, beside: "nginx",
-		values: Ratios(s["data"].Of(request, Ours, "p50-sec"), s["data"].Of(request, "nginx", "p50-sec")),
+		values: Ratios(s["latency"].Of(request, Ours, "p50-sec"), s["latency"].Of(request, "nginx", "p50-sec")),
 	}, goal{
 		text: "memory of both sides with 1,000 stalled connections", most: 500 << 20, unit: "B",
 		values: s["memory"].Of("Memory/connections=1000/stalled", Ours, "held-B"),

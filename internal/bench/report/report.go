@@ -72,7 +72,7 @@ func Write(root string, sections Sections) error {
 func (s Sections) head() string {
 	var text strings.Builder
 	text.WriteString("| section | date | rounds | load average at its start | machine |\n|---|---|---:|---:|---|\n")
-	for _, name := range []string{"data", "memory", "rules", "control"} {
+	for _, name := range []string{"connections", "bulk", "latency", "memory", "rules", "control"} {
 		if section := s[name]; section != nil && len(section.Keys()) > 0 {
 			fmt.Fprintf(&text, "| %s | %s | %s | %s | %s |\n", name, section.Get("date"), section.Get("rounds"), section.Get("load"), section.Get("machine"))
 		}
