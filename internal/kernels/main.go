@@ -34,8 +34,8 @@ var kernels = []kernel{
 
 // suites are what is run on each kernel: a package's tests, those with these names, or all.
 var suites = []suite{
-	{"reconcile/nft", ""},
 	{"cmd/mantlet", "^(" + strings.Join(walk(), "|") + ")$"},
+	{"reconcile/nft", ""},
 }
 
 type suite struct{ pkg, run string }
