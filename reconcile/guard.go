@@ -38,7 +38,7 @@ func (v *logLimit) admit() (leftOut int, ok bool) {
 	return leftOut, true
 }
 
-// guard keeps the rules and the policy routes as they were put last, until ctx ends. It waits for nothing else: a start of Envoy may take long, and deny-all is
+// guard keeps the rules as they were put last, until ctx ends. It waits for nothing else: a start of Envoy may take long, and deny-all is
 // to be kept meanwhile, too.
 func (d *Daemon) guard(ctx context.Context) {
 	changes := d.Kernel.Watch(ctx)
@@ -46,14 +46,6 @@ func (d *Daemon) guard(ctx context.Context) {
 		for range changes { // Watch closes it
 		}
 	}()
-	var routes <-chan struct{}
-	if d.PolicyRoutes != nil {
-		routes = d.PolicyRoutes.Watch(ctx)
-		defer func() {
-			for range routes {
-			}
-		}()
-	}
 	d.guarding.log = newLogLimit()
 	var surveying sync.WaitGroup // in parallel: other software may have many rules
 	surveying.Go(func() { d.watchOtherTables(ctx) })
@@ -68,11 +60,8 @@ func (d *Daemon) guard(ctx context.Context) {
 			return
 		case who := <-changes:
 			d.repair(who)
-		case <-routes:
-			d.repairRoutes(ctx)
 		case <-look.C:
 			d.repair("")
-			d.repairRoutes(ctx)
 			d.watchValidity(time.Now())
 			d.watchListeners()
 			d.currentPlace()

@@ -66,55 +66,85 @@ func (d *Daemon) route(want *desired) (settled func(), err error) {
 	}, nil
 }
 
-// repairRoutes puts the policy routes back where somebody changed them, and takes them away once no connection needs them any more.
-func (d *Daemon) repairRoutes(ctx context.Context) {
-	if d.PolicyRoutes == nil {
-		return
+// guardRoutes keeps the policy routes until ctx ends. It does not share a goroutine with the guard of the rules: an Envoy that does not
+// say how many connections it has would hold that one up.
+func (d *Daemon) guardRoutes(ctx context.Context) {
+	changes := d.PolicyRoutes.Watch(ctx)
+	defer func() {
+		for range changes { // Watch closes it
+		}
+	}()
+	log := newLogLimit()
+	look := time.NewTicker(resync)
+	defer look.Stop()
+	defer d.watchdog.idle(routeGuard)
+	for {
+		d.watchdog.idle(routeGuard)
+		select {
+		case <-ctx.Done():
+			return
+		case <-changes:
+		case <-look.C:
+		}
+		d.repairRoutes(ctx, log)
 	}
-	d.watchdog.begin(guard, "looking at the policy routes", kernelLimit)
+}
+
+// repairRoutes puts the policy routes back where somebody changed them, and takes them away once no connection needs them any more.
+func (d *Daemon) repairRoutes(ctx context.Context, log *logLimit) {
+	d.watchdog.begin(routeGuard, "looking at the policy routes", kernelLimit)
+	unneeded := d.unneededRoutes(ctx)
 	r := &d.routing
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if !r.known {
 		return
 	}
-	shrunk := d.shrinkRoutes(ctx)
+	var have *desired
+	d.locked(func() { have = d.have })
+	follows := unneeded && !r.moving && have != nil && r.want != have.policyRoutes()
+	if follows {
+		r.want = have.policyRoutes()
+	}
 	found, err := d.PolicyRoutes.Repair(r.want)
-	if shrunk && err == nil {
-		d.Log.Info("policy routes are not needed any more", "changed", found)
+	if follows && err == nil {
+		d.Log.Info("policy routes are those of the state in force", "ipv4", r.want.IPv4, "ipv6", r.want.IPv6, "changed", found)
 		found = nil
 	}
 	switch {
 	case len(found) > 0 && !(err != nil && sameError(err, r.repairErr)):
-		d.noteRoutes(found, err)
+		d.noteRoutes(found, err, log)
 	case err != nil && !sameError(err, r.repairErr):
 		d.Log.Error("the policy routes can't be looked at", "error", err)
 	}
 	r.repairErr = err
 }
 
-// shrinkRoutes reduces the routes that are wanted to those of the state in force where no connection of another state is open, and
-// reports whether it did.
-func (d *Daemon) shrinkRoutes(ctx context.Context) bool {
+// unneededRoutes reports whether no connection needs other policy routes than those of the state in force.
+func (d *Daemon) unneededRoutes(ctx context.Context) bool {
 	r := &d.routing
+	r.mu.Lock()
+	want, moving := r.want, r.moving
+	r.mu.Unlock()
 	var have *desired
 	d.locked(func() { have = d.have })
-	if have == nil || r.moving || r.want == have.policyRoutes() {
+	if have == nil || moving || want == have.policyRoutes() {
 		return false
 	}
+	ctx, cancel := context.WithTimeout(ctx, checkLimit)
+	defer cancel()
 	for _, e := range d.Proxy.Epochs(ctx) {
 		if !e.Serving && (e.Connections == nil || *e.Connections > 0) {
 			return false
 		}
 	}
-	r.want = have.policyRoutes()
 	return true
 }
 
 // noteRoutes takes note that somebody had changed the policy routes.
-func (d *Daemon) noteRoutes(found []string, err error) {
+func (d *Daemon) noteRoutes(found []string, err error, log *logLimit) {
 	about := []any{"found", found}
-	if leftOut, ok := d.guarding.log.admit(); ok && err == nil {
+	if leftOut, ok := log.admit(); ok && err == nil {
 		d.Log.Warn("policy routes were changed from outside and are put back", append(about, "left_out_before", leftOut)...)
 	} else if ok {
 		d.Log.Error("policy routes were changed from outside and could not be put back", append(about, "left_out_before", leftOut, "error", err)...)

@@ -180,6 +180,9 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 	reread := make(chan struct{}, 1)
 	var running sync.WaitGroup
 	running.Go(func() { d.guard(beside) })
+	if d.PolicyRoutes != nil {
+		running.Go(func() { d.guardRoutes(beside) })
+	}
 	running.Go(func() { d.configure(beside, reload, reread) })
 	running.Go(func() { d.certify(beside, reread) })
 	running.Go(func() { d.followOutbound(beside) })

@@ -26,6 +26,7 @@ const (
 	loop         = "loop"         // takes steps from what is in force to what is wanted
 	starter      = "start"        // of an Envoy, for the loop
 	guard        = "guard"        // of the rules
+	routeGuard   = "route guard"  // of the policy routes
 	surveyor     = "surveyor"     // of other tables
 	legacy       = "legacy"       // looks at iptables-legacy
 	configurer   = "configurer"   // reads the configuration

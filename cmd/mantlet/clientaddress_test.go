@@ -412,3 +412,53 @@ func (p *pod) brief(to netip.AddrPort) error {
 	}
 	return err
 }
+
+// TestLinkLocalClient: the kernel keeps packets to link-local addresses on their link, so what the workload answers there does not come
+// back to Envoy. It does not leave the pod either.
+func TestLinkLocalClient(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web, clients)
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	sniffed := p.sniff(p.outside)
+	p.run()
+	p.speaking()
+	p.ready()
+	var to netip.AddrPort
+	p.must(p.Do(func() error {
+		eth0, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		all, err := netlink.AddrList(eth0, unix.AF_INET6)
+		for _, a := range all {
+			if addr, ok := netip.AddrFromSlice(a.IP); ok && addr.IsLinkLocalUnicast() {
+				to = netip.AddrPortFrom(addr.WithZone("eth0"), mtlsPort)
+			}
+		}
+		return err
+	}))
+	if !to.IsValid() {
+		t.Fatal("the pod has no link-local address")
+	}
+	if err := p.converse(to); err == nil {
+		t.Error("the connection works: docs/configuration.md says that it does not")
+	}
+	p.must(p.converse(netip.AddrPortFrom(p.IPv6, mtlsPort)))
+	p.unheard(sniffed)
+}
+
+// TestRoutesAreChecked: check tries whether the kernel can have policy routes, where they are asked for.
+func TestRoutesAreChecked(t *testing.T) {
+	t.Parallel()
+	for _, source := range []string{"pod", "client"} {
+		var found []finding
+		for _, f := range findings(t.Context(), []string{"MANTLET_SOURCE_ADDRESS=" + source}) {
+			if f.Need == "policy routes" {
+				found = append(found, f)
+			}
+		}
+		if asked := source == "client"; asked != (len(found) == 1 && found[0].Severity == fine) {
+			t.Errorf("with %s: %+v", source, found)
+		}
+	}
+}
