@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net/netip"
 	"reflect"
@@ -176,7 +177,11 @@ func (d *Daemon) readOutbound() {
 		if leftOut > 0 {
 			attrs = append(attrs, "left_out_before", leftOut)
 		}
-		d.Log.Warn(text, attrs...) //nolint:sloglint // people look for the destination at the line's beginning
+		level := slog.LevelWarn
+		if at.fate == render.FateAllowed {
+			level = slog.LevelInfo // as somebody meant it
+		}
+		d.Log.Log(context.Background(), level, text, attrs...) //nolint:sloglint // people look for the destination at the line's beginning
 	}
 }
 
@@ -209,7 +214,10 @@ func (d *Daemon) addOutbound(s *status.Status) {
 	for at, one := range a.seen {
 		line := status.Outbound{
 			Destination: at.String(), Protocol: status.ProtocolName(at.protocol), Count: one.count, FirstSeen: one.first.UTC(), LastSeen: one.last.UTC(),
-			Allowed: at.fate == render.FateAllowed, Refused: at.fate == render.FateRefused, Name: a.names.of(at.to.Addr()),
+			Verdict: status.OutboundAllowed, Listed: at.fate == render.FateAllowed, Name: a.names.of(at.to.Addr()),
+		}
+		if at.fate == render.FateRefused {
+			line.Verdict = status.OutboundRefused
 		}
 		if line.Name != "" && at.protocol == render.TCP {
 			line.Suggestion = suggestion(mesh, line.Name, at.to.Port())

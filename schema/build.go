@@ -38,6 +38,7 @@ func build(r *report, process Process, layers ...layer) (Config, error) {
 	if process.IngressOff != "" {
 		c.switchOff(process.IngressOff, r)
 	}
+	c.envoyIsRoot = process.EnvoyUID == 0
 	timings(merged, r)
 	process.checkStatus(c, r)
 	c.limits(r)

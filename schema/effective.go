@@ -85,6 +85,7 @@ func (c Config) Warnings() []Problem {
 			})
 		}
 	}
+	all = append(all, c.outboundWarnings()...)
 	if c.link == "" {
 		return all
 	}

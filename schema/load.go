@@ -18,6 +18,7 @@ type Config struct {
 	link        string    // see Content
 	overlapping []Ingress // that are not in Mesh, since they overlap others of it, and that is reported
 	ingressOff  string    // see Process
+	envoyIsRoot bool      // see Process.EnvoyUID
 }
 
 // Load reads the override file, where the environment names one and lets it say anything, and merges it over the

@@ -251,6 +251,38 @@ func TestWarnings(t *testing.T) {
 	}
 }
 
+// TestOutboundWarnings: what mode drop takes away from a workload that nobody thought of, and where it can be passed by, is told.
+func TestOutboundWarnings(t *testing.T) {
+	const (
+		names = `outbound.mode: "drop": leaves the workload without name servers: outbound.allow has neither dns nor an item with port 53`
+		root  = `tells Envoy by its user, and MANTLET_ENVOY_UID is 0: what runs as root in the pod passes for Envoy`
+	)
+	for _, c := range []struct {
+		environ []string
+		file    string
+		want    []string
+	}{
+		{environ: []string{"MANTLET_OUTBOUND=drop"}, want: []string{"MANTLET_OUTBOUND: " + names}},
+		{file: "outbound: {mode: drop, allow: ['10.0.0.1:443']}", want: []string{"/config.yaml:1:18: " + names}},
+		{file: "outbound: {mode: drop, allow: [dns]}"},
+		{file: "outbound: {mode: drop, allow: ['10.96.0.10:53']}"},
+		{environ: []string{"MANTLET_ENVOY_UID=0"}, file: "outbound: {mode: observe}", want: []string{`/config.yaml:1:18: outbound.mode: "observe": ` + root}},
+		{environ: []string{"MANTLET_ENVOY_UID=0"}},
+	} {
+		config, err := environment(t, c.environ...).Merge([]byte(c.file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, w := range config.Warnings() {
+			got = append(got, w.Error())
+		}
+		if diff := cmp.Diff(c.want, got); diff != "" {
+			t.Errorf("%q, %s: %s", c.environ, c.file, diff)
+		}
+	}
+}
+
 // TestLinkIsNotQuoted: a link out of the file's volume may lead to any secret. What is wrong with it has places and no values,
 // wherever it is told.
 func TestLinkIsNotQuoted(t *testing.T) {

@@ -193,3 +193,17 @@ func parseDestination(text string) (Destination, string) {
 	}
 	return d, ""
 }
+
+// outboundWarnings returns what a workload would not expect of mode drop, and what lets it pass by it.
+func (c Config) outboundWarnings() (all []Problem) {
+	o := c.Mesh.Outbound
+	mode := c.merged.scalar(outboundMode)
+	asks := o.DNS || slices.ContainsFunc(o.Allow, func(d Destination) bool { return d.Port == 53 })
+	if o.Mode == OutboundDrop && !asks {
+		all = append(all, Problem{mode.origin, outboundMode, mode.text, "leaves the workload without name servers: outbound.allow has neither dns nor an item with port 53"})
+	}
+	if o.Mode != OutboundAccept && c.envoyIsRoot {
+		all = append(all, Problem{mode.origin, outboundMode, mode.text, "tells Envoy by its user, and MANTLET_ENVOY_UID is 0: what runs as root in the pod passes for Envoy"})
+	}
+	return all
+}

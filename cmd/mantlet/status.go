@@ -512,9 +512,9 @@ func (p *page) outbound(s status.Status) {
 	p.head("IN THE CLEAR", "PROTOCOL", "COUNT", "FIRST", "LAST", "VERDICT", "NAME")
 	rows := slices.SortedStableFunc(slices.Values(s.Outbound), func(a, b status.Outbound) int {
 		switch {
-		case a.Allowed == b.Allowed:
+		case a.Listed == b.Listed:
 			return 0
-		case b.Allowed:
+		case b.Listed:
 			return -1
 		default:
 			return 1
@@ -523,7 +523,7 @@ func (p *page) outbound(s status.Status) {
 	suggestions := []string{}
 	for _, o := range rows[:min(len(rows), mostRows)] {
 		p.row(o.Destination, o.Protocol, strconv.FormatUint(o.Count, 10), p.ago(o.FirstSeen)+" ago", p.ago(o.LastSeen)+" ago", o.Fate(), optional(o.Name))
-		if o.Suggestion != "" && !o.Allowed && !slices.Contains(suggestions, o.Suggestion) {
+		if o.Suggestion != "" && !o.Listed && !slices.Contains(suggestions, o.Suggestion) {
 			suggestions = append(suggestions, o.Suggestion)
 		}
 	}

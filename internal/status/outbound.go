@@ -15,26 +15,25 @@ type Spoken struct {
 	Last     time.Time      // when it was spoken to last
 }
 
-// Outbound is a destination that the pod spoke to in the clear, or tried to. Where neither Allowed nor Refused is true, it was spoken to and
-// is not on the list: mode observe lets it.
+// Outbound is a destination that the pod spoke to in the clear, or tried to.
 type Outbound struct {
 	Destination string    `json:"destination"` // address and port; the address alone for a protocol without ports
 	Protocol    string    `json:"protocol"`    // tcp, udp, …; IANA's number for one that is rare
 	Count       uint64    `json:"count"`       // of connections; of attempts, where they are refused
 	FirstSeen   time.Time `json:"firstSeen"`
 	LastSeen    time.Time `json:"lastSeen"`
-	Allowed     bool      `json:"allowed"`              // outbound.allow has it
-	Refused     bool      `json:"refused"`              // it did not leave
+	Verdict     string    `json:"verdict"`              // allowed: it left; refused: it did not
+	Listed      bool      `json:"listed"`               // outbound.allow has it; mode observe allows the others too
 	Name        string    `json:"name,omitempty"`       // a name of the address, where one is known
 	Suggestion  string    `json:"suggestion,omitempty"` // the egress entry that would cover it, as the override file has it
 }
 
-// Fate names what becomes of it: allowed, observed or refused.
+// Fate names what becomes of it: allowed where it is on the list, observed where it left and is not, or refused.
 func (o Outbound) Fate() string {
 	switch {
-	case o.Refused:
+	case o.Verdict == OutboundRefused:
 		return OutboundRefused
-	case o.Allowed:
+	case o.Listed:
 		return OutboundAllowed
 	default:
 		return OutboundObserved
