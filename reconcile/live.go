@@ -35,7 +35,7 @@ func Diff(mesh schema.Mesh, place render.Place, have Live) (Difference, error) {
 	}
 	var d Difference
 	add := func(need Need, format string, args ...any) {
-		d.Steps = append(d.Steps, Step{fmt.Sprintf(format, args...), need})
+		d.Steps = append(d.Steps, Step{What: fmt.Sprintf(format, args...), Need: need})
 	}
 	live, reported := inForce(mesh, place, have)
 	d.Steps = Compare(live, mesh)
@@ -142,11 +142,11 @@ func withModes(modes, lists []schema.Ingress) (all []schema.Ingress) {
 // known already.
 func diffEnvoy(state render.State, settings schema.Envoy, have status.Envoy, reported bool) (steps []Step, details []string) {
 	add := func(format string, args ...any) {
-		steps = append(steps, Step{fmt.Sprintf(format, args...), HotRestart})
+		steps = append(steps, Step{What: fmt.Sprintf(format, args...), Need: HotRestart})
 	}
 	switch {
 	case have.State == "":
-		return []Step{{"Envoy: none runs", Start}}, nil
+		return []Step{{What: "Envoy: none runs", Need: Start}}, nil
 	case have.State != "LIVE":
 		add("Envoy: epoch %d is %s, not LIVE", have.Epoch, have.State)
 	}

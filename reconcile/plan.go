@@ -16,9 +16,20 @@ import (
 type Step struct {
 	What string `json:"what"` // as "8080: passthrough -> mtls"
 	Need Need   `json:"need"`
+	Ends int    `json:"ends,omitempty"` // how many open connections the step would end, where a running mantlet tells
 }
 
-func (s Step) String() string { return s.What + "; " + string(s.Need) }
+func (s Step) String() string {
+	text := s.What + "; " + string(s.Need)
+	switch s.Ends {
+	case 0:
+		return text
+	case 1:
+		return text + "; ends 1 open connection"
+	default:
+		return fmt.Sprintf("%s; ends %d open connections", text, s.Ends)
+	}
+}
 
 // Need is what a step needs of Envoy.
 type Need string
@@ -35,7 +46,7 @@ const (
 func Compare(from, to schema.Mesh) []Step {
 	var steps []Step
 	add := func(need Need, format string, args ...any) {
-		steps = append(steps, Step{fmt.Sprintf(format, args...), need})
+		steps = append(steps, Step{What: fmt.Sprintf(format, args...), Need: need})
 	}
 	if from.IngressOff != to.IngressOff {
 		add(HotRestart, "ingress: %s -> %s", onOff(!from.IngressOff), onOff(!to.IngressOff))

@@ -16,6 +16,16 @@ const meshKey = "mantlet.mesh"
 // fields is a mesh whose JSON is field by field: schema.Mesh's own is a file's, which only merging makes a mesh of again.
 type fields schema.Mesh
 
+// MarshalMesh returns a mesh as JSON for another mantlet process. UnmarshalMesh is its inverse.
+func MarshalMesh(mesh schema.Mesh) ([]byte, error) { return json.Marshal(fields(mesh)) }
+
+// UnmarshalMesh is the inverse of MarshalMesh.
+func UnmarshalMesh(text []byte) (schema.Mesh, error) {
+	var mesh fields
+	err := json.Unmarshal(text, &mesh)
+	return schema.Mesh(mesh), err
+}
+
 // AddMesh notes in a bootstrap which mesh it was made from, so that whoever asks a running Envoy for its bootstrap can tell in the
 // words of the configuration what is in force. It is no part of the digest: names alone make no other state.
 func AddMesh(b *bootstrapv3.Bootstrap, mesh schema.Mesh) error {

@@ -1,21 +1,28 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"mantlet/internal/rundir"
+	"mantlet/internal/status"
 	"mantlet/reconcile"
 	"mantlet/reconcile/dns"
 	"mantlet/reconcile/envoy"
 	"mantlet/reconcile/nft"
 	"mantlet/reconcile/routes"
+	"mantlet/render"
+	"mantlet/schema"
 )
 
 func diffCommand() *cobra.Command {
@@ -31,7 +38,8 @@ func diffCommand() *cobra.Command {
   mantlet diff --against new.yaml`,
 		Long: "Say what the rules in the kernel, Envoy and its certificates have otherwise than the configuration that is there now, in\n" +
 			"its words, and what each step takes. It asks the kernel and Envoy by itself, in the pod's network namespace, and no mantlet that runs.\n" +
-			"With --against it says what another override file would change, and needs neither kernel nor Envoy.",
+			"With --against it says what another override file would change, and needs neither kernel nor Envoy. If a mantlet runs here, it is\n" +
+			"asked how many open connections each step would end.",
 		Args: noArgs("--against names another override file to compare with"),
 	}
 	output := outputFlag(cmd, "how to say it:", "text", "json")
@@ -40,7 +48,7 @@ func diffCommand() *cobra.Command {
 		var d reconcile.Difference
 		var err error
 		if cmd.Flags().Changed("against") {
-			d.Steps, err = compare(against)
+			d.Steps, err = compare(cmd.Context(), against)
 		} else {
 			d, err = diffLive(cmd.Context(), level.environ(), cmd.ErrOrStderr())
 		}
@@ -111,7 +119,7 @@ func diffLive(ctx context.Context, environ []string, notes io.Writer) (d reconci
 
 // compare returns the steps from the current configuration to the one with another override file. A configuration that
 // is not valid is not comparable: an error other than validate's.
-func compare(against string) ([]reconcile.Step, error) {
+func compare(ctx context.Context, against string) ([]reconcile.Step, error) {
 	path, err := filepath.Abs(against)
 	if err != nil {
 		return nil, err
@@ -127,7 +135,34 @@ func compare(against string) ([]reconcile.Step, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the configuration with %s: %w", against, incomparable(err))
 	}
-	return reconcile.Compare(from.Mesh, to.Mesh), nil
+	steps := reconcile.Compare(from.Mesh, to.Mesh)
+	if f, err := forecast(ctx, env.Process.RuntimeDirectory, to.Mesh); err == nil {
+		reconcile.AddForecast(steps, from.Mesh, to.Mesh, f)
+	}
+	return steps, nil
+}
+
+// forecast asks the mantlet that runs with a runtime directory which open connections a mesh would end. It fails if none runs.
+func forecast(ctx context.Context, directory string, mesh schema.Mesh) (f status.Forecast, err error) {
+	ctx, cancel := context.WithTimeout(ctx, liveLimit)
+	defer cancel()
+	text, err := render.MarshalMesh(mesh)
+	if err != nil {
+		return f, err
+	}
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://mantlet"+status.ForecastPath, bytes.NewReader(text))
+	if err != nil {
+		return f, err
+	}
+	response, err := status.OverSocket(rundir.Directory(directory).StatusSocket()).Do(request)
+	if err != nil {
+		return f, err
+	}
+	defer func() { _ = response.Body.Close() }()
+	if response.StatusCode != http.StatusOK {
+		return f, fmt.Errorf("mantlet answers %s", response.Status)
+	}
+	return f, json.NewDecoder(response.Body).Decode(&f)
 }
 
 // incomparable makes of what is validate's answer what it is to diff: an error.

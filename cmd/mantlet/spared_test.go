@@ -4,9 +4,14 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 
 	"mantlet/internal/lab"
+	"mantlet/internal/status"
 )
 
 // TestOthersLiveOn: a name is taken off a list; its connections end, and those of the others at the same port go on, also such that
@@ -28,7 +33,12 @@ func TestOthersLiveOn(t *testing.T) {
 		return all
 	}
 	cart, orders := connect("cart"), connect("orders")
-	m.write("ingress: [{port: 9092, allow: [cart]}]")
+	const after = "ingress: [{port: 9092, allow: [cart]}]"
+	next := filepath.Join(t.TempDir(), "next.yaml")
+	p.must(os.WriteFile(next, []byte(after), 0o600))
+	const want = "9092: mtls for [cart, orders] -> mtls for [cart]; hot restart; ends 2 open connections\n"
+	p.await("it is known who is connected", func() bool { _, said, _ := p.diff("--against", next); return said == want })
+	m.write(after)
 	for _, conn := range orders {
 		if err := cut(conn); err != nil {
 			t.Errorf("orders, which is not on the list any more: %v", err)
@@ -38,5 +48,12 @@ func TestOthersLiveOn(t *testing.T) {
 		if err := echo(conn); err != nil {
 			t.Errorf("cart, which is on the list still: %v", err)
 		}
+	}
+	p.await("status tells whose they were", func() bool {
+		last := p.status().Endings
+		return len(last) == 1 && last[0].Count == 2 && slices.Equal(last[0].SANs, []string{"orders"}) && last[0].Code == status.EndNotAllowed
+	})
+	if _, said, _ := p.mantlet("status"); !strings.Contains(said, "orders") || !strings.Contains(said, "LAST ENDED BY A CHANGE") {
+		t.Errorf("mantlet status says\n%s", said)
 	}
 }

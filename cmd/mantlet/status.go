@@ -489,6 +489,17 @@ func (p *page) traffic(s status.Status) {
 	for _, r := range lastOf(s.Refusals) {
 		p.row(p.ago(r.Time)+" ago", printable(r.Peer), names(r.SANs, "-"), printable(r.Destination), onLine(r.Reason)+" ("+r.Code+")")
 	}
+	if len(s.Endings) == 0 {
+		return
+	}
+	p.head("LAST ENDED BY A CHANGE", "COUNT", "PEER'S SANS", "DESTINATION", "WHY")
+	for _, e := range lastOf(s.Endings) {
+		to := printable(e.Destination)
+		if e.Peer != "" {
+			to += " (" + printable(e.Peer) + ")"
+		}
+		p.row(p.ago(e.Time)+" ago", strconv.Itoa(e.Count), names(e.SANs, "-"), to, onLine(e.Reason)+" ("+string(e.Code)+")")
+	}
 }
 
 // policyRoutes tells of the policy routes, where there shall be some.

@@ -29,6 +29,8 @@ type Source interface {
 	Notes() []Problem
 	// Status returns the whole status. It asks kernel and Envoy.
 	Status(context.Context) Status
+	// Forecast returns how many open connections another mesh would end, which is given as render.MarshalMesh writes it.
+	Forecast(mesh []byte) (Forecast, error)
 	// Statistics returns the statistics of the Envoy that serves, in Prometheus' text format.
 	Statistics(context.Context) ([]byte, error)
 	// Probes returns the probes of the workload that are configured.
@@ -117,6 +119,7 @@ func (s *Server) Handler() http.Handler {
 	mux.HandleFunc("GET /metrics", s.serveMetrics)
 	mux.HandleFunc("GET /stats/prometheus", s.serveStatistics)
 	mux.HandleFunc("GET "+RefusalsPath, s.serveRefusals)
+	mux.HandleFunc("POST "+ForecastPath, s.serveForecast)
 	return mux
 }
 
