@@ -119,11 +119,11 @@ func (c *change) endpoint(s sockdiag.Socket) status.EndReason {
 func (c *change) peer(s sockdiag.Socket, narrowed bool, unlisted status.EndReason, listed func(*peers.Peer) bool) status.EndReason {
 	conn, known := c.known[s]
 	switch {
-	case narrowed && !(known && listed(conn.Peer)):
+	case narrowed && (!known || !listed(conn.Peer)):
 		return unlisted
-	case c.revoked && !(known && c.isTrusted(conn.Peer)):
+	case c.revoked && (!known || !c.isTrusted(conn.Peer)):
 		return status.EndCARemoved
-	case c.raised && !(known && conn.TLSVersion.Compare(c.to.enforced().TLS.MinVersion) >= 0):
+	case c.raised && (!known || conn.TLSVersion.Compare(c.to.enforced().TLS.MinVersion) < 0):
 		return status.EndTLSVersion
 	default:
 		return ""

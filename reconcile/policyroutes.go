@@ -112,7 +112,7 @@ func (d *Daemon) repairRoutes(ctx context.Context, log *logLimit) {
 		found = nil
 	}
 	switch {
-	case len(found) > 0 && !(err != nil && sameError(err, r.repairErr)):
+	case len(found) > 0 && (err == nil || !sameError(err, r.repairErr)):
 		d.noteRoutes(found, err, log)
 	case err != nil && !sameError(err, r.repairErr):
 		d.Log.Error("the policy routes can't be looked at", "error", err)

@@ -560,9 +560,11 @@ func (OutboundMode) choices() []string {
 
 func (m Mode) parse(text string) (any, string)         { return oneOf[Mode](text, m.choices()) }
 func (m OutboundMode) parse(text string) (any, string) { return oneOf[OutboundMode](text, m.choices()) }
+
 func (l EnvoyLogLevel) parse(text string) (any, string) {
 	return oneOf[EnvoyLogLevel](text, l.choices())
 }
+
 func (o OtherProtocols) parse(text string) (any, string) {
 	return oneOf[OtherProtocols](text, o.choices())
 }

@@ -295,13 +295,15 @@ func newReader() *reader {
 		render.Loopback{},
 		render.Loopback{Output: true},
 		render.Forwarded{},
-		render.OwnSource{}, render.OwnSource{Op: render.NotEqual},
+		render.OwnSource{},
+		render.OwnSource{Op: render.NotEqual},
 		render.Reply(false), render.Reply(true),
 		render.Invalid{},
 		render.SourceTranslated{},
 		render.BoundSocket{},
 		render.Count{},
-		render.Reset{}, render.Prohibit{},
+		render.Reset{},
+		render.Prohibit{},
 	} {
 		r.fixed = append(r.fixed, compiledStatement{s, r.compile(s)})
 	}

@@ -163,7 +163,9 @@ func (f family) newRule() *nl.NetlinkRequest {
 		kind  int
 		value uint32
 	}{
-		{nl.FRA_PRIORITY, render.RoutePriority}, {nl.FRA_FWMARK, uint32(render.MarkClient)}, {nl.FRA_FWMASK, uint32(render.MarkMask)},
+		{nl.FRA_PRIORITY, render.RoutePriority},
+		{nl.FRA_FWMARK, uint32(render.MarkClient)},
+		{nl.FRA_FWMASK, uint32(render.MarkMask)},
 		{nl.FRA_TABLE, render.RouteTable},
 	} {
 		request.AddData(nl.NewRtAttr(a.kind, native(a.value)))
