@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"crypto/tls"
 	"fmt"
+	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -106,15 +108,8 @@ func (p *pod) converse(to netip.AddrPort) error {
 		return err
 	}
 	got := make([]byte, len(plaintext))
-	if _, err := conn.Read(got[:1]); err != nil {
+	if err := readAll(conn, got); err != nil {
 		return err
-	}
-	for n := 1; n < len(got); {
-		m, err := conn.Read(got[n:])
-		if err != nil {
-			return err
-		}
-		n += m
 	}
 	if string(got) != plaintext {
 		return fmt.Errorf("%q came", got)
@@ -122,7 +117,7 @@ func (p *pod) converse(to netip.AddrPort) error {
 	return echo(conn)
 }
 
-// from returns who the workload's last peer is.
+// lastPeer returns who the workload's last peer is.
 func lastPeer(w *lab.Workload) netip.AddrPort {
 	all := w.Connections()
 	if len(all) == 0 {
@@ -164,7 +159,7 @@ func TestClientAddress(t *testing.T) {
 				}
 			}
 			inside := p.dial(p.Host, netip.AddrPortFrom(addr, mtlsPort))
-			if got := make([]byte, len(plaintext)); cutUntilRead(inside, got) != nil || lastPeer(workloads[mtlsPort]).Addr() != addr {
+			if got := make([]byte, len(plaintext)); readAll(inside, got) != nil || lastPeer(workloads[mtlsPort]).Addr() != addr {
 				t.Errorf("from inside the workload sees %s, and says %q", lastPeer(workloads[mtlsPort]), got)
 			}
 			if code, _, err := p.get(addr, http.MethodGet, "/readyz"); code != http.StatusOK {
@@ -179,7 +174,7 @@ func TestClientAddress(t *testing.T) {
 
 	old, err := p.handshake(netip.AddrPortFrom(p.IPv4, mtlsPort), p.client.ClientConfig("pod"))
 	p.must(err)
-	p.must(cutUntilRead(old, make([]byte, len(plaintext))))
+	p.must(readAll(old, make([]byte, len(plaintext))))
 	m.write("sourceAddress: pod\n")
 	p.await("an Envoy that does not use clients' addresses", func() bool {
 		epochs := p.told().Epochs
@@ -203,7 +198,7 @@ func TestClientAddress(t *testing.T) {
 	// A port that is passed through shows the client by either, and its words are plaintext on the wire: the sniffer hears them.
 	for i, addr := range p.Addrs() {
 		conn := p.dial(p.outside, netip.AddrPortFrom(addr, passthroughPort))
-		p.must(cutUntilRead(conn, make([]byte, len(plaintext))))
+		p.must(readAll(conn, make([]byte, len(plaintext))))
 		if got := lastPeer(workloads[passthroughPort]); got.Addr() != p.outside.Addrs()[i] {
 			t.Errorf("at the port that is passed through the workload sees %s", got)
 		}
@@ -218,22 +213,13 @@ func TestClientAddress(t *testing.T) {
 	p.must(p.routed(false))
 }
 
-// cutUntilRead reads all of a buffer.
-func cutUntilRead(conn interface {
-	Read([]byte) (int, error)
-	SetReadDeadline(time.Time) error
-}, buffer []byte) error {
+// readAll fills a buffer.
+func readAll(conn net.Conn, buffer []byte) error {
 	if err := conn.SetReadDeadline(time.Now().Add(limit)); err != nil {
 		return err
 	}
-	for n := 0; n < len(buffer); {
-		m, err := conn.Read(buffer[n:])
-		if err != nil {
-			return err
-		}
-		n += m
-	}
-	return nil
+	_, err := io.ReadFull(conn, buffer)
+	return err
 }
 
 // steal takes a part of the policy routes away.
@@ -270,7 +256,7 @@ func TestRoutesAreRepaired(t *testing.T) {
 	p.ready()
 	conn, err := p.handshake(netip.AddrPortFrom(p.IPv4, mtlsPort), p.client.ClientConfig("pod"))
 	p.must(err)
-	p.must(cutUntilRead(conn, make([]byte, len(plaintext))))
+	p.must(readAll(conn, make([]byte, len(plaintext))))
 	for n := range 4 {
 		before := p.told().Repaired
 		p.steal(n)
@@ -296,7 +282,7 @@ func TestRoutesAreRepaired(t *testing.T) {
 	}
 	p.await("answers are dropped", func() bool { return p.refused("left_the_pod") > dropped })
 	p.must(p.Do(func() error { return netlink.RuleDel(rule) }))
-	p.must(cutUntilRead(conn, make([]byte, len("hello"))))
+	p.must(readAll(conn, make([]byte, len("hello"))))
 	p.ready()
 	p.must(p.sidecar.Stop())
 	p.unheard(sniffed)
@@ -461,4 +447,32 @@ func TestRoutesAreChecked(t *testing.T) {
 			t.Errorf("with %s: %+v", source, found)
 		}
 	}
+}
+
+// TestPortsOfAClient: each client address has the ports of net.ipv4.ip_local_port_range for itself, and one that was used is not free at once.
+func TestPortsOfAClient(t *testing.T) {
+	t.Parallel()
+	const ports = 10
+	p := newPod(t, web, clients)
+	p.must(p.Sysctl("net.ipv4.ip_local_port_range", "40000 40009"))
+	other := p.host("other")
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	workload := p.protect(mtlsPort)
+	p.ready()
+	to := netip.AddrPortFrom(p.IPv4, mtlsPort)
+	used := map[uint16]bool{}
+	for range ports {
+		p.must(p.exchange(to, p.client.ClientConfig("pod")))
+		used[lastPeer(workload).Port()] = true
+	}
+	if len(used) != ports {
+		t.Errorf("the workload sees the ports %v", used)
+	}
+	if err := p.exchange(to, p.client.ClientConfig("pod")); err == nil {
+		t.Errorf("one more connection gets through, from %s", lastPeer(workload))
+	}
+	conn := tls.Client(p.dial(other, to), p.client.ClientConfig("pod"))
+	p.must(conn.Handshake())
+	p.must(echo(conn))
 }
