@@ -306,3 +306,30 @@ func TestOutboundScan(t *testing.T) {
 		t.Errorf("the log has %d lines of them", lines)
 	}
 }
+
+// TestOutboundWithClientAddresses: where the workload answers to the addresses of clients, its answers are not taken for what it sends to them.
+func TestOutboundWithClientAddresses(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	p.override("sourceAddress: client\noutbound: {mode: drop}\n")
+	p.must(p.identity.Write(p.sidecar.TLSDirectory))
+	p.run()
+	workloads := p.speaking()
+	p.ready()
+	for i, addr := range p.Addrs() {
+		for _, port := range []uint16{mtlsPort, tlsPort} {
+			p.must(p.converse(netip.AddrPortFrom(addr, port)))
+			if got := lastPeer(workloads[port]); got.Addr() != p.outside.Addrs()[i] {
+				t.Errorf("at port %d the workload sees %s", port, got)
+			}
+		}
+		not := netip.AddrPortFrom(p.outside.Addrs()[i], plainPort)
+		if err := p.dialOut(not); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("TCP to %s: %v, want that it is refused", not, err)
+		}
+	}
+	if all := p.status().Outbound; len(all) != 2 {
+		t.Errorf("accounted are %+v", all)
+	}
+	p.same()
+}
