@@ -70,9 +70,9 @@ func states() map[string]render.Ruleset {
 }
 
 // leaving allows something of either family.
-func leaving(mode schema.OutboundMode, more ...string) schema.Outbound {
+func leaving(mode schema.OutboundMode) schema.Outbound {
 	o := schema.Outbound{Mode: mode}
-	for _, text := range append(more, "10.0.0.0/8:5432", "10.1.0.0/16:5432", "192.0.2.7/32:443", "0.0.0.0/0:123", "fd00::/8:443", "2001:db8::7/128:53", "::/0:65535") {
+	for _, text := range []string{"10.0.0.0/8:5432", "10.1.0.0/16:5432", "192.0.2.7/32:443", "0.0.0.0/0:123", "fd00::/8:443", "2001:db8::7/128:53", "::/0:65535"} {
 		i := strings.LastIndexByte(text, ':')
 		var port uint16
 		if _, err := fmt.Sscan(text[i+1:], &port); err != nil {
