@@ -163,6 +163,9 @@ func (b *bench) measure(name string) error {
 		"during":  b.during.String(),
 		"rounds":  fmt.Sprint(b.rounds),
 	})
+	if commit, err := exec.Command("git", "-C", b.root, "rev-parse", "--short", "HEAD").Output(); err == nil {
+		s.Set("commit", strings.TrimSpace(string(commit)))
+	}
 	for program, version := range b.programs.Versions() {
 		s.Set(program, version)
 	}

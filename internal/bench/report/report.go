@@ -71,10 +71,10 @@ func Write(root string, sections Sections) error {
 // head says when and where each section was measured.
 func (s Sections) head() string {
 	var text strings.Builder
-	text.WriteString("| section | date | rounds | load average at its start | machine |\n|---|---|---:|---:|---|\n")
+	text.WriteString("| section | date | commit | rounds | load average at its start | machine |\n|---|---|---|---:|---:|---|\n")
 	for _, name := range []string{"connections", "bulk", "latency", "memory", "rules", "control"} {
 		if section := s[name]; section != nil && len(section.Keys()) > 0 {
-			fmt.Fprintf(&text, "| %s | %s | %s | %s | %s |\n", name, section.Get("date"), section.Get("rounds"), section.Get("load"), section.Get("machine"))
+			fmt.Fprintf(&text, "| %s | %s | %s | %s | %s | %s |\n", name, section.Get("date"), section.Get("commit"), section.Get("rounds"), section.Get("load"), section.Get("machine"))
 		}
 	}
 	return text.String()
