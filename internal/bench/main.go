@@ -114,7 +114,9 @@ func sections() []section {
 		{"connections", func(b *bench, s *measured.Section) error { return b.data(s, "^Connect/") }},
 		{"bulk", func(b *bench, s *measured.Section) error { return b.data(s, "^Bulk/") }},
 		{"latency", func(b *bench, s *measured.Section) error { return b.data(s, "^Request/") }},
-		{"memory", (*bench).memory}, {"rules", (*bench).rules}, {"control", (*bench).control},
+		{"memory", (*bench).memory},
+		{"rules", (*bench).rules},
+		{"control", (*bench).control},
 	}
 }
 
