@@ -30,6 +30,7 @@ type Nameserver struct {
 // Answer is what a Nameserver says of a name.
 type Answer struct {
 	Addrs  []netip.Addr // none of a family: NODATA
+	PTR    string       // the name of the address that the name stands for
 	CNAME  string       // what the name is an alias of
 	TTL    uint32       // in seconds
 	RCode  dnsmessage.RCode
@@ -203,6 +204,9 @@ func (n *Nameserver) records(question dnsmessage.Question, said Answer) (all []d
 		target := dnsmessage.MustNewName(said.CNAME + ".")
 		add(&dnsmessage.CNAMEResource{CNAME: target}, said.TTL)
 		owner, said = target, n.names[said.CNAME]
+	}
+	if said.PTR != "" && question.Type == dnsmessage.TypePTR {
+		add(&dnsmessage.PTRResource{PTR: dnsmessage.MustNewName(said.PTR + ".")}, said.TTL)
 	}
 	for _, addr := range said.Addrs {
 		switch {

@@ -426,7 +426,7 @@ func fileConn(fd int) (net.Conn, error) {
 }
 
 // BenchmarkOutbound measures what the rules of each mode cost a workload that speaks to somebody outside: a round trip by UDP over a flow
-// that is open, and a TCP connection. Nothing of it may grow with the list.
+// that is open, a datagram of such a flow alone, and a TCP connection. Nothing of it may grow with the list.
 func BenchmarkOutbound(b *testing.B) {
 	for _, c := range []struct {
 		name string
@@ -459,6 +459,17 @@ func BenchmarkOutbound(b *testing.B) {
 						b.Fatal(err)
 					}
 					if _, err := conn.Read(buffer); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+			b.Run("datagram", func(b *testing.B) {
+				conn, err := x.keep(p.pod.Dial(context.Background(), "udp", udp.String()))
+				if err != nil {
+					b.Fatal(err)
+				}
+				for b.Loop() {
+					if _, err := conn.Write([]byte("hello")); err != nil {
 						b.Fatal(err)
 					}
 				}
