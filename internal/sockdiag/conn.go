@@ -54,7 +54,7 @@ func (m message) err() error {
 // receive waits for messages and calls each for them.
 func (c *conn) receive(each func(message) error) error {
 	n, _, err := unix.Recvfrom(c.fd, c.buffer, 0)
-	for err == unix.EINTR { //nolint:errorlint // a system call's own
+	for err == unix.EINTR {
 		n, _, err = unix.Recvfrom(c.fd, c.buffer, 0)
 	}
 	if err != nil {

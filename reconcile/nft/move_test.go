@@ -1,15 +1,15 @@
 package nft
 
 import (
-	"github.com/google/go-cmp/cmp"
 	"io"
+	"net"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
-
-	"net"
-	"slices"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 
 	"mantlet/internal/sockdiag"
 	"mantlet/render"
