@@ -658,7 +658,7 @@ func TestParentGoesOn(t *testing.T) {
 		t.Error("it runs on")
 	}
 	old.awaitCut()
-	if said := s.since(); !strings.Contains(said, "goes on accepting connections") {
+	if said := s.since(); !strings.Contains(said, "still accepts connections") {
 		t.Error("the log does not say so")
 	}
 	s.run(1)
