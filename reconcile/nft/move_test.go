@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -131,6 +132,7 @@ func TestExchangeIsNotNoticed(t *testing.T) {
 				conn := p.greeted(p.addr(family, 9000))
 				speaking.Go(func() {
 					for !stop.Load() {
+						_ = conn.SetDeadline(time.Now().Add(limit)) // for each turn: the changes take as long as they take
 						_, err := io.WriteString(conn, "passes")
 						if err == nil {
 							err = hear(conn, "passes")
@@ -143,7 +145,7 @@ func TestExchangeIsNotNoticed(t *testing.T) {
 				})
 			}
 		}
-		for n := range 60 {
+		for n := range 24 {
 			next := []render.Ruleset{
 				generation(6, true, port1(8080, schema.ModeTLS)), generation(7, false, port1(80, schema.ModePassthrough)), generation(5, false),
 			}[n%3]
