@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -72,6 +73,17 @@ func (x *trial) dialAsEnvoy(to netip.AddrPort) (net.Conn, error) {
 	return x.dialAs(netip.Addr{}, to, unix.SO_PRIORITY, int(render.WorkloadPriority), x.wait)
 }
 
+// dialled reports whether the stranger is sent the first segment of a connection, which it leaves without an answer.
+func (x *trial) dialled(s *stranger, dial func()) bool {
+	var dialling sync.WaitGroup
+	dialling.Go(dial)
+	x.t.Cleanup(dialling.Wait)
+	return x.happens(func() bool {
+		_, left := s.find(isSYN)
+		return left
+	})
+}
+
 func TestWorkloadLegStaysInThePod(t *testing.T) {
 	t.Parallel()
 	for name, whole := range map[string]render.Ruleset{
@@ -85,9 +97,7 @@ func TestWorkloadLegStaysInThePod(t *testing.T) {
 			stops(t, whole, broken, func(x *trial) bool {
 				x.apply()
 				s := x.stranger()
-				_, _ = x.dialAsEnvoy(s.at(x.family))
-				_, left := s.find(isSYN)
-				return left
+				return x.dialled(s, func() { _, _ = x.dialAsEnvoy(s.at(x.family)) })
 			})
 			// A process that has the priority by itself is none the worse within the pod.
 			try(t, "over lo", whole, true, func(x *trial) bool {
@@ -248,9 +258,7 @@ func TestLoopbackAddressThatIsNotThere(t *testing.T) {
 				x.apply()
 				listener := netip.MustParseAddrPort([]string{"127.137.0.1:8081", "[::1]:8081"}[x.family])
 				s.also(listener.Addr())
-				_, _ = x.fromThePod("tcp", listener)
-				_, left := s.find(isSYN)
-				return left
+				return x.dialled(s, func() { _, _ = x.fromThePod("tcp", listener) })
 			})
 		})
 	}

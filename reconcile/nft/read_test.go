@@ -285,17 +285,17 @@ func TestEachStatementCounts(t *testing.T) {
 		StatusPort: statusPort, Ingress: []schema.Ingress{port1(7890, schema.ModePassthrough), port1(8080, schema.ModeTLS)},
 		Egress: listening("127.0.0.1:1531", "[::1]:1531"),
 	}
-	for _, mode := range []schema.OutboundMode{schema.OutboundAccept, schema.OutboundDrop} {
+	tried := map[string]bool{} // rules that both modes have are tried once
+	for _, mode := range []schema.OutboundMode{schema.OutboundDrop, schema.OutboundAccept} {
 		t.Run(string(mode), func(t *testing.T) {
-			t.Parallel()
 			mesh := mesh
 			mesh.Outbound = leaving(mode)
-			eachStatementCounts(t, render.Rules(mesh, render.Generations{}))
+			eachStatementCounts(t, render.Rules(mesh, render.Generations{}), tried)
 		})
 	}
 }
 
-func eachStatementCounts(t *testing.T, want render.Ruleset) {
+func eachStatementCounts(t *testing.T, want render.Ruleset, done map[string]bool) {
 	t.Helper()
 	p := newPlace(t)
 	p.replace(want)
@@ -308,6 +308,10 @@ func eachStatementCounts(t *testing.T, want render.Ruleset) {
 	}
 	for _, chain := range want.Chains {
 		for i, rule := range chain.Rules {
+			if done[chain.Name+rule.Text()] {
+				continue
+			}
+			done[chain.Name+rule.Text()] = true
 			handle := p.handles(chain.Name)[i]
 			command := fmt.Sprintf("delete rule inet mantlet %s handle %s", chain.Name, handle)
 			nft(t, p.pod, command)

@@ -461,7 +461,7 @@ func TestReplaceLeavesNoGap(t *testing.T) {
 				p.check()
 			}
 		})
-		for range 40 {
+		for range 12 {
 			for _, r := range all {
 				p.replace(r)
 			}
@@ -480,7 +480,7 @@ func TestReplaceLeavesNoGap(t *testing.T) {
 		var replacing sync.WaitGroup
 		for table, r := range both {
 			replacing.Go(func() {
-				for range 40 {
+				for range 20 {
 					if err := table.Replace(r); err != nil && !errors.Is(err, errBusy) {
 						t.Error(err)
 					}
