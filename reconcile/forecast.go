@@ -33,7 +33,7 @@ func (d *Daemon) Forecast(text []byte) (f status.Forecast, err error) {
 	}
 	f = status.Forecast{Ingress: map[uint16]map[status.EndReason]int{}, Egress: map[string]map[status.EndReason]int{}}
 	for s, mark := range clients {
-		if reason := c.foreseen(s, mark); reason != "" {
+		if reason := c.forecast(s, mark); reason != "" {
 			count(f.Ingress, s.Local.Port(), reason)
 		}
 	}
@@ -53,8 +53,8 @@ func count[K comparable](to map[K]map[status.EndReason]int, key K, reason status
 	to[key][reason]++
 }
 
-// foreseen is judge for a state that has no generations yet.
-func (c *change) foreseen(s sockdiag.Socket, mark render.Mark) status.EndReason {
+// forecast is reasonToEnd for a state that has no generations yet.
+func (c *change) forecast(s sockdiag.Socket, mark render.Mark) status.EndReason {
 	mesh := c.to.mesh
 	is := schema.PolicyOf(mesh.Ingress, s.Local.Port()).Mode
 	mode, _ := render.ModeOf(mark)

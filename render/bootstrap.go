@@ -173,7 +173,7 @@ func originalDestination(source schema.SourceAddress) *clusterv3.Cluster {
 
 // oddPort has the kernel choose the port when the socket gets its address, where it takes odd ones first (inet_csk_find_open_port,
 // net/ipv4/inet_connection_sock.c). Clients' kernels choose theirs as they connect, and take even ones first
-// (__inet_hash_connect, net/ipv4/inet_hashtables.c), so that both seldom have the same. The listener filter original_src asks for
+// (__inet_hash_connect, net/ipv4/inet_hashtables.c), so that both rarely have the same. The listener filter original_src asks for
 // the choice at connect; this comes after it.
 func oddPort() *corev3.SocketOption {
 	const solIP, ipBindAddressNoPort = 0, 24 // include/uapi/linux/in.h; for IPv6 too

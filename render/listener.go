@@ -32,7 +32,7 @@ const (
 	// connectAttempts is how many addresses of an upstream a connection tries before it fails.
 	connectAttempts = 3
 	// portAttempts is how many ports of a client's address are tried. The rules drop the first one's SYN where the client uses the same
-	// port (see clients), which is seldom, so that a second one does.
+	// port (see clients), which is rare, so that a second one does.
 	portAttempts = 2
 )
 

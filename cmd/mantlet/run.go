@@ -161,80 +161,33 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 	hups := make(chan os.Signal, 1)
 	signal.Notify(hups, syscall.SIGHUP) // while it starts too: else one would be its end
 	defer signal.Stop(hups)
-	if err := here().judge(args.allowHostNetwork); err != nil {
-		return unclosed{errors.Join(err, args.err), "none was touched"}
-	}
-	table, found, err := closePod(args.environ, log)
-	if errors.Is(err, syscall.EPERM) {
-		env, _ := schema.ParseEnvironment(args.environ)
-		needs := capabilities(env, env.Base())
-		err = errors.Join(sandbox.Missing(needs), fmt.Errorf("%w; %s", err, sandbox.Remedy(needs)))
-	}
-	if errors.Is(err, nft.ErrOwned) {
-		return err
-	}
+	table, found, err := closePod(args, log)
 	if err != nil {
-		return unclosed{err, "no deny-all could be put in place: the pod is open, unless an earlier mantlet left its rules there"}
+		return err
 	}
 	defer func() { _ = table.Close() }()
 	if args.err != nil {
 		return args.err
 	}
-	if err := schema.HostNetwork(args.environ); err != nil {
-		log.Warn("the environment says that the pod has hostNetwork, and its network namespace says that it has not", "environment", err)
-	}
-	env, err := schema.ParseEnvironment(args.environ)
+	env, err := environment(args.environ, log, level)
 	if err != nil {
-		_, err = env.Load() // which tells what is wrong with the override file, too
-		return invalid{err}
-	}
-	if err := level.UnmarshalText([]byte(env.Process.LogLevel)); err != nil {
 		return err
-	}
-	if err := prepare(env.Process); err != nil {
-		return err
-	}
-	for _, warning := range env.Base().Warnings() {
-		if warning.Origin.Source == env.Process.IngressOff {
-			log.Warn("nothing that comes in is protected", "reason", warning.Error())
-		}
 	}
 	resolver := dns.System()
 	place := place(env, resolver)
-	if outbound := env.Base().Mesh.Outbound; outbound.Mode != render.OutboundOf(found).Mode {
-		found = found.Allowing(outbound, place)
-		if err := table.DenyAll(found); err != nil {
-			log.Warn("what the pod sends in the clear leaves until the desired state is in force", "error", err)
-		}
+	found = meanwhile(table, found, env.Base().Mesh, place, log)
+	runner, err := newRunner(env, log)
+	if err != nil {
+		return err
 	}
-	if port := env.Base().Mesh.StatusPort; port != 0 {
-		if err := table.OnlyStatus(port, found); err != nil {
-			log.Warn("the status address can't be reached until the desired state is in force", "error", err)
-		}
-	}
-	if err := raiseDescriptors(); err != nil {
-		log.Warn("Envoy takes fewer connections than it could", "error", err)
-	}
-	limits, memory := limits()
-	directory := env.Process.EnvoyDirectory()
-	runner := &envoy.Runner{
-		Path: env.Process.EnvoyPath, UID: env.Process.EnvoyUID, RuntimeDirectory: directory, Log: log, Limits: limits, Memory: memory,
-		Needs: capabilities(env, env.Base()), Processes: bind.Listening(),
-	}
-	if err := confine(runner, env.Process, log); err != nil {
-		return errors.Join(err, runner.Close())
-	}
-	if err := runner.Evict(); err != nil {
-		return errors.Join(err, runner.Close())
-	}
-	endpoints, err := envoy.ServeEndpoints(directory, log)
+	endpoints, err := envoy.ServeEndpoints(runner.RuntimeDirectory, log)
 	if err != nil {
 		return errors.Join(err, runner.Close())
 	}
 	names := dns.NewFollower(resolver, endpoints, log)
+	files := rundir.Directory(env.Process.RuntimeDirectory)
 	secrets := &envoy.Secrets{
-		Files: env.Process.TLS, RuntimeDirectory: directory, KeptFile: rundir.Directory(env.Process.RuntimeDirectory).LastGoodCertificates(),
-		Runner: runner, Log: log,
+		Files: env.Process.TLS, RuntimeDirectory: runner.RuntimeDirectory, KeptFile: files.LastGoodCertificates(), Runner: runner, Log: log,
 	}
 	daemon := &reconcile.Daemon{
 		Version:      versionText(),
@@ -248,9 +201,9 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 		PolicyRoutes: routes.Kernel{},
 		Secrets:      secrets,
 		Proxy:        proxy{runner},
-		Legacy:       iptables.Tables{LockFile: rundir.Directory(env.Process.RuntimeDirectory).IptablesLock()},
+		Legacy:       iptables.Tables{LockFile: files.IptablesLock()},
 		Names:        names,
-		Limits:       limits,
+		Limits:       runner.Limits,
 		Processes:    runner.Processes,
 		Follow:       runner.Follow,
 		Log:          log,
@@ -260,6 +213,67 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 	err = serve(ctx, hups, daemon)
 	names.Close()
 	return errors.Join(err, endpoints.Close(), secrets.Close(), runner.Close())
+}
+
+// environment parses the environment, sets the log's level by it, and prepares what else it names.
+func environment(environ []string, log *slog.Logger, level *slog.LevelVar) (*schema.Environment, error) {
+	if err := schema.HostNetwork(environ); err != nil {
+		log.Warn("the environment says that the pod has hostNetwork, and its network namespace says that it has not", "environment", err)
+	}
+	env, err := schema.ParseEnvironment(environ)
+	if err != nil {
+		_, err = env.Load() // which tells what is wrong with the override file, too
+		return nil, invalid{err}
+	}
+	if err := level.UnmarshalText([]byte(env.Process.LogLevel)); err != nil {
+		return nil, err
+	}
+	if err := prepare(env.Process); err != nil {
+		return nil, err
+	}
+	for _, warning := range env.Base().Warnings() {
+		if warning.Origin.Source == env.Process.IngressOff {
+			log.Warn("nothing that comes in is protected", "reason", warning.Error())
+		}
+	}
+	return env, nil
+}
+
+// meanwhile changes the closed pod's rules to what holds until the desired state is in force: what the pod sends is treated as the
+// environment says, and the status port is open. It returns what the table now remembers.
+func meanwhile(table *nft.Table, found render.Ruleset, mesh schema.Mesh, place render.Place, log *slog.Logger) render.Ruleset {
+	if mesh.Outbound.Mode != render.OutboundOf(found).Mode {
+		found = found.Allowing(mesh.Outbound, place)
+		if err := table.DenyAll(found); err != nil {
+			log.Warn("what the pod sends in the clear leaves until the desired state is in force", "error", err)
+		}
+	}
+	if port := mesh.StatusPort; port != 0 {
+		if err := table.OnlyStatus(port, found); err != nil {
+			log.Warn("the status address can't be reached until the desired state is in force", "error", err)
+		}
+	}
+	return found
+}
+
+// newRunner confines this process for good, and ends the Envoys that an earlier mantlet left.
+func newRunner(env *schema.Environment, log *slog.Logger) (*envoy.Runner, error) {
+	if err := raiseDescriptors(); err != nil {
+		log.Warn("Envoy takes fewer connections than it could", "error", err)
+	}
+	limits, memory := limits()
+	runner := &envoy.Runner{
+		Path: env.Process.EnvoyPath, UID: env.Process.EnvoyUID, RuntimeDirectory: env.Process.EnvoyDirectory(), Log: log,
+		Limits: limits, Memory: memory, Needs: capabilities(env, env.Base()), Processes: bind.Listening(),
+	}
+	err := confine(runner, env.Process, log)
+	if err == nil {
+		err = runner.Evict()
+	}
+	if err != nil {
+		return nil, errors.Join(err, runner.Close())
+	}
+	return runner, nil
 }
 
 // prepare makes the files that mantlet is to have before it is confined, and looks at the places of others.
@@ -341,18 +355,34 @@ func (p proxy) Start(ctx context.Context, state render.State, settings schema.En
 	return process, nil
 }
 
-// closePod puts the deny-all rules in place, and returns what was there before.
-func closePod(environ []string, log *slog.Logger) (*nft.Table, render.Ruleset, error) {
+// closePod puts the deny-all rules in place, and returns what was there before. Its error is unclosed where the pod may be open.
+func closePod(args arguments, log *slog.Logger) (*nft.Table, render.Ruleset, error) {
+	if err := here().judge(args.allowHostNetwork); err != nil {
+		return nil, render.Ruleset{}, unclosed{errors.Join(err, args.err), "none was touched"}
+	}
 	table, err := nft.Open()
 	if err != nil {
-		return nil, render.Ruleset{}, err
+		return nil, render.Ruleset{}, notClosed(err, args.environ)
 	}
-	table.EnvoyUID = schema.EnvoyUID(environ)
+	table.EnvoyUID = schema.EnvoyUID(args.environ)
 	found, err := deny(table, log)
 	if err != nil {
-		return nil, render.Ruleset{}, errors.Join(err, table.Close())
+		return nil, render.Ruleset{}, notClosed(errors.Join(err, table.Close()), args.environ)
 	}
 	return table, found, nil
+}
+
+// notClosed says what an error of deny means for the pod, and what would repair it.
+func notClosed(err error, environ []string) error {
+	if errors.Is(err, nft.ErrOwned) {
+		return err // another mantlet keeps the pod closed
+	}
+	if errors.Is(err, syscall.EPERM) {
+		env, _ := schema.ParseEnvironment(environ)
+		needs := capabilities(env, env.Base())
+		err = errors.Join(sandbox.Missing(needs), fmt.Errorf("%w; %s", err, sandbox.Remedy(needs)))
+	}
+	return unclosed{err, "no deny-all could be put in place: the pod is open, unless an earlier mantlet left its rules there"}
 }
 
 // deny claims the table for this mantlet and puts the deny-all rules into it. Of all that can fail before, only another mantlet keeps it

@@ -92,7 +92,7 @@ func (k Kernel) Try(routes render.Routes) error {
 	return errors.Join(errs...)
 }
 
-// change is one thing that differs, and the request that mends it.
+// change is one thing that differs, and the request that repairs it.
 type change struct {
 	found   string
 	request *nl.NetlinkRequest
