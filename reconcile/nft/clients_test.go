@@ -1,12 +1,10 @@
 package nft
 
 import (
-	"context"
 	"errors"
 	"io"
 	"net"
 	"net/netip"
-	"syscall"
 	"testing"
 	"time"
 
@@ -37,29 +35,14 @@ func (x *trial) route(there bool) {
 
 // dialAsClient dials the workload as Envoy does, from a client's address.
 func (x *trial) dialAsClient(from, to netip.AddrPort, wait time.Duration) (net.Conn, error) {
-	dialer := net.Dialer{
-		LocalAddr: net.TCPAddrFromAddrPort(from),
-		Control: func(network, _ string, raw syscall.RawConn) (err error) {
-			level, option := unix.SOL_IP, unix.IP_TRANSPARENT
-			if network == "tcp6" {
-				level, option = unix.SOL_IPV6, unix.IPV6_TRANSPARENT
-			}
-			controlled := raw.Control(func(fd uintptr) {
-				err = errors.Join(unix.SetsockoptInt(int(fd), level, option, 1),
-					unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PRIORITY, int(render.WorkloadPriority)))
-			})
-			return errors.Join(err, controlled)
-		},
-	}
-	dialer.SetMultipathTCP(false)
-	ctx, cancel := context.WithTimeout(x.t.Context(), wait)
-	defer cancel()
-	var conn net.Conn
-	err := x.pod.Do(func() (err error) {
-		conn, err = dialer.DialContext(ctx, "tcp", to.String())
-		return err
+	return x.dialWith(from, to, wait, func(network string, fd int) error {
+		level, option := unix.SOL_IP, unix.IP_TRANSPARENT
+		if network == "tcp6" {
+			level, option = unix.SOL_IPV6, unix.IPV6_TRANSPARENT
+		}
+		return errors.Join(unix.SetsockoptInt(fd, level, option, 1),
+			unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PRIORITY, int(render.WorkloadPriority)))
 	})
-	return x.keep(conn, err)
 }
 
 // fromClient returns both ends of a connection to the workload from a client's address.

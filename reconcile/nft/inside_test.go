@@ -47,15 +47,19 @@ var insideMark = marked(render.MarkInside)
 
 // dialAs dials from the pod with a socket option, from an address if it is valid.
 func (x *trial) dialAs(from netip.Addr, to netip.AddrPort, option, value int, wait time.Duration) (net.Conn, error) {
-	dialer := net.Dialer{Control: func(_, _ string, raw syscall.RawConn) (err error) {
-		controlled := raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, option, value) })
-		if controlled != nil {
-			return controlled
-		}
-		return err
+	return x.dialWith(netip.AddrPortFrom(from, 0), to, wait, func(_ string, fd int) error {
+		return unix.SetsockoptInt(fd, unix.SOL_SOCKET, option, value)
+	})
+}
+
+// dialWith dials from the pod, from an address if it is valid, with socket options.
+func (x *trial) dialWith(from, to netip.AddrPort, wait time.Duration, set func(network string, fd int) error) (net.Conn, error) {
+	dialer := net.Dialer{Control: func(network, _ string, raw syscall.RawConn) (err error) {
+		controlled := raw.Control(func(fd uintptr) { err = set(network, int(fd)) })
+		return errors.Join(err, controlled)
 	}}
-	if from.IsValid() {
-		dialer.LocalAddr = &net.TCPAddr{IP: from.AsSlice()}
+	if from.Addr().IsValid() {
+		dialer.LocalAddr = net.TCPAddrFromAddrPort(from)
 	}
 	dialer.SetMultipathTCP(false)
 	ctx, cancel := context.WithTimeout(x.t.Context(), wait)
