@@ -3,6 +3,7 @@ package reconcile
 import (
 	"slices"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"pgregory.net/rapid"
@@ -96,4 +97,28 @@ func TestRaises(t *testing.T) {
 	if got := all(100, 0, func(i int) uint16 { return uint16(8000 + i%10) }); got != nil {
 		t.Errorf("ten ports in turn: exhausted at changes %v", got)
 	}
+}
+
+// TestGenerationsRunOut: mesh CAs that are taken away again and again use up the generations. What the next one could let in again, which
+// Envoy has still open, ends with Envoy.
+func TestGenerationsRunOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.run(t)
+		expect(t, w, "start Envoy", "rules")
+		for revocation := range maxRaisesOfPort {
+			if did := w.done(); len(did) > 0 {
+				t.Fatalf("before revocation %d, the daemon did %q", revocation+1, did)
+			}
+			w.set(func() { w.revoked = true })
+			time.Sleep(pollMissing)
+			synctest.Wait()
+			if did := w.done(); len(did) == 0 || did[0] != "rules" || slices.Contains(did, "stop Envoy") != (revocation+1 == maxRaisesOfPort) {
+				t.Fatalf("upon revocation %d, the daemon did %q", revocation+1, did)
+			}
+		}
+		close(w.latest.exited)
+		expect(t, w, "start Envoy")
+		ready(t, w, "")
+	})
 }
