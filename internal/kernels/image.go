@@ -34,7 +34,9 @@ func (l *lane) image(ctx context.Context) (string, error) {
 		if err := build(ctx, "test", filepath.Join(root, "src", s.pkg, "pkg.test"), "./"+s.pkg); err != nil {
 			return "", err
 		}
-		if err := os.CopyFS(filepath.Join(root, "src", s.pkg, "testdata"), os.DirFS(filepath.Join(s.pkg, "testdata"))); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	}
+	for _, pkg := range []string{"cmd/mantlet", "reconcile/nft", "render"} { // reconcile/nft reads render's golden files
+		if err := os.CopyFS(filepath.Join(root, "src", pkg, "testdata"), os.DirFS(filepath.Join(pkg, "testdata"))); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return "", err
 		}
 	}
@@ -51,7 +53,7 @@ func (l *lane) image(ctx context.Context) (string, error) {
 	for name, text := range map[string]string{
 		"passwd": "root:x:0:0::/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n", "group": "root:x:0:\nnogroup:x:65534:\n",
 		"hosts": "127.0.0.1 localhost\n::1 localhost\n", "nsswitch.conf": "hosts: files dns\n", "resolv.conf": "nameserver 127.0.0.1\n",
-		"protocols": "ip 0 IP\nicmp 1 ICMP\ntcp 6 TCP\nudp 17 UDP\nipv6-icmp 58 IPv6-ICMP\nsctp 132 SCTP\n", // by which nft names numbers
+		"protocols": "ip 0 IP\nicmp 1 ICMP\ntcp 6 TCP\nudp 17 UDP\nipv6-icmp 58 IPv6-ICMP\ndccp 33 DCCP\nsctp 132 SCTP\nudplite 136 UDPLite\n", // by which nft names numbers
 	} {
 		if err := os.WriteFile(filepath.Join(root, "etc", name), []byte(text), 0o644); err != nil {
 			return "", err
