@@ -14,6 +14,7 @@ import (
 	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	"mantlet/internal/lab"
 	"mantlet/internal/rundir"
@@ -173,6 +174,9 @@ func TestBrokenIsRefused(t *testing.T) {
 	}{
 		{"must be set when", validator.place, func(r *bootstrapv3.Bootstrap_StaticResources) {
 			edit(t, r.Listeners[0].FilterChains[0].Filters[1].GetTypedConfig(), func(p *tcpproxyv3.TcpProxy) { p.MaxEarlyDataBytes = nil })
+		}},
+		{"ConnectTimeout: value must be greater than", validator.place, func(r *bootstrapv3.Bootstrap_StaticResources) {
+			r.Clusters[0].ConnectTimeout = durationpb.New(0)
 		}},
 		{"duplicate cluster", validator.place, func(r *bootstrapv3.Bootstrap_StaticResources) { r.Clusters = append(r.Clusters, r.Clusters[0]) }},
 		{".json' does not exist", elsewhere, func(*bootstrapv3.Bootstrap_StaticResources) {}},

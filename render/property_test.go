@@ -16,11 +16,16 @@ import (
 	"sync/atomic"
 	"testing"
 
+	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protopath"
+	"google.golang.org/protobuf/reflect/protorange"
+	"google.golang.org/protobuf/reflect/protoreflect"
 	"pgregory.net/rapid"
 
 	"mantlet/internal/rundir"
@@ -238,6 +243,39 @@ func TestNamesAreNotRendered(t *testing.T) {
 		got, err := render.Render(withNames(mesh, func() string { return name.Draw(t, "name") }), place)
 		if err != nil || got.Digest != want.Digest || got.Ruleset.Text() != want.Ruleset.Text() {
 			t.Fatalf("names change what is rendered: %v", err)
+		}
+	})
+}
+
+// TestBootstrapIsValid checks each message of a bootstrap, those that are packed in another included, against the rules that Envoy's API
+// has for it. mantlet itself does not: Envoy does when it validates the bootstrap, and the code for it would make the binary 4 MB larger.
+func TestBootstrapIsValid(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		mesh := drawMesh(t)
+		mesh.IngressOff = rapid.Bool().Draw(t, "ingress off")
+		state, err := render.Render(mesh, place)
+		if err != nil {
+			t.Fatal(err)
+		}
+		checked := map[protoreflect.FullName]bool{}
+		err = protorange.Range(state.Bootstrap.ProtoReflect(), func(p protopath.Values) error {
+			m, ok := p.Index(-1).Value.Interface().(protoreflect.Message)
+			if !ok {
+				return nil
+			}
+			checked[m.Descriptor().FullName()] = true
+			if v, ok := m.Interface().(interface{ Validate() error }); ok {
+				return v.Validate()
+			}
+			return nil
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		for _, m := range []proto.Message{&bootstrapv3.Bootstrap{}, &tcpproxyv3.TcpProxy{}, &tlsv3.DownstreamTlsContext{}} {
+			if name := m.ProtoReflect().Descriptor().FullName(); !checked[name] && !mesh.IngressOff {
+				t.Errorf("%s was not checked", name)
+			}
 		}
 	})
 }
