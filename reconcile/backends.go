@@ -17,8 +17,8 @@ type Kernel interface {
 	// Replace makes the table hold the ruleset and nothing else, in one transaction. If it fails, the rules are unchanged. It is
 	// idempotent.
 	Replace(render.Ruleset) error
-	// Exchange is Replace where connections are open that must not notice: a packet that is on its way meets the rules of before or those of
-	// after.
+	// Exchange is Replace where connections may be open that must not notice: a packet that is on its way meets the rules of before or those
+	// of after.
 	Exchange(render.Ruleset) error
 	// Check returns nil if the table holds what Replace put there last, and otherwise an error that says what differs.
 	Check() error

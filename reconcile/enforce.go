@@ -24,8 +24,8 @@ func (d *Daemon) enforce(want *desired) (err error) {
 	change := d.tighten(&next, revoked)
 	if rules := next.rules(); d.have == nil || rules.Text() != d.have.rules().Text() {
 		spared, put := d.moveAllowed(change), d.Kernel.Replace
-		if spared > 0 {
-			put = d.Kernel.Exchange
+		if d.have != nil {
+			put = d.Kernel.Exchange // connections may be open that the change does not concern
 		}
 		if err := d.replace(put, rules); err != nil {
 			d.loop.exhausted = d.loop.exhausted || spared > 0 // the next attempt may forbid what was moved to the next generation already

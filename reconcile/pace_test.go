@@ -91,6 +91,9 @@ func TestNext(t *testing.T) {
 		if did := w.done(); !slices.Equal(did, step.does) {
 			t.Errorf("%s: it did %q, want %q", step.text, did, step.does)
 		}
+		if w.replaced != 1 {
+			t.Errorf("%s: rules were put in force %d times without regard to open connections, want only the first time", step.text, w.replaced)
+		}
 	}
 }
 

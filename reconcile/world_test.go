@@ -39,6 +39,7 @@ type world struct {
 	startErr    error
 	startTake   time.Duration
 	rulesErr    error
+	replaced    int                      // how often rules were put in force as if no connection were open
 	hang        map[string]chan struct{} // what "rules", "mend", "start" and "update" wait for, whatever context they have
 	found       error                    // what is not as it should be with the rules in the kernel
 	secretErr   error
@@ -110,9 +111,12 @@ func (w *world) wait(did string) {
 	}
 }
 
-func (w *world) Exchange(r render.Ruleset) error { return w.Replace(r) }
+func (w *world) Replace(r render.Ruleset) error {
+	w.set(func() { w.replaced++ })
+	return w.Exchange(r)
+}
 
-func (w *world) Replace(render.Ruleset) error {
+func (w *world) Exchange(render.Ruleset) error {
 	w.note("rules")
 	w.wait("rules")
 	w.mu.Lock()

@@ -86,7 +86,7 @@ func TestExchangeFromAnyStateToAnyOther(t *testing.T) {
 	all := map[string]render.Ruleset{"deny all": render.DenyAll(true), "generations": render.Rules(schema.Mesh{Ingress: []schema.Ingress{port1(8080, schema.ModeTLS)}}, render.Generations{
 		Default: 3, Ports: []render.PortsGeneration{{Ports: schema.Ports{First: 8000, Last: 8099}, Generation: 4}},
 	})}
-	for _, name := range []string{"web", "ranges", "last port", "status"} {
+	for _, name := range []string{"web", "ranges", "last port", "status", "drop", "closed"} {
 		all[name] = states()[name]
 	}
 	sorted := func(text string) string {
