@@ -1,0 +1,187 @@
+package main
+
+import (
+	"crypto/tls"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+
+	"mantlet/internal/lab"
+	"mantlet/internal/status"
+)
+
+// replicas are endpoints behind one address that have certificates of their own: each connection meets the next one.
+type replicas struct {
+	*lab.Workload
+	identities []*lab.Identity
+	mu         sync.Mutex
+	met        []*lab.Identity // by each connection
+}
+
+// replicate serves on a host's port 8443. The endpoints trust the clients of these CAs.
+func (p *pod) replicate(on *lab.Host, trusted []*lab.Authority, identities ...*lab.Identity) *replicas {
+	p.t.Helper()
+	r := &replicas{identities: identities}
+	clients := identities[0].Authority.Pool()
+	for _, ca := range trusted {
+		clients.AppendCertsFromPEM(ca.CAPEM())
+	}
+	r.Workload = p.serve(on, lab.Service{Address: ":8443", TLS: &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		identity := r.identities[len(r.met)%len(r.identities)]
+		r.met = append(r.met, identity)
+		config := identity.ServerConfig()
+		config.ClientCAs, config.SessionTicketsDisabled = clients, true // a resumed session is the endpoint's that began it
+		return config, nil
+	}}})
+	return r
+}
+
+// connect has the workload connect to an egress entry, one connection after another, until it has as many to each endpoint as asked for.
+func (r *replicas) connect(p *pod, listen string, each int) map[*lab.Identity][]net.Conn {
+	p.t.Helper()
+	all := map[*lab.Identity][]net.Conn{}
+	for range each * len(r.identities) {
+		conn := p.reach(listen)
+		r.mu.Lock()
+		met := r.met[len(r.met)-1]
+		r.mu.Unlock()
+		all[met] = append(all[met], conn)
+	}
+	return all
+}
+
+// open returns how many connections an endpoint still has.
+func (r *replicas) open(identity *lab.Identity) (n int) {
+	all := r.Connections()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for i, met := range r.met {
+		if met == identity && !all[i].Closed {
+			n++
+		}
+	}
+	return n
+}
+
+// end wants connections to an endpoint to be over for the workload and for the endpoint.
+func (r *replicas) end(p *pod, identity *lab.Identity, conns []net.Conn) {
+	p.t.Helper()
+	for _, conn := range conns {
+		if err := cut(conn); err != nil {
+			p.t.Errorf("the workload's end of a connection to %v, which is forbidden: %v", identity.Leaf.DNSNames, err)
+		}
+	}
+	p.await("the endpoint's ends are over", func() bool { return r.open(identity) == 0 })
+}
+
+// live wants connections to exchange bytes.
+func live(p *pod, identity *lab.Identity, conns []net.Conn) {
+	p.t.Helper()
+	for _, conn := range conns {
+		if err := echo(conn); err != nil {
+			p.t.Errorf("a connection by %v, which nothing forbids: %v", identity.Leaf.DNSNames, err)
+		}
+	}
+}
+
+// lastEnding waits until the status tells of connections that a change ended.
+func (p *pod) lastEnding(code status.EndReason, count int, sans ...string) {
+	p.t.Helper()
+	p.await(fmt.Sprintf("status tells of %d connections that ended by %s", count, code), func() bool {
+		all := p.status().Endings
+		return len(all) > 0 && slices.ContainsFunc(all, func(e status.Ending) bool {
+			return e.Code == code && e.Count == count && slices.Equal(e.SANs, sans)
+		})
+	})
+}
+
+// TestEgressOthersLiveOn: a change of an egress entry ends the connections that it would not make, at both ends. The others go on, in
+// the Envoy that they are in.
+func TestEgressOthersLiveOn(t *testing.T) {
+	t.Parallel()
+	const listen = "127.137.0.1:8081"
+	p := newPod(t, web)
+	billing, shop := p.issue("billing"), p.issue("shop")
+	first, second := p.host("first"), p.host("second")
+	endpoints := p.replicate(first, nil, billing, shop)
+	elsewhere := p.replicate(second, nil, billing)
+	entry := func(at *lab.Host, names string) string {
+		return fmt.Sprintf("egress: [{listen: '%s', upstream: '%s', serverNames: [%s]}]", listen, netip.AddrPortFrom(at.IPv4, 8443), names)
+	}
+	m := p.override(entry(first, "billing, shop"))
+	p.start()
+	open := endpoints.connect(p, listen, 2)
+
+	m.write(entry(first, "billing"))
+	endpoints.end(p, shop, open[shop])
+	live(p, billing, open[billing])
+	p.lastEnding(status.EndServerNames, 2, "shop")
+
+	endpoints.identities = []*lab.Identity{billing}
+	fresh := endpoints.connect(p, listen, 2) // the others end with the Envoy that they are in
+	m.write(entry(second, "billing"))
+	endpoints.end(p, billing, fresh[billing])
+	p.lastEnding(status.EndUpstream, 2, "billing")
+
+	moved := elsewhere.connect(p, listen, 2)
+	m.write("{}")
+	elsewhere.end(p, billing, moved[billing])
+	p.lastEnding(status.EndEntry, 2, "billing")
+}
+
+// TestOneOfTwoCAs: a mesh CA is removed from the bundle. The connections of clients and endpoints that only it vouches for end, the
+// others go on.
+func TestOneOfTwoCAs(t *testing.T) {
+	t.Parallel()
+	const listen = "127.137.0.1:8081"
+	p := newPod(t, web)
+	next, err := lab.NewAuthority("mesh")
+	p.must(err)
+	issue := func(name string) *lab.Identity {
+		identity, err := next.Issue(lab.Leaf{DNSNames: []string{name}})
+		p.must(err)
+		return identity
+	}
+	pod, billing, nextBilling := issue("pod"), p.issue("billing"), issue("billing")
+	host := p.host("billing")
+	endpoints := p.replicate(host, []*lab.Authority{next}, billing, nextBilling)
+	p.override(fmt.Sprintf("ingress: [{port: %d, allow: [client]}]\negress: [{listen: '%s', upstream: '%s', serverNames: [billing]}]",
+		silentPort, listen, netip.AddrPortFrom(host.IPv4, 8443)))
+	p.bundle(pod, p.mesh.CAPEM(), next.CAPEM())
+	p.besiege()
+	p.run()
+	p.protect(tlsPort)
+	p.protect(mtlsPort)
+	p.ready()
+	p.serve(p.Host, lab.Service{Address: fmt.Sprintf(":%d", silentPort)})
+	clients := map[*lab.Identity][]net.Conn{}
+	nextClient := issue("client")
+	for _, client := range []*lab.Identity{p.client, nextClient} {
+		for _, addr := range p.Addrs() {
+			config := client.ClientConfig("pod")
+			config.RootCAs = next.Pool()
+			conn, err := p.handshake(netip.AddrPortFrom(addr, silentPort), config)
+			p.must(err)
+			p.must(echo(conn))
+			clients[client] = append(clients[client], conn)
+		}
+	}
+	open := endpoints.connect(p, listen, 2)
+
+	p.bundle(pod, next.CAPEM())
+	for _, conn := range clients[p.client] {
+		if err := cut(conn); err != nil {
+			t.Errorf("a client of the CA that is gone: %v", err)
+		}
+	}
+	live(p, nextClient, clients[nextClient])
+	endpoints.end(p, billing, open[billing])
+	live(p, nextBilling, open[nextBilling])
+	p.lastEnding(status.EndCARemoved, 2, "client")
+	p.lastEnding(status.EndCARemoved, 2, "billing")
+}
