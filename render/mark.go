@@ -79,7 +79,7 @@ func (g Generations) At(port uint16) Generation {
 // Admits tells which open connections from outside the rules of a mesh let go on in these generations, by their port and mark. Marks of
 // other connections are none of its business.
 func Admits(mesh schema.Mesh, generations Generations, port uint16, mark Mark) bool {
-	if mesh.IngressOff || port == mesh.StatusPort {
+	if mesh.IngressOff || isStatus(mesh, port) {
 		return true
 	}
 	p := policy{schema.PolicyOf(mesh.Ingress, port).Mode, generations.At(port), generations.Moving}

@@ -272,7 +272,7 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 	modes, answers := Map{Name: modesMap}, Map{Name: answersMap}
 	for _, part := range all {
 		in, out := part.in(), part.out()
-		if part.ports.First == mesh.StatusPort { // it is the only one of the part
+		if isStatus(mesh, part.ports.First) { // it is the only one of the part
 			in, out = statusIn, statusOut
 		}
 		modes.Elements = append(modes.Elements, Element{part.ports, goTo(in)})
@@ -429,13 +429,16 @@ func parts(mesh schema.Mesh, generations Generations) []part {
 	var all []part
 	for _, ports := range schema.Cut(ranges) {
 		p := policy{schema.PolicyOf(mesh.Ingress, ports.First).Mode, generations.At(ports.First), generations.Moving}
-		if ports.First == mesh.StatusPort {
+		if isStatus(mesh, ports.First) {
 			p = statusPolicy // by the time that it is the first, it is the only one
 		}
 		all = append(all, part{ports, p})
 	}
 	return all
 }
+
+// isStatus reports whether a port is the one of mantlet's own status. Where it has none, no port is, nor is 0, at which ranges of all ports begin.
+func isStatus(mesh schema.Mesh, port uint16) bool { return mesh.StatusPort != 0 && port == mesh.StatusPort }
 
 // inUse returns the policies that need their chains: the one of ports without a part, and those of the parts.
 func inUse(standard policy, all []part) []policy {

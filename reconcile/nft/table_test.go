@@ -58,6 +58,9 @@ func states() map[string]render.Ruleset {
 		"other protocols": render.Rules(schema.Mesh{OtherProtocols: schema.OtherProtocolsAccept}, render.Generations{}),
 		"closed": render.Rules(schema.Mesh{StatusPort: statusPort, Ingress: []schema.Ingress{port1(8080, tls), ports(9000, 9099, mtls)}}, render.Generations{}).
 			Closed([]schema.Ports{{First: 1, Last: 9050}, {First: 60000, Last: 65535}}),
+		// As while a new TLS minimum waits, where there is no status port.
+		"all closed": rules(ports(0, 8079, mtls), port1(8080, tls), ports(8081, 65535, mtls)).
+			Closed([]schema.Ports{{First: 0, Last: 8079}, {First: 8080, Last: 8080}, {First: 8081, Last: 65535}}),
 		"observe":           render.Rules(schema.Mesh{Outbound: leaving(schema.OutboundObserve)}, render.Generations{}),
 		"drop":              render.Rules(schema.Mesh{Outbound: leaving(schema.OutboundDrop)}, render.Generations{}),
 		"drop, ingress off": render.Rules(schema.Mesh{IngressOff: true, Outbound: leaving(schema.OutboundDrop)}, render.Generations{}),
