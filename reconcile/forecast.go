@@ -31,19 +31,22 @@ func (d *Daemon) Forecast(text []byte) (f status.Forecast, err error) {
 	if err != nil {
 		return f, err
 	}
-	f = status.Forecast{Ingress: map[uint16]map[status.EndReason]int{}, Egress: map[string]map[status.EndReason]int{}}
-	for s, mark := range clients {
-		if reason := c.forecast(s, mark); reason != "" {
-			count(f.Ingress, s.Local.Port(), reason)
-		}
-	}
 	sockets, err := sockdiag.List()
+	if err != nil {
+		return f, err
+	}
+	f = status.Forecast{Ingress: map[uint16]map[status.EndReason]int{}, Egress: map[string]map[status.EndReason]int{}}
 	for s := range sockets {
+		if mark, isClient := clients[s]; isClient { // conntrack keeps those that are closed for a while
+			if reason := c.forecast(s, mark); reason != "" {
+				count(f.Ingress, s.Local.Port(), reason)
+			}
+		}
 		if reason := c.endpoint(s); reason != "" {
 			count(f.Egress, s.Local.String(), reason)
 		}
 	}
-	return f, err
+	return f, nil
 }
 
 func count[K comparable](to map[K]map[status.EndReason]int, key K, reason status.EndReason) {
