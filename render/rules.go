@@ -438,7 +438,9 @@ func parts(mesh schema.Mesh, generations Generations) []part {
 }
 
 // isStatus reports whether a port is the one of mantlet's own status. Where it has none, no port is, nor is 0, at which ranges of all ports begin.
-func isStatus(mesh schema.Mesh, port uint16) bool { return mesh.StatusPort != 0 && port == mesh.StatusPort }
+func isStatus(mesh schema.Mesh, port uint16) bool {
+	return mesh.StatusPort != 0 && port == mesh.StatusPort
+}
 
 // inUse returns the policies that need their chains: the one of ports without a part, and those of the parts.
 func inUse(standard policy, all []part) []policy {

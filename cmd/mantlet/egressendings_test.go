@@ -13,6 +13,9 @@ import (
 	"mantlet/internal/status"
 )
 
+// replicated is the egress entry of tests with replicas.
+const replicated = "127.137.0.1:8081"
+
 // replicas are endpoints behind one address that have certificates of their own: each connection meets the next one.
 type replicas struct {
 	*lab.Workload
@@ -41,12 +44,12 @@ func (p *pod) replicate(on *lab.Host, trusted []*lab.Authority, identities ...*l
 	return r
 }
 
-// connect has the workload connect to an egress entry, one connection after another, until it has as many to each endpoint as asked for.
-func (r *replicas) connect(p *pod, listen string, each int) map[*lab.Identity][]net.Conn {
+// connect has the workload connect to the egress entry, one connection after another, until it has as many to each endpoint as asked for.
+func (r *replicas) connect(p *pod, each int) map[*lab.Identity][]net.Conn {
 	p.t.Helper()
 	all := map[*lab.Identity][]net.Conn{}
 	for range each * len(r.identities) {
-		conn := p.reach(listen)
+		conn := p.reach(replicated)
 		r.mu.Lock()
 		met := r.met[len(r.met)-1]
 		r.mu.Unlock()
@@ -89,13 +92,13 @@ func live(p *pod, identity *lab.Identity, conns []net.Conn) {
 	}
 }
 
-// lastEnding waits until the status tells of connections that a change ended.
-func (p *pod) lastEnding(code status.EndReason, count int, sans ...string) {
+// endedTwo waits until the status tells of two connections that a change ended.
+func (p *pod) endedTwo(code status.EndReason, sans ...string) {
 	p.t.Helper()
-	p.await(fmt.Sprintf("status tells of %d connections that ended by %s", count, code), func() bool {
+	p.await("status tells of two connections that ended by "+string(code), func() bool {
 		all := p.status().Endings
-		return len(all) > 0 && slices.ContainsFunc(all, func(e status.Ending) bool {
-			return e.Code == code && e.Count == count && slices.Equal(e.SANs, sans)
+		return slices.ContainsFunc(all, func(e status.Ending) bool {
+			return e.Code == code && e.Count == 2 && slices.Equal(e.SANs, sans)
 		})
 	})
 }
@@ -104,41 +107,39 @@ func (p *pod) lastEnding(code status.EndReason, count int, sans ...string) {
 // the Envoy that they are in.
 func TestEgressOthersLiveOn(t *testing.T) {
 	t.Parallel()
-	const listen = "127.137.0.1:8081"
 	p := newPod(t, web)
 	billing, shop := p.issue("billing"), p.issue("shop")
 	first, second := p.host("first"), p.host("second")
 	endpoints := p.replicate(first, nil, billing, shop)
 	elsewhere := p.replicate(second, nil, billing)
 	entry := func(at *lab.Host, names string) string {
-		return fmt.Sprintf("egress: [{listen: '%s', upstream: '%s', serverNames: [%s]}]", listen, netip.AddrPortFrom(at.IPv4, 8443), names)
+		return fmt.Sprintf("egress: [{listen: '%s', upstream: '%s', serverNames: [%s]}]", replicated, netip.AddrPortFrom(at.IPv4, 8443), names)
 	}
 	m := p.override(entry(first, "billing, shop"))
 	p.start()
-	open := endpoints.connect(p, listen, 2)
+	open := endpoints.connect(p, 2)
 
 	m.write(entry(first, "billing"))
 	endpoints.end(p, shop, open[shop])
 	live(p, billing, open[billing])
-	p.lastEnding(status.EndServerNames, 2, "shop")
+	p.endedTwo(status.EndServerNames, "shop")
 
 	endpoints.identities = []*lab.Identity{billing}
-	fresh := endpoints.connect(p, listen, 2) // the others end with the Envoy that they are in
+	fresh := endpoints.connect(p, 2) // the others end with the Envoy that they are in
 	m.write(entry(second, "billing"))
 	endpoints.end(p, billing, fresh[billing])
-	p.lastEnding(status.EndUpstream, 2, "billing")
+	p.endedTwo(status.EndUpstream, "billing")
 
-	moved := elsewhere.connect(p, listen, 2)
+	moved := elsewhere.connect(p, 2)
 	m.write("{}")
 	elsewhere.end(p, billing, moved[billing])
-	p.lastEnding(status.EndEntry, 2, "billing")
+	p.endedTwo(status.EndEntry, "billing")
 }
 
 // TestOneOfTwoCAs: a mesh CA is removed from the bundle. The connections of clients and endpoints that only it vouches for end, the
 // others go on.
 func TestOneOfTwoCAs(t *testing.T) {
 	t.Parallel()
-	const listen = "127.137.0.1:8081"
 	p := newPod(t, web)
 	next, err := lab.NewAuthority("mesh")
 	p.must(err)
@@ -151,7 +152,7 @@ func TestOneOfTwoCAs(t *testing.T) {
 	host := p.host("billing")
 	endpoints := p.replicate(host, []*lab.Authority{next}, billing, nextBilling)
 	p.override(fmt.Sprintf("ingress: [{port: %d, allow: [client]}]\negress: [{listen: '%s', upstream: '%s', serverNames: [billing]}]",
-		silentPort, listen, netip.AddrPortFrom(host.IPv4, 8443)))
+		silentPort, replicated, netip.AddrPortFrom(host.IPv4, 8443)))
 	p.bundle(pod, p.mesh.CAPEM(), next.CAPEM())
 	p.besiege()
 	p.run()
@@ -171,7 +172,7 @@ func TestOneOfTwoCAs(t *testing.T) {
 			clients[client] = append(clients[client], conn)
 		}
 	}
-	open := endpoints.connect(p, listen, 2)
+	open := endpoints.connect(p, 2)
 
 	p.bundle(pod, next.CAPEM())
 	for _, conn := range clients[p.client] {
@@ -182,6 +183,6 @@ func TestOneOfTwoCAs(t *testing.T) {
 	live(p, nextClient, clients[nextClient])
 	endpoints.end(p, billing, open[billing])
 	live(p, nextBilling, open[nextBilling])
-	p.lastEnding(status.EndCARemoved, 2, "client")
-	p.lastEnding(status.EndCARemoved, 2, "billing")
+	p.endedTwo(status.EndCARemoved, "client")
+	p.endedTwo(status.EndCARemoved, "billing")
 }
