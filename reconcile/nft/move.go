@@ -14,8 +14,8 @@ import (
 	"mantlet/render"
 )
 
-// Clients returns the connections from outside that are open, with their marks, by the socket that the client dialled. It must be called
-// on a thread in the table's network namespace.
+// Clients returns the connections from outside that conntrack has, with their marks, by the socket that the client dialled. Some may have ended
+// a while ago. It must be called on a thread in the table's network namespace.
 func (t *Table) Clients() (map[sockdiag.Socket]render.Mark, error) {
 	all := map[sockdiag.Socket]render.Mark{}
 	err := ask(conntrackGet, netlink.Request|netlink.Dump, func(d *netlink.AttributeDecoder) error {
