@@ -1,7 +1,6 @@
 package peers
 
 import (
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -28,9 +27,9 @@ type Table struct {
 	mu     sync.Mutex
 	finder *sockdiag.Finder
 	open   map[sockdiag.Cookie]entry // by the cookie of the client's socket
-	peers  map[[sha256.Size]byte]*Peer
-	sweep  int       // how many entries there are when those of connections that ended are looked for
-	swept  time.Time // when that was done last
+	peers  map[string]*Peer          // by their certificates, as Envoy writes them
+	sweep  int                       // how many entries there are when those of connections that ended are looked for
+	swept  time.Time                 // when that was done last
 }
 
 type entry struct {
@@ -111,8 +110,7 @@ func (t *Table) Note(fields []string) error {
 
 // peer returns whom a certificate is for; nil where there are too many.
 func (t *Table) peer(text string) (*Peer, error) {
-	key := sha256.Sum256([]byte(text))
-	if p := t.peers[key]; p != nil || len(t.peers) >= maxPeers {
+	if p := t.peers[text]; p != nil || len(t.peers) >= maxPeers {
 		return p, nil
 	}
 	p, err := parse(text)
@@ -120,9 +118,9 @@ func (t *Table) peer(text string) (*Peer, error) {
 		return nil, fmt.Errorf("reading a peer's certificate: %w", err)
 	}
 	if t.peers == nil {
-		t.peers = map[[sha256.Size]byte]*Peer{}
+		t.peers = map[string]*Peer{}
 	}
-	t.peers[key] = p
+	t.peers[strings.Clone(text)] = p // without the rest of the line
 	return p, nil
 }
 
@@ -158,9 +156,9 @@ func (t *Table) known() (map[sockdiag.Socket]Connection, error) {
 			delete(t.open, cookie)
 		}
 	}
-	for key, p := range t.peers {
+	for text, p := range t.peers {
 		if !used[p] {
-			delete(t.peers, key)
+			delete(t.peers, text)
 		}
 	}
 	t.sweep, t.swept = min(2*len(t.open), maxOpen), time.Now()
