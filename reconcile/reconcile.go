@@ -37,6 +37,9 @@ type Daemon struct {
 	// Follow returns refusals as they come, until ctx ends; an error where too many follow already.
 	Follow func(ctx context.Context) (<-chan status.Followed, error)
 	Log    *slog.Logger
+	// Rest is called in a goroutine of its own once the loop has done nothing for restAfter: what its work took can be given back to the
+	// kernel. nil: nothing is.
+	Rest func()
 	// LogLost returns how many lines of the log were dropped, and for how long its reader has read nothing; 0 while it reads. nil: no lines
 	// are dropped.
 	LogLost func() (lines uint64, unread time.Duration)
@@ -168,6 +171,9 @@ func (s *desired) same(other *desired) bool {
 // room again.
 const retryInputs = time.Second
 
+// restAfter is longer than what follows a change at once: ending connections, say.
+const restAfter = 2 * time.Second
+
 // Run brings the desired state about and keeps it until ctx ends. Then it lets connections end, for at most the drain time or until abort
 // is closed, and stops Envoy. The rules stay in any case. A note on reload makes it read its inputs again.
 //
@@ -193,11 +199,18 @@ func (d *Daemon) Run(ctx context.Context, reload, abort <-chan struct{}) {
 	defer running.Wait()
 	defer stop()
 	defer d.watchdog.idle(loop)
+	rest := time.AfterFunc(restAfter, func() {
+		if d.Rest != nil {
+			d.Rest()
+		}
+	})
+	defer rest.Stop()
 	for {
 		var again <-chan time.Time
 		if wait := d.converge(ctx); wait > 0 {
 			again = time.After(wait)
 		}
+		rest.Reset(restAfter)
 		d.watchdog.idle(loop)
 		select {
 		case <-ctx.Done():

@@ -207,6 +207,7 @@ func run(ctx context.Context, args arguments, log *slog.Logger, queue *logQueue,
 		Processes:    runner.Processes,
 		Follow:       runner.Follow,
 		Log:          log,
+		Rest:         releaseMemory,
 		LogLost:      func() (uint64, time.Duration) { return queue.lost(time.Now()) },
 	}
 	runner.Progress, runner.Upstream = daemon.Progress, daemon.Upstream
@@ -300,12 +301,18 @@ func collectLater() {
 	usual := debug.SetGCPercent(400)
 	time.AfterFunc(time.Second, func() {
 		debug.SetGCPercent(usual)
-		debug.FreeOSMemory()
-		releaseBinary()
+		releaseMemory()
 	})
 }
 
-// releaseBinary gives back the pages of mantlet's own code, some 8 MiB, of which a start touches most and the time after it
+// releaseMemory gives back to the kernel what a start or a change took and nobody needs any more: rendering 1,000 entries takes several
+// times what is kept of them.
+func releaseMemory() {
+	debug.FreeOSMemory()
+	releaseBinary()
+}
+
+// releaseBinary gives back the pages of mantlet's own code, some 7 MiB, of which a start or a change touches most and the time after it
 // few: the package initialisers of protobuf, say. What is touched again comes back from the kernel's cache.
 func releaseBinary() {
 	binary, err := os.Readlink("/proc/self/exe")

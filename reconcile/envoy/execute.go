@@ -35,17 +35,17 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Proc
 			<-old.exited
 		}
 	}
-	p.Bootstrap = proto.CloneOf(state.Bootstrap)
-	render.SetEpoch(p.Bootstrap, r.RuntimeDirectory, p.Epoch)
-	if err := render.Limit(p.Bootstrap, r.Limits.Capacity(state.Cost)); err != nil {
+	b := proto.CloneOf(state.Bootstrap)
+	render.SetEpoch(b, r.RuntimeDirectory, p.Epoch)
+	if err := render.Limit(b, r.Limits.Capacity(state.Cost)); err != nil {
 		return nil, err
 	}
-	if err := render.AddMesh(p.Bootstrap, state.Mesh); err != nil {
+	if err := render.AddMesh(b, state.Mesh); err != nil {
 		return nil, err
 	}
-	p.Digest, p.workers = state.Digest, settings.Concurrency
+	p.Digest, p.listeners, p.workers = state.Digest, listenersOf(b), settings.Concurrency
 	config := r.directory().Bootstrap(p.Epoch)
-	if err := r.write(config, p.Bootstrap); err != nil {
+	if err := r.write(config, b); err != nil {
 		return nil, err
 	}
 	// An Envoy that has not ended yet could answer there for the new one.
@@ -112,7 +112,7 @@ func (r *Runner) spawn(p *Process, arguments []string) (stdout, stderr io.ReadCl
 		Pdeathsig: syscall.SIGKILL,
 	}
 	err = r.spawner.do(func() (err error) {
-		if p.cmd.SysProcAttr.AmbientCaps, err = sandbox.AmbientCapabilities(ports(p.Bootstrap)); err != nil {
+		if p.cmd.SysProcAttr.AmbientCaps, err = sandbox.AmbientCapabilities(ports(p.listeners)); err != nil {
 			return err
 		}
 		if stderr, err = p.cmd.StderrPipe(); err != nil {

@@ -48,7 +48,7 @@ func BenchmarkHotRestart(b *testing.B) {
 				"--concurrency", strconv.Itoa(s.settings.Concurrency), "--log-level", "warning")
 			// As the same user: another one can't listen beside the Envoys that serve.
 			if err := s.spawner.do(func() error {
-				capabilities, err := sandbox.AmbientCapabilities(ports(bootstrap))
+				capabilities, err := sandbox.AmbientCapabilities(ports(listenersOf(bootstrap)))
 				envoy.SysProcAttr = &syscall.SysProcAttr{AmbientCaps: capabilities}
 				return errors.Join(err, envoy.Start())
 			}); err != nil {

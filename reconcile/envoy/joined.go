@@ -8,7 +8,6 @@ import (
 	"slices"
 
 	"mantlet/internal/bind"
-	"mantlet/render"
 )
 
 // Joined returns an error that names the listeners which another process has joined; nil where there is none. The kernel lets processes
@@ -21,9 +20,9 @@ func (r *Runner) Joined() error {
 	names, most := map[netip.AddrPort]string{}, 0
 	for _, p := range r.Running() {
 		most = max(most, p.workers, 1)
-		for _, l := range p.Bootstrap.GetStaticResources().GetListeners() {
-			for _, at := range render.AddressesOf(l) {
-				names[at] = l.GetName()
+		for _, l := range p.listeners {
+			for _, at := range l.addresses {
+				names[at] = l.name
 			}
 		}
 	}

@@ -88,5 +88,5 @@ func (r *Runner) stillListening(p *Process) (int, error) {
 	p.parentStats.mu.Lock()
 	defer p.parentStats.mu.Unlock()
 	err := r.refreshParentStats(p)
-	return len(p.Bootstrap.StaticResources.Listeners) - int(p.parentStats.stopped), err
+	return len(p.listeners) - int(p.parentStats.stopped), err
 }

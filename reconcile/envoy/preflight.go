@@ -43,18 +43,18 @@ func (r *Runner) preflight(ctx context.Context, state render.State) error {
 // tryBinds returns why an Envoy could not listen at all addresses of a bootstrap.
 func (r *Runner) tryBinds(b *bootstrapv3.Bootstrap) error {
 	return r.spawner.do(func() error {
-		if _, err := sandbox.AmbientCapabilities(ports(b)); err != nil {
+		if _, err := sandbox.AmbientCapabilities(ports(listenersOf(b))); err != nil {
 			return err
 		}
 		return bind.Try(r.Processes, render.ListenAddresses(b)...)
 	})
 }
 
-// ports returns the ports of a bootstrap's listeners.
-func ports(b *bootstrapv3.Bootstrap) (ports []uint32) {
-	for _, l := range b.StaticResources.Listeners {
-		if address := l.GetAddress().GetSocketAddress(); address != nil {
-			ports = append(ports, address.GetPortValue())
+// ports returns the ports of listeners.
+func ports(listeners []listener) (ports []uint32) {
+	for _, l := range listeners {
+		for _, at := range l.addresses {
+			ports = append(ports, uint32(at.Port()))
 		}
 	}
 	return ports

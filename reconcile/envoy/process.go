@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"sync/atomic"
@@ -11,14 +12,16 @@ import (
 	"time"
 
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
+
+	"mantlet/render"
 )
 
 // Process is an Envoy that runs, or ran.
 type Process struct {
 	Epoch     int
-	Bootstrap *bootstrapv3.Bootstrap // what it was started with
-	Digest    string                 // of the state that it was started with
-	workers   int                    // threads, each of which has a socket for each listener
+	Digest    string     // of the state that it was started with
+	listeners []listener // that it was started with
+	workers   int        // threads, each of which has a socket for each listener
 
 	base    *base
 	since   time.Time         // that it serves or, once another one was live after it, drains
@@ -36,6 +39,21 @@ type Process struct {
 	exited      chan struct{}
 	err         error  // valid once exited is closed
 	killedBy    string // who killed it, if somebody did; valid once exited is closed
+}
+
+// listener is what mantlet needs to know of a listener once its Envoy was started. The bootstrap itself is not kept: of 1,000 entries it
+// takes 10 MB.
+type listener struct {
+	name      string
+	addresses []netip.AddrPort // none for a unix socket
+}
+
+func listenersOf(b *bootstrapv3.Bootstrap) []listener {
+	all := make([]listener, 0, len(b.GetStaticResources().GetListeners()))
+	for _, l := range b.GetStaticResources().GetListeners() {
+		all = append(all, listener{l.GetName(), render.AddressesOf(l)})
+	}
+	return all
 }
 
 // pollInterval is how often an Envoy that starts is asked whether it is live. It is short compared with a start.
@@ -112,9 +130,9 @@ func (p *Process) Check(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, l := range p.Bootstrap.StaticResources.Listeners {
-		if !listeners[l.Name] {
-			return fmt.Errorf("Envoy lacks listener %s", l.Name)
+	for _, l := range p.listeners {
+		if !listeners[l.name] {
+			return fmt.Errorf("Envoy lacks listener %s", l.name)
 		}
 	}
 	return nil

@@ -224,7 +224,7 @@ func TestFormerAdmin(t *testing.T) {
 	done.Go(func() { _ = server.Serve(listener) })
 	t.Cleanup(func() { _ = server.Close(); done.Wait() })
 	former := &Process{
-		Digest: state.Digest, Bootstrap: proto.CloneOf(state.Bootstrap), admin: newAdmin(rundir.Envoy(r.RuntimeDirectory).AdminSocket(0)),
+		Digest: state.Digest, admin: newAdmin(rundir.Envoy(r.RuntimeDirectory).AdminSocket(0)),
 	}
 	if err := former.checkLive(t.Context()); err != nil {
 		t.Fatalf("the impostor is not good enough: %v", err)

@@ -56,9 +56,9 @@ func (r *Runner) Traffic(ctx context.Context) status.Traffic {
 	if len(r.running) == 0 {
 		return t
 	}
-	for _, l := range r.running[len(r.running)-1].Bootstrap.StaticResources.Listeners {
-		if listen, ok := strings.CutPrefix(l.Name, "egress-"); ok {
-			name := strings.ReplaceAll(l.Name, ":", "_") // as Envoy names it among its statistics
+	for _, l := range r.running[len(r.running)-1].listeners {
+		if listen, ok := strings.CutPrefix(l.name, "egress-"); ok {
+			name := strings.ReplaceAll(l.name, ":", "_") // as Envoy names it among its statistics
 			t.Egress = append(t.Egress, status.Dialled{
 				Listen: listen, Total: all[fmt.Sprintf(egressConnections, name)],
 				Failed:         all[fmt.Sprintf(attemptsExceeded, name)] + all[fmt.Sprintf(noHealthyHost, name)],
