@@ -151,6 +151,11 @@ func diffChain(title string, want, have Chain) []string {
 
 // diffRules tells as few rules as lead from one list to the other. A rule is numbered where it stands, or should stand.
 func diffRules(title string, want, have []Rule) []string {
+	first := 0 // rule that differs
+	for first < min(len(want), len(have)) && reflect.DeepEqual(want[first], have[first]) {
+		first++
+	}
+	want, have = want[first:], have[first:]
 	// common[i][j] is the length of the longest common subsequence of want[i:] and have[j:].
 	common := make([][]int, len(want)+1)
 	for i := range common {
@@ -171,13 +176,13 @@ func diffRules(title string, want, have []Rule) []string {
 		case i < len(want) && j < len(have) && same(i, j):
 			i, j = i+1, j+1
 		case i < len(want) && j < len(have) && common[i+1][j+1] == common[i][j]: // neither is needed for what is common
-			lines = append(lines, fmt.Sprintf("%s rule %d: have `%s`, want `%s`", title, j+1, have[j].Text(), want[i].Text()))
+			lines = append(lines, fmt.Sprintf("%s rule %d: have `%s`, want `%s`", title, first+j+1, have[j].Text(), want[i].Text()))
 			i, j = i+1, j+1
 		case j == len(have) || i < len(want) && common[i+1][j] == common[i][j]:
-			lines = append(lines, fmt.Sprintf("%s rule %d: `%s` missing", title, i+1, want[i].Text()))
+			lines = append(lines, fmt.Sprintf("%s rule %d: `%s` missing", title, first+i+1, want[i].Text()))
 			i++
 		default:
-			lines = append(lines, fmt.Sprintf("%s rule %d: `%s` not wanted", title, j+1, have[j].Text()))
+			lines = append(lines, fmt.Sprintf("%s rule %d: `%s` not wanted", title, first+j+1, have[j].Text()))
 			j++
 		}
 	}
