@@ -142,7 +142,7 @@ func TestMantletIsKilled(t *testing.T) {
 	p.must(echo(outbound))
 
 	// It may have been killed while it wrote.
-	for _, name := range []string{".last-good.json4711", "envoy/.sds-identity.json4711", "envoy/preflight.json"} {
+	for _, name := range []string{".last-good.json4711", "envoy/.sds-identity.json4711", "envoy/preflight.pb"} {
 		p.must(os.WriteFile(filepath.Join(p.sidecar.RuntimeDirectory, name), nil, 0o600))
 	}
 	p.run()

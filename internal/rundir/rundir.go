@@ -56,7 +56,7 @@ const (
 	adminSocket = "admin-%d.sock"
 	hotRestart  = "epoch"
 	bootstrap   = "bootstrap-%d.json"
-	preflight   = "preflight.json"
+	preflight   = "preflight" + Binary
 	trialSocket = "%s-%d.sock" // of a listener, whose name begins with trial-
 )
 
@@ -99,7 +99,11 @@ func (e Envoy) Secret(secret string) string { return e.file(SecretFile(secret)) 
 // Bootstrap is what an epoch was started with.
 func (e Envoy) Bootstrap(epoch int) string { return e.file(fmt.Sprintf(bootstrap, epoch)) }
 
-// Preflight is a bootstrap that Envoy is to validate.
+// Binary is the extension of a file that Envoy reads as protobuf's binary form (loadFromFile in source/common/protobuf/utility.cc).
+const Binary = ".pb"
+
+// Preflight is a bootstrap that Envoy is to validate. It is binary: nobody else reads it, and both writing and reading it as JSON take
+// several times as long.
 func (e Envoy) Preflight() string { return e.file(preflight) }
 
 // HotRestart is the prefix of the sockets over which Envoys speak to each other (--socket-path). They are files: abstract ones could be
@@ -133,7 +137,7 @@ func (e Envoy) Secrets() []string { return []string{e.Secret("*")} }
 // Leftovers returns patterns that match what Envoys, and a mantlet that was killed while it wrote, leave: in this part of the directory,
 // and half-written files in mantlet's own.
 func (e Envoy) Leftovers() (patterns []string) {
-	for _, name := range []string{hotRestart + "_*", all(adminSocket), "trial-" + all(trialSocket), all(bootstrap), preflight, ".*.json*", "../.*.json*"} {
+	for _, name := range []string{hotRestart + "_*", all(adminSocket), "trial-" + all(trialSocket), all(bootstrap), preflight, ".*.json*", ".*" + Binary + "*", "../.*.json*"} {
 		patterns = append(patterns, e.file(name))
 	}
 	return patterns

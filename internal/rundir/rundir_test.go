@@ -19,7 +19,7 @@ func TestLeftovers(t *testing.T) {
 	left := []string{
 		e.AdminSocket(7), e.TrialSocket("trial-client", 7), e.TrialSocket("trial-server", 7), e.Bootstrap(7), e.Preflight(),
 		e.ParentSocket(120), e.ChildSocket(121),
-		filepath.Join(string(e), ".preflight.json4711"), filepath.Join(string(directory), ".last-good.json4711"),
+		filepath.Join(string(e), ".preflight.pb4711"), filepath.Join(string(directory), ".last-good.json4711"),
 	}
 	stay := []string{
 		e.Secret("identity"), e.DiscoverySocket(), directory.StatusSocket(), directory.LastGoodConfig(), directory.LastGoodCertificates(), directory.Ready(),
