@@ -92,7 +92,7 @@ func AddForecast(steps []Step, from, to schema.Mesh, f status.Forecast) {
 	}
 	for _, e := range from.Egress {
 		counts, entry := f.Egress[e.Listen.String()], "egress "+title(e)+": "
-		add(entry+"removed, "+e.Listen.String(), "", counts, status.EndEntry)
+		add(entry+"removed", "", counts, status.EndEntry)
 		add(entry+e.Upstream.String()+" -> ", "", counts, status.EndUpstream)
 		add(entry+"server names ", "", counts, status.EndServerNames)
 	}

@@ -197,15 +197,16 @@ func (d *Daemon) addOutbound(s *status.Status) {
 	d.readOutbound()
 	var have, want *desired
 	d.locked(func() { have, want = d.have, d.want })
-	s.OutboundPolicy = status.OutboundPolicy{Mode: string(render.OutboundOf(d.Found).Mode), Allow: []string{}}
+	policy := render.OutboundOf(d.Found)
 	var mesh schema.Mesh
 	switch {
 	case have != nil:
 		mesh = have.enforced()
-		s.OutboundPolicy = status.OutboundPolicy{Mode: string(mesh.Outbound.Mode), Allow: append([]string{}, mesh.Outbound.List()...)}
+		policy = mesh.Outbound
 	case want != nil:
 		mesh = want.mesh
 	}
+	s.OutboundPolicy = status.OutboundPolicy{Mode: string(policy.Mode), Allow: append([]string{}, policy.List()...)}
 	s.Outbound = []status.Outbound{}
 	a := &d.outbound
 	a.mu.Lock()
@@ -219,31 +220,42 @@ func (d *Daemon) addOutbound(s *status.Status) {
 		if at.fate == render.FateRefused {
 			line.Verdict = status.OutboundRefused
 		}
-		if line.Name != "" && at.protocol == render.TCP {
-			line.Suggestion = suggestion(mesh, line.Name, at.to.Port())
-		}
 		s.Outbound = append(s.Outbound, line)
 	}
 	slices.SortFunc(s.Outbound, func(x, y status.Outbound) int {
 		return cmp.Or(y.LastSeen.Compare(x.LastSeen), cmp.Compare(x.Destination, y.Destination), cmp.Compare(x.Protocol, y.Protocol), cmp.Compare(x.Fate(), y.Fate()))
 	})
+	suggest(s.Outbound, mesh)
 	for key, n := range a.totals {
 		key.Connections = n
 		s.OutboundTotals = append(s.OutboundTotals, key)
 	}
 }
 
-// suggestion is the egress entry that would lead connections to a name's port, at a listen address that is not taken.
-func suggestion(mesh schema.Mesh, name string, port uint16) string {
-	taken := func(at netip.AddrPort) bool {
-		return slices.ContainsFunc(mesh.Egress, func(e schema.Egress) bool { return e.Listen == at })
+// suggest adds to destinations whose name is known the egress entry that would lead connections there, each at a listen address of its own.
+// A destination that has an entry already gets none: the workload need only send to its listen address.
+func suggest(all []status.Outbound, mesh schema.Mesh) {
+	taken := map[netip.AddrPort]bool{}
+	proposed := map[schema.Upstream]string{}
+	for _, e := range mesh.Egress {
+		taken[e.Listen] = true
+		proposed[e.Upstream] = ""
 	}
-	for last := range byte(20) {
-		if at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, last + 1}), port); !taken(at) {
-			return fmt.Sprintf("{listen: '%s', upstream: '%s'}", at, schema.Upstream{Host: name, Port: port})
+	for i, one := range all {
+		to, err := netip.ParseAddrPort(one.Destination)
+		if err != nil || one.Name == "" || one.Protocol != status.ProtocolName(render.TCP) {
+			continue
 		}
+		upstream := schema.Upstream{Host: one.Name, Port: to.Port()}
+		text, done := proposed[upstream]
+		// Loopback addresses that the workload has no service at: an entry at its own port would be refused.
+		for last := byte(1); !done && last < 255; last++ {
+			if at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 137, 0, last}), to.Port()); !taken[at] {
+				text, done, taken[at] = fmt.Sprintf("{listen: '%s', upstream: '%s', serverNames: [%s]}", at, upstream, one.Name), true, true
+			}
+		}
+		proposed[upstream], all[i].Suggestion = text, text
 	}
-	return ""
 }
 
 // endOutbound ends the connections that were let out before and that a state, whose rules are in force, forbids. The rules refuse what they

@@ -57,13 +57,24 @@ func TestOutboundAccount(t *testing.T) {
 	}
 }
 
-// TestSuggestion: an entry that is proposed is one that the override file takes, at an address that is free.
+// TestSuggestion: an entry that is proposed is one that the override file takes beside the others, and none is proposed for what has one.
 func TestSuggestion(t *testing.T) {
-	var mesh schema.Mesh
-	for _, want := range []string{"127.0.0.1:5432", "127.0.0.2:5432"} {
-		if got := suggestion(mesh, "db.example", 5432); got != "{listen: '"+want+"', upstream: 'db.example:5432'}" {
-			t.Errorf("got %s, want it at %s", got, want)
+	mesh := schema.Mesh{Egress: []schema.Egress{
+		{Listen: netip.MustParseAddrPort("127.137.0.1:5432"), Upstream: schema.Upstream{Host: "cart", Port: 5432}},
+	}}
+	all := []status.Outbound{
+		{Destination: "192.0.2.1:5432", Protocol: "tcp", Name: "db.example"},
+		{Destination: "192.0.2.2:5432", Protocol: "tcp", Name: "other.example"},
+		{Destination: "192.0.2.3:5432", Protocol: "tcp", Name: "db.example"},
+		{Destination: "192.0.2.4:5432", Protocol: "tcp", Name: "cart"},
+		{Destination: "192.0.2.4:53", Protocol: "udp", Name: "cart"},
+		{Destination: "192.0.2.5:5432", Protocol: "tcp"},
+	}
+	suggest(all, mesh)
+	db := "{listen: '127.137.0.2:5432', upstream: 'db.example:5432', serverNames: [db.example]}"
+	for i, want := range []string{db, "{listen: '127.137.0.3:5432', upstream: 'other.example:5432', serverNames: [other.example]}", db, "", "", ""} {
+		if got := all[i].Suggestion; got != want {
+			t.Errorf("for %+v it is %q, want %q", all[i], got, want)
 		}
-		mesh.Egress = append(mesh.Egress, schema.Egress{Listen: netip.MustParseAddrPort(want)})
 	}
 }

@@ -178,7 +178,11 @@ func compareEgress(from, to []schema.Egress, add adder) {
 	}
 	for _, e := range from {
 		if _, gone := have[e.Listen]; gone {
-			add(HotRestart, "egress %s: removed, %s", title(e), e.Listen)
+			at := ""
+			if name := title(e); name != e.Listen.String() {
+				at = ", " + e.Listen.String()
+			}
+			add(HotRestart, "egress %s: removed%s", title(e), at)
 		}
 	}
 }

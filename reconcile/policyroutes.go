@@ -115,7 +115,7 @@ func (d *Daemon) repairRoutes(ctx context.Context, log *logLimit) {
 	case len(found) > 0 && (err == nil || !sameError(err, r.repairErr)):
 		d.noteRoutes(found, err, log)
 	case err != nil && !sameError(err, r.repairErr):
-		d.Log.Error("the policy routes can't be looked at", "error", err)
+		d.Log.Error("the policy routes are not as they should be", "error", err)
 	}
 	r.repairErr = err
 }

@@ -228,7 +228,11 @@ func (d *Daemon) addCounts(ctx context.Context, s *status.Status) {
 		d.Log.Debug("the rules' counters can't be read", "error", err)
 	}
 	for _, reason := range render.Refusals() {
-		s.Refused = append(s.Refused, status.Refused{By: "kernel", Direction: "ingress", Reason: reason, Count: packets[reason]})
+		direction := "ingress"
+		if render.RefusesOutbound(reason) {
+			direction = "outbound"
+		}
+		s.Refused = append(s.Refused, status.Refused{By: "kernel", Direction: direction, Reason: reason, Count: packets[reason]})
 	}
 	last, counts := d.Proxy.Refusals()
 	s.Refusals = append([]status.Refusal{}, last...)

@@ -15,7 +15,7 @@ type fileForm struct {
 	AccessLog        AccessLog      `json:"accessLog,omitempty" jsonschema:"default=refused" jsonschema_description:"Which connections are logged."`
 	SourceAddress    SourceAddress  `json:"sourceAddress,omitempty" jsonschema:"default=pod" jsonschema_description:"Whose address the workload sees as its peer's, of connections from outside through mantlet. pod: the pod's own. client: the client's; the port is another one than the client's."`
 	Outbound         *outboundForm  `json:"outbound,omitempty" jsonschema_description:"What happens to connections that the pod makes past the egress entries, in the clear."`
-	MaxConnectionAge ageText        `json:"maxConnectionAge,omitempty" jsonschema:"default=none" jsonschema_description:"How long a connection through mantlet may last. The two sides are closed then, or up to a tenth later, and what dials again shows and verifies the certificates of today."`
+	MaxConnectionAge ageText        `json:"maxConnectionAge,omitempty" jsonschema:"default=none" jsonschema_description:"How long a connection through mantlet may last, at least 1m. The two sides are closed then, or up to a tenth later, and what dials again shows and verifies the certificates of today."`
 }
 
 type ingressForm struct {

@@ -255,6 +255,7 @@ func TestWarnings(t *testing.T) {
 func TestOutboundWarnings(t *testing.T) {
 	const (
 		names = `outbound.mode: "drop": leaves the workload without name servers: outbound.allow has neither dns nor an item with port 53`
+		idle  = `/config.yaml:1:20: outbound.allow: has no effect, since outbound.mode is accept: set that to observe or drop`
 		root  = `tells Envoy by its user, and MANTLET_ENVOY_UID is 0: what runs as root in the pod passes for Envoy`
 	)
 	for _, c := range []struct {
@@ -265,6 +266,7 @@ func TestOutboundWarnings(t *testing.T) {
 		{environ: []string{"MANTLET_OUTBOUND=drop"}, want: []string{"MANTLET_OUTBOUND: " + names}},
 		{file: "outbound: {mode: drop, allow: ['10.0.0.1:443']}", want: []string{"/config.yaml:1:18: " + names}},
 		{file: "outbound: {mode: drop, allow: [dns]}"},
+		{file: "outbound: {allow: [dns]}", want: []string{idle}},
 		{file: "outbound: {mode: drop, allow: ['10.96.0.10:53']}"},
 		{environ: []string{"MANTLET_ENVOY_UID=0"}, file: "outbound: {mode: observe}", want: []string{`/config.yaml:1:18: outbound.mode: "observe": ` + root}},
 		{environ: []string{"MANTLET_ENVOY_UID=0"}},

@@ -198,6 +198,11 @@ func parseDestination(text string) (Destination, string) {
 func (c Config) outboundWarnings() (all []Problem) {
 	o := c.Mesh.Outbound
 	mode := c.merged.scalar(outboundMode)
+	if o.Mode == OutboundAccept && (o.DNS || len(o.Allow) > 0) {
+		all = append(all, Problem{
+			Origin: c.merged.scalar(outboundAllow).origin, Path: outboundAllow, Reason: "has no effect, since outbound.mode is accept: set that to observe or drop",
+		})
+	}
 	asks := o.DNS || slices.ContainsFunc(o.Allow, func(d Destination) bool { return d.Port == 53 })
 	if o.Mode == OutboundDrop && !asks {
 		all = append(all, Problem{mode.origin, outboundMode, mode.text, "leaves the workload without name servers: outbound.allow has neither dns nor an item with port 53"})

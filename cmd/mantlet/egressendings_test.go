@@ -104,10 +104,10 @@ func (p *pod) endedTwo(code status.EndReason, sans ...string) {
 }
 
 // TestEgressOthersLiveOn: a change of an egress entry ends the connections that it would not make, at both ends. The others go on, in
-// the Envoy that they are in.
+// the Envoy that they are in. Such a change does not wait until the connections of the Envoy before are drained.
 func TestEgressOthersLiveOn(t *testing.T) {
 	t.Parallel()
-	p := newPod(t, web)
+	p := newPod(t, web, "MANTLET_ENVOY_DRAIN_TIME=9m")
 	billing, shop := p.issue("billing"), p.issue("shop")
 	first, second := p.host("first"), p.host("second")
 	endpoints := p.replicate(first, nil, billing, shop)

@@ -99,7 +99,7 @@ func TestOutboundIsObserved(t *testing.T) {
 	}
 	known := netip.AddrPortFrom(billing.IPv4, plainPort)
 	p.must(echo(p.dial(p.Host, known)))
-	if o := p.spoken(known, "tcp"); o.Name != "billing.mesh" || o.Suggestion != fmt.Sprintf("{listen: '127.0.0.1:%d', upstream: 'billing.mesh:%d'}", plainPort, plainPort) {
+	if o := p.spoken(known, "tcp"); o.Name != "billing.mesh" || o.Suggestion != fmt.Sprintf("{listen: '127.137.0.1:%d', upstream: 'billing.mesh:%d', serverNames: [billing.mesh]}", plainPort, plainPort) {
 		t.Errorf("mantlet says of who has a name %+v", o)
 	}
 	if n := len(p.status().Outbound); n != 5 {

@@ -360,7 +360,7 @@ func (p *page) upstreams(all []status.Upstream) {
 		if u.StaleSince != nil {
 			answer = fmt.Sprintf("not confirmed for %s: %s", p.ago(*u.StaleSince), answer)
 		}
-		p.row(u.Listen, onLine(u.Upstream), cmp.Or(strings.Join(addresses, ", "), "none"), onLine(answer))
+		p.row(u.Listen, onLine(u.Upstream), cmp.Or(strings.Join(addresses, ", "), "none"), onLine(cmp.Or(answer, "-")))
 	}
 }
 
