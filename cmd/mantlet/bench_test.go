@@ -186,6 +186,20 @@ func (p *pod) commits() <-chan commit {
 	return told
 }
 
+// last waits for the last transaction of a change: one may prepare chains that are new before another leads to them.
+func last(commits <-chan commit) time.Time {
+	at := (<-commits).at
+	const quiet = 200 * time.Millisecond
+	for {
+		select {
+		case one := <-commits:
+			at = one.at
+		case <-time.After(quiet):
+			return at
+		}
+	}
+}
+
 // mostReload is what a change of modes may take beyond debounce, which is how long the file must be quiet to be read.
 const (
 	mostReload = 20 * time.Millisecond
@@ -201,7 +215,7 @@ func BenchmarkReload(b *testing.B) {
 		for i := range 100 {
 			began := time.Now()
 			m.write(fmt.Sprintf("ingress: [{port: %d, mode: tls}]", 9000+i))
-			took = append(took, (<-commits).at.Sub(began)-debounce)
+			took = append(took, last(commits).Sub(began)-debounce)
 		}
 	}
 	percentiles(b, "in-force", took)
@@ -221,7 +235,7 @@ func BenchmarkReloadWithHotRestart(b *testing.B) {
 		for range 20 {
 			began := time.Now()
 			m.write(fmt.Sprintf("ingress: [{port: 9000, mode: mtls, allow: [client-%d]}]", len(ours))) // tightens, so it does not wait
-			ours = append(ours, (<-commits).at.Sub(began)-debounce)
+			ours = append(ours, last(commits).Sub(began)-debounce)
 			epoch := len(ours)
 			text, err := os.ReadFile(file(fmt.Sprintf("bootstrap-%d.json", epoch)))
 			p.must(err)

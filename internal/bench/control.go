@@ -148,6 +148,25 @@ func (c *controlled) committed(ours bool) (time.Time, error) {
 	}
 }
 
+// settled waits for the last transaction of a change of mantlet's: one may prepare chains that are new before another leads to them.
+func (c *controlled) settled() (time.Time, error) {
+	last, err := c.committed(true)
+	if err != nil {
+		return last, err
+	}
+	const quiet = 300 * time.Millisecond
+	for {
+		select {
+		case commit := <-c.commits:
+			if commit.By != "nft" {
+				last = commit.At
+			}
+		case <-time.After(quiet):
+			return last, nil
+		}
+	}
+}
+
 // forget takes transactions that were told of before.
 func (c *controlled) forget() {
 	for {
@@ -208,7 +227,7 @@ func (c *controlled) change(more, kind string, conn net.Conn) error {
 	if err != nil {
 		return err
 	}
-	at, err := c.committed(true)
+	at, err := c.settled()
 	if err != nil || kind == "" {
 		return err
 	}

@@ -49,7 +49,7 @@ func TestFailedEpoch(t *testing.T) {
 	}{
 		"waits for a name": {state: hung, reason: "it is not live after 2s: context deadline exceeded: Envoy is PRE_INITIALIZING"},
 		"waits for a file": {
-			script: "sed s/" + secret + `/test-fifo/ "$2" >$DIRECTORY/test-other.json; shift 2; set -- --config-path $DIRECTORY/test-other.json "$@"`,
+			script: "sed s/" + secret + `/test-fifo/g "$2" >$DIRECTORY/test-other.json; shift 2; set -- --config-path $DIRECTORY/test-other.json "$@"`,
 			state:  s.state, reason: "it is not live after 2s",
 		},
 		"is given up": {state: hung, reason: "context canceled", interfere: func(cancel func()) {
@@ -63,7 +63,7 @@ func TestFailedEpoch(t *testing.T) {
 			}
 		}},
 		"can't bind": {
-			script: `sed s/15098/15096/ "$2" >$DIRECTORY/test-other.json; shift 2; set -- --config-path $DIRECTORY/test-other.json "$@"`,
+			script: `sed s/15098/15096/g "$2" >$DIRECTORY/test-other.json; shift 2; set -- --config-path $DIRECTORY/test-other.json "$@"`,
 			state:  s.state, reason: "cannot bind '127.0.0.1:15096'",
 		},
 		"is refused": {
