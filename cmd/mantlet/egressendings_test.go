@@ -44,6 +44,13 @@ func (p *pod) replicate(on *lab.Host, trusted []*lab.Authority, identities ...*l
 	return r
 }
 
+// only has the endpoints with these certificates serve what comes from now on.
+func (r *replicas) only(identities ...*lab.Identity) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.identities = identities
+}
+
 // connect has the workload connect to the egress entry, one connection after another, until it has as many to each endpoint as asked for.
 func (r *replicas) connect(p *pod, each int) map[*lab.Identity][]net.Conn {
 	p.t.Helper()
@@ -124,7 +131,7 @@ func TestEgressOthersLiveOn(t *testing.T) {
 	live(p, billing, open[billing])
 	p.endedTwo(status.EndServerNames, "shop")
 
-	endpoints.identities = []*lab.Identity{billing}
+	endpoints.only(billing)
 	fresh := endpoints.connect(p, 2) // the others end with the Envoy that they are in
 	m.write(entry(second, "billing"))
 	endpoints.end(p, billing, fresh[billing])

@@ -88,7 +88,13 @@ type walk struct {
 	open      []walkConn
 }
 
-func newWalk(t *testing.T, seed uint64) *walk {
+func newWalk(t *testing.T) *walk {
+	t.Helper()
+	seed := *walkSeed
+	if seed == 0 {
+		seed = rand.Uint64N(1e9) + 1
+	}
+	t.Logf("-walk.seed=%d", seed)
 	w := &walk{
 		pod: newPod(t, "MANTLET_ENVOY_PARENT_SHUTDOWN_TIME=120s"), random: rand.New(rand.NewPCG(seed, 0)),
 		clients: map[string]*lab.Identity{}, workloads: map[uint16]*lab.Workload{}, names: map[*lab.Identity]string{},
@@ -173,14 +179,13 @@ func (w *walk) connect() {
 			add(modal, w.client.ClientConfig("pod"))
 		}
 	}
-	w.endpoints.mu.Lock()
-	w.endpoints.identities = nil
+	var accepted []*lab.Identity
 	for identity, name := range w.names {
 		if slices.Contains(w.state.serverNames, name) {
-			w.endpoints.identities = append(w.endpoints.identities, identity)
+			accepted = append(accepted, identity)
 		}
 	}
-	w.endpoints.mu.Unlock()
+	w.endpoints.only(accepted...)
 	for identity, conns := range w.endpoints.connect(w.pod, 1) {
 		for _, conn := range conns {
 			w.open = append(w.open, walkConn{Conn: conn, peer: w.names[identity], version: tls.VersionTLS13})
@@ -228,12 +233,7 @@ func (w *walk) served() (n int) {
 // at both ends, and all others exchange bytes; as many as mantlet foretold.
 func TestExactlyTheForbiddenEnd(t *testing.T) {
 	t.Parallel()
-	seed := *walkSeed
-	if seed == 0 {
-		seed = rand.Uint64N(1e9) + 1
-	}
-	t.Logf("-walk.seed=%d", seed)
-	w := newWalk(t, seed)
+	w := newWalk(t)
 	for step := range *walkSteps {
 		w.connect()
 		to := w.next()
@@ -286,12 +286,7 @@ func TestExactlyTheForbiddenEnd(t *testing.T) {
 // nothing that the change forbids passes a byte.
 func TestKilledInAChange(t *testing.T) {
 	t.Parallel()
-	seed := *walkSeed
-	if seed == 0 {
-		seed = rand.Uint64N(1e9) + 1
-	}
-	t.Logf("-walk.seed=%d", seed)
-	w := newWalk(t, seed)
+	w := newWalk(t)
 	moments := []string{"configuration changed", "Envoy says", "Envoy is live", inForce}
 	for step := range *walkSteps {
 		w.connect()
