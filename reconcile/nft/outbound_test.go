@@ -381,6 +381,7 @@ func TestAccountsStay(t *testing.T) {
 			t.Fatalf("deny-all does not tell that it drops: %v, %v", render.OutboundOf(found), err)
 		}
 		p.replace(past(schema.OutboundAccept))
+		x.wait = limit // this must pass
 		if conn, err := x.fromThePod("tcp", to); err != nil {
 			t.Errorf("in mode accept: %v", err)
 		} else {
