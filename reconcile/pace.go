@@ -42,7 +42,7 @@ func (d *Daemon) delay(now time.Time, want *desired) (waits *status.Waits) {
 	drained := d.serving.drained
 	switch {
 	case d.serving.process == nil || d.have == nil:
-	case !tightens(d.have.mesh, want.mesh) && len(forbidden(d.have.mesh, want.mesh, false)) == 0:
+	case !tightens(d.have.mesh, want.mesh):
 		until(drained, status.WaitDrain)
 	case now.Before(drained) && len(d.loop.drainCuts) == drainCutsAtOnce:
 		if again := d.loop.drainCuts[0].Add(drainCutsWithin); again.Before(drained) {

@@ -134,8 +134,10 @@ func tightened(from, to schema.Mesh) (all []schema.Ports) {
 	return all
 }
 
-// tightens reports whether connections that one mesh lets in could be refused by the other.
-func tightens(from, to schema.Mesh) bool { return len(tightened(from, to)) > 0 }
+// tightens reports whether connections that one mesh makes or lets in could be refused by the other.
+func tightens(from, to schema.Mesh) bool {
+	return len(tightened(from, to)) > 0 || len(forbidden(from, to, false)) > 0
+}
 
 type adder func(need Need, format string, args ...any)
 
