@@ -30,12 +30,14 @@ func (l *lane) image(ctx context.Context) (string, error) {
 			return "", err
 		}
 	}
+	data := []string{"render"} // its golden files, which reconcile/nft reads
 	for _, s := range suites {
+		data = append(data, s.pkg)
 		if err := build(ctx, "test", filepath.Join(root, "src", s.pkg, "pkg.test"), "./"+s.pkg); err != nil {
 			return "", err
 		}
 	}
-	for _, pkg := range []string{"cmd/mantlet", "reconcile/nft", "render"} { // reconcile/nft reads render's golden files
+	for _, pkg := range data {
 		if err := os.CopyFS(filepath.Join(root, "src", pkg, "testdata"), os.DirFS(filepath.Join(pkg, "testdata"))); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return "", err
 		}
