@@ -12,7 +12,7 @@ import (
 )
 
 // matched returns which ports a regular expression describes. Go's are RE2's, as Envoy's.
-func matched(t interface{ Fatal(...any) }, expression string) (ports []int) {
+func matched(t *testing.T, expression string) (ports []int) {
 	e, err := regexp.Compile("^(?:" + expression + ")$")
 	if err != nil {
 		t.Fatal(err)
