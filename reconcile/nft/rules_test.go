@@ -79,6 +79,14 @@ func (x *trial) happens(cond func() bool) bool {
 	return lab.Until(ctx, cond) == nil
 }
 
+// certainly gives what must come true the whole limit, whatever the attempt has to show.
+func (x *trial) certainly(cond func() bool) bool {
+	wait := x.wait
+	x.wait = limit
+	defer func() { x.wait = wait }()
+	return cond()
+}
+
 // heard reports whether that is the next thing to be heard, in time.
 func (x *trial) heard(conn net.Conn, what string) bool {
 	_ = conn.SetReadDeadline(time.Now().Add(x.wait))
