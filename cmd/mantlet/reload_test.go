@@ -132,6 +132,8 @@ func TestWaysToReplace(t *testing.T) {
 	rename := func(text string) { p.must(renameio.WriteFile(file, []byte(text), 0o600)) }
 	inPlace := func(text string) { p.must(os.WriteFile(file, []byte(text), 0o600)) }
 	version, pauses := 0, 0
+	// Each content forbids nothing that the one before it allows: such changes would soon have to wait.
+	content := func(version int) string { return fmt.Sprintf("ingress: [{port: 5000-%d, mode: tls}]", 5000+version) }
 	applied := func(text string) {
 		t.Helper()
 		p.await("the last content is in force", func() bool {
@@ -176,7 +178,7 @@ func TestWaysToReplace(t *testing.T) {
 		{"a hundred changes in a row", func(text string) {
 			for i := range 100 {
 				began := time.Now()
-				p.must(os.WriteFile(file+".new", []byte(fmt.Sprintf("ingress: [{port: %d, mode: tls}]", 6000+i)), 0o600))
+				p.must(os.WriteFile(file+".new", []byte(content(1000+i)), 0o600))
 				p.must(os.Rename(file+".new", file))
 				if time.Since(began) > 20*time.Millisecond {
 					pauses++ // such as a busy machine makes, and an end as far as mantlet can tell
@@ -191,7 +193,7 @@ func TestWaysToReplace(t *testing.T) {
 		{"elsewhere in place", func(text string) { p.must(os.WriteFile(target, []byte(text), 0o600)) }},
 	} {
 		version++
-		want := fmt.Sprintf("ingress: [{port: %d, mode: tls}]", 5000+version)
+		want := content(version)
 		before := p.log.count(inForce)
 		pauses = 0
 		way.write(want)
@@ -206,11 +208,10 @@ func TestWaysToReplace(t *testing.T) {
 	const signals = 5
 	for range signals {
 		version++
-		want := fmt.Sprintf("ingress: [{port: %d, mode: tls}]", 5000+version)
-		p.must(os.WriteFile(target, []byte(want), 0o600))
+		p.must(os.WriteFile(target, []byte(content(version)), 0o600))
 		p.must(p.sidecar.Signal(syscall.SIGHUP))
 		p.await("SIGHUP makes mantlet read it", func() bool {
-			return strings.Contains(p.rules(), fmt.Sprintf("%d : goto tls_in", 5000+version))
+			return strings.Contains(p.rules(), fmt.Sprintf("5000-%d : goto tls_in", 5000+version))
 		})
 	}
 	if took := time.Since(began); took > (signals-2)*5*time.Second {
