@@ -28,17 +28,23 @@ type Kernel interface {
 	Refused() (map[string]uint64, error)
 	// Inbound returns how many connections from outside are open, and how full conntrack's table is.
 	Inbound() (open []status.Inbound, entries, most int, err error)
-	// Clients returns the marks of the open connections from outside, by the socket that the client dialled.
-	Clients() (map[sockdiag.Socket]render.Mark, error)
+	// Open returns the marks of the open connections from outside, by the socket that the client dialled, and Envoy's own connections to
+	// the workload.
+	Open() (clients map[sockdiag.Socket]render.Mark, legs map[sockdiag.Socket]sockdiag.Cookie, err error)
 	// Move gives connections from outside other marks, and returns those that have them now: the others have ended meanwhile.
 	Move(marks map[sockdiag.Socket]render.Mark) (moved []sockdiag.Socket, err error)
-	// End ends open connections at once, and resets both of their sides: those from outside, and those of the workload to loopback
-	// addresses, for which judge returns a reason. judge gets the socket that was dialled and the connection's mark, MarkNone for one that
-	// is not from outside. End returns what it ended, and why.
-	End(judge func(sockdiag.Socket, render.Mark) status.EndReason) (ended map[sockdiag.Socket]status.EndReason, err error)
+	// End ends open connections at once: those from outside, and those of the workload to loopback addresses, for which judge returns a
+	// reason. judge gets the socket that was dialled and the connection's mark, MarkNone for one that is not from outside. order gets the
+	// connections that end, and all open sockets, and returns the sockets to end, one after the other; the peer of each gets a reset. End
+	// returns what it ended, and why.
+	End(judge func(sockdiag.Socket, render.Mark) status.EndReason,
+		order func(ending map[sockdiag.Socket]status.EndReason, open map[sockdiag.Socket]sockdiag.Details) []sockdiag.Socket,
+	) (ended map[sockdiag.Socket]status.EndReason, err error)
 	// EndOutbound ends open connections that the pod made past the egress entries to what may not leave any more, and tells both ends of
 	// those by TCP. It returns how many it ended, by destination.
 	EndOutbound(leaves func(to netip.AddrPort) bool) (ended map[netip.AddrPort]int, err error)
+	// Outbound returns how many EndOutbound would end.
+	Outbound(leaves func(to netip.AddrPort) bool) (int, error)
 	// Spoken returns what the accounts of the rules hold now: destinations that the pod spoke to past the egress entries, or tried to.
 	Spoken() ([]status.Spoken, error)
 	// Conflicts returns the rules of other tables that undermine these, a line each. It changes nothing.

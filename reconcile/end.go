@@ -21,6 +21,10 @@ type change struct {
 	leads    map[*peers.Peer]bool
 	routes   map[netip.AddrPort]route // by listen address: egress entries that forbid something
 	known    map[sockdiag.Socket]peers.Connection
+
+	// What was open before the state's rules: its clients, without those that were moved, and Envoy's connections to the workload.
+	clients map[sockdiag.Socket]render.Mark
+	legs    map[sockdiag.Socket]sockdiag.Cookie
 }
 
 // route is what became of an egress entry.
@@ -37,13 +41,17 @@ func (d *Daemon) tighten(next *desired, revoked bool) *change {
 		return c
 	}
 	c.raised = next.enforced().TLS.MinVersion.Compare(d.have.enforced().TLS.MinVersion) > 0
-	c.routes = forbidden(d.have.mesh, next.mesh, revoked)
+	c.routes = forbidden(d.have.mesh, next.mayOpen(), revoked)
 	sameIngress := reflect.DeepEqual(d.have.generations, next.generations) && reflect.DeepEqual(d.have.closedPorts(), next.closedPorts())
 	if sameIngress && len(c.routes) == 0 {
 		return nil
 	}
 	c.trust = d.Secrets.Trust()
 	d.readPeers(c)
+	var err error
+	if c.clients, c.legs, err = d.Kernel.Open(); err != nil {
+		d.Log.Warn("it can't be told what is open: a change that forbids one client ends the connections of all at its port", "error", err)
+	}
 	return c
 }
 
@@ -151,10 +159,11 @@ func (d *Daemon) moveAllowed(c *change) (spared int) {
 	}
 	d.watchdog.begin(loop, "looking whom a change forbids", kernelLimit)
 	defer d.watchdog.begin(loop, "its turn", turnLimit)
-	to, err := d.candidates(c)
-	if err == nil && len(to) > 0 {
-		spared, err = d.moveAll(c, to)
+	to := c.candidates()
+	if len(to) == 0 {
+		return 0
 	}
+	spared, err := d.moveAll(c, to)
 	if err != nil {
 		d.Log.Warn("a change ends all connections at the ports that it is about", "error", err)
 	}
@@ -162,20 +171,16 @@ func (d *Daemon) moveAllowed(c *change) (spared int) {
 }
 
 // candidates returns the connections to move, with their new marks.
-func (d *Daemon) candidates(c *change) (map[sockdiag.Socket]render.Mark, error) {
-	clients, err := d.Kernel.Clients()
-	if err != nil {
-		return nil, err
-	}
+func (c *change) candidates() map[sockdiag.Socket]render.Mark {
 	to := map[sockdiag.Socket]render.Mark{}
-	for s, mark := range clients {
+	for s, mark := range c.clients {
 		port := s.Local.Port()
 		was, is := c.from.generations.At(port), c.to.generations.At(port)
 		if _, known := c.known[s]; known && was != is && mark == render.MarkOf(schema.ModeMTLS, was) && c.client(s) == "" {
 			to[s] = render.MarkOf(schema.ModeMTLS, is)
 		}
 	}
-	return to, nil
+	return to
 }
 
 // moveAll moves connections. If it returns an error, all that were moved are ended.
@@ -199,6 +204,8 @@ func (d *Daemon) moveAll(c *change, to map[sockdiag.Socket]render.Mark) (spared 
 	for _, s := range moved {
 		if _, known := c.known[s]; !known || c.client(s) != "" {
 			back[s] = render.MarkOf(schema.ModeMTLS, c.from.generations.At(s.Local.Port()))
+		} else {
+			delete(c.clients, s)
 		}
 	}
 	if _, failed := d.Kernel.Move(back); failed != nil {
@@ -208,6 +215,30 @@ func (d *Daemon) moveAll(c *change, to map[sockdiag.Socket]render.Mark) (spared 
 	return len(moved) - len(back), err
 }
 
+// order returns the sockets to end: those that were dialled, each with the one that Envoy has towards the other side, as far as that is
+// known, and then the rest of Envoy's to ports at which all are ended. Once Envoy finds one side reset it ends the other in good order, so
+// they follow each other closely.
+func (c *change) order(ending map[sockdiag.Socket]status.EndReason, open map[sockdiag.Socket]sockdiag.Details) (order []sockdiag.Socket) {
+	for s := range ending {
+		order = append(order, s)
+		if conn, known := c.known[s]; known {
+			order = append(order, conn.Upstream)
+		}
+	}
+	paired := map[sockdiag.Socket]bool{}
+	for _, conn := range c.known {
+		paired[conn.Upstream] = true
+	}
+	for leg, cookie := range c.legs {
+		port := leg.Remote.Port()
+		all := c.from.generations.At(port) != c.to.generations.At(port) || c.to.isClosed(schema.Ports{First: port, Last: port})
+		if all && !paired[leg] && open[leg].Cookie == cookie {
+			order = append(order, leg)
+		}
+	}
+	return order
+}
+
 // end ends the open connections that a state forbids whose rules are in force. Without it the rules would end those from outside at their
 // next packet; end resets both sides at once. If it fails, the rules still do their part.
 func (d *Daemon) end(c *change) {
@@ -215,10 +246,17 @@ func (d *Daemon) end(c *change) {
 		return
 	}
 	d.watchdog.begin(loop, "ending connections", kernelLimit)
-	ended, err := d.Kernel.End(c.reasonToEnd)
+	ended, err := d.Kernel.End(c.reasonToEnd, c.order)
 	d.watchdog.begin(loop, "its turn", turnLimit)
 	if err != nil {
 		d.Log.Warn("connections that are forbidden now end at their next packet, and those to egress entries with the Envoy that has them", "error", err)
+	}
+	if err == nil {
+		for s, mark := range c.clients {
+			if reason := c.reasonToEnd(s, mark); reason != "" {
+				ended[s] = reason // by the rules, perhaps, if it had a packet in between
+			}
+		}
 	}
 	d.logEnded(c.sum(ended))
 }

@@ -27,7 +27,7 @@ func (d *Daemon) Forecast(text []byte) (f status.Forecast, err error) {
 	c.raised = mesh.TLS.MinVersion.Compare(have.mesh.TLS.MinVersion) > 0
 	c.routes = forbidden(have.mesh, mesh, false)
 	c.known, _ = d.Proxy.Peers() // of others it is not known who is connected, as when it is done
-	clients, err := d.Kernel.Clients()
+	clients, _, err := d.Kernel.Open()
 	if err != nil {
 		return f, err
 	}
@@ -36,17 +36,20 @@ func (d *Daemon) Forecast(text []byte) (f status.Forecast, err error) {
 		return f, err
 	}
 	f = status.Forecast{Ingress: map[uint16]map[status.EndReason]int{}, Egress: map[string]map[status.EndReason]int{}}
-	for s := range sockets {
-		if mark, isClient := clients[s]; isClient { // conntrack keeps those that are closed for a while
-			if reason := c.forecast(s, mark); reason != "" {
-				count(f.Ingress, s.Local.Port(), reason)
-			}
+	for s, mark := range clients {
+		if reason := c.forecast(s, mark); reason != "" {
+			count(f.Ingress, s.Local.Port(), reason)
 		}
+	}
+	for s := range sockets {
 		if reason := c.endpoint(s); reason != "" {
 			count(f.Egress, s.Local.String(), reason)
 		}
 	}
-	return f, nil
+	if rules := render.RulesIn(have.place, mesh, render.Generations{}); endsOutbound(have, rules) {
+		f.Outbound, err = d.Kernel.Outbound(rules.Leaves)
+	}
+	return f, err
 }
 
 func count[K comparable](to map[K]map[status.EndReason]int, key K, reason status.EndReason) {
@@ -96,6 +99,11 @@ func AddForecast(steps []Step, from, to schema.Mesh, f status.Forecast) {
 		add(entry+e.Upstream.String()+" -> ", "", counts, status.EndUpstream)
 		add(entry+"server names ", "", counts, status.EndServerNames)
 	}
+	outbound := "outbound.allow: "
+	if from.Outbound.Mode != to.Outbound.Mode {
+		outbound = "outbound.mode: "
+	}
+	add(outbound, "", map[status.EndReason]int{status.EndOutbound: f.Outbound}, status.EndOutbound)
 	for _, counts := range f.Ingress {
 		add("tls.minVersion: ", "", counts, status.EndTLSVersion)
 	}

@@ -258,12 +258,17 @@ func suggest(all []status.Outbound, mesh schema.Mesh) {
 	}
 }
 
+// endsOutbound reports whether rules may forbid connections that were let out before. have is nil if it is not known what was in force.
+func endsOutbound(have *desired, rules render.Ruleset) bool {
+	is := render.OutboundOf(rules)
+	return is.Mode == schema.OutboundDrop && (have == nil || !reflect.DeepEqual(is, render.OutboundOf(have.rules())))
+}
+
 // endOutbound ends the connections that were let out before and that a state, whose rules are in force, forbids. The rules refuse what they
 // send by themselves.
 func (d *Daemon) endOutbound(next *desired) {
 	rules := next.rules()
-	is := render.OutboundOf(rules)
-	if is.Mode != schema.OutboundDrop || d.have != nil && reflect.DeepEqual(is, render.OutboundOf(d.have.rules())) {
+	if !endsOutbound(d.have, rules) {
 		return
 	}
 	d.watchdog.begin(loop, "ending connections", kernelLimit)

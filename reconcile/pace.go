@@ -95,6 +95,8 @@ func (r advances) pause(now time.Time) time.Duration {
 type portClosure struct {
 	ports []schema.Ports
 	mesh  schema.Mesh // the rules are made from it: at these ports the waiting state, elsewhere the one in force
+
+	egress []schema.Egress // of the waiting state
 }
 
 // enforced returns the mesh that the rules are made from.
@@ -103,6 +105,15 @@ func (s *desired) enforced() schema.Mesh {
 		return s.closed.mesh
 	}
 	return s.mesh
+}
+
+// mayOpen returns the mesh that says which connections through egress entries may be open.
+func (s *desired) mayOpen() schema.Mesh {
+	mesh := s.enforced()
+	if s.closed != nil {
+		mesh.Egress = s.closed.egress
+	}
+	return mesh
 }
 
 // rules returns the state's rules, as the kernel has them once the state is in force.
@@ -129,7 +140,8 @@ func (s *desired) sameRules(other *desired) bool {
 	return s.closed == nil && other.closed == nil && reflect.DeepEqual(s.mesh.Outbound, other.mesh.Outbound) && len(tightened(s.mesh, other.mesh)) == 0 && len(tightened(other.mesh, s.mesh)) == 0
 }
 
-// closePorts ends the connections that a waiting state forbids, and closes their ports until another state is in force.
+// closePorts ends the connections that a waiting state forbids, and closes their ports until another state is in force. Through egress
+// entries the Envoy that serves can make such connections again until then. They end with it.
 func (d *Daemon) closePorts(want *desired) error {
 	if d.have == nil {
 		return nil
@@ -137,11 +149,11 @@ func (d *Daemon) closePorts(want *desired) error {
 	have := d.have.enforced()
 	ports := slices.DeleteFunc(tightened(have, want.mesh), d.have.isClosed)
 	narrows := !have.Outbound.Within(want.mesh.Outbound) // which needs no Envoy
-	if len(ports) == 0 && !narrows {
+	if len(ports) == 0 && !narrows && len(forbidden(d.have.mayOpen(), want.mesh, false)) == 0 {
 		return nil
 	}
 	next := *d.have
-	next.closed = &portClosure{ports: schema.Cut(append(ports, d.have.closedPorts()...)), mesh: have}
+	next.closed = &portClosure{ports: schema.Cut(append(ports, d.have.closedPorts()...)), mesh: have, egress: want.mesh.Egress}
 	if want.mesh.TLS.MinVersion.Compare(have.TLS.MinVersion) > 0 {
 		next.closed.mesh.TLS = want.mesh.TLS
 	}

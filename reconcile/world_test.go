@@ -144,6 +144,8 @@ func (w *world) Repair() ([]string, error) {
 	return []string{found.Error()}, err
 }
 
+func (w *world) Outbound(func(netip.AddrPort) bool) (int, error) { return 0, nil }
+
 func (w *world) EndOutbound(func(netip.AddrPort) bool) (map[netip.AddrPort]int, error) {
 	w.note("end outbound")
 	return nil, nil
@@ -238,7 +240,9 @@ func (w *world) Traffic(context.Context) status.Traffic { return status.Traffic{
 
 func (w *world) Statistics(context.Context) ([]byte, error) { return nil, nil }
 
-func (w *world) Clients() (map[sockdiag.Socket]render.Mark, error) { return nil, nil }
+func (w *world) Open() (map[sockdiag.Socket]render.Mark, map[sockdiag.Socket]sockdiag.Cookie, error) {
+	return nil, nil, nil
+}
 
 func (w *world) Move(map[sockdiag.Socket]render.Mark) ([]sockdiag.Socket, error) { return nil, nil }
 
@@ -246,7 +250,9 @@ func (w *world) Peers() (map[sockdiag.Socket]peers.Connection, error) { return n
 
 func (w *world) Trust() peers.Trust { return peers.Trust{} }
 
-func (w *world) End(func(sockdiag.Socket, render.Mark) status.EndReason) (map[sockdiag.Socket]status.EndReason, error) {
+func (w *world) End(func(sockdiag.Socket, render.Mark) status.EndReason,
+	func(map[sockdiag.Socket]status.EndReason, map[sockdiag.Socket]sockdiag.Details) []sockdiag.Socket,
+) (map[sockdiag.Socket]status.EndReason, error) {
 	return nil, nil
 }
 

@@ -1,10 +1,17 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"mantlet/internal/lab"
 )
@@ -70,4 +77,54 @@ func TestForbiddenConnectionsEndAtOnce(t *testing.T) {
 		status := p.status()
 		return len(status.Ended) == 3 && status.Ended[0].Count == 4 && status.Ended[1].Count == 1
 	})
+}
+
+// TestBothSidesAreReset: the client and the workload are told by a reset. Envoy itself ends the other side in good order once it finds one
+// side reset. Where it is not known which connection to the workload is whose, it comes first with some.
+func TestBothSidesAreReset(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	m := p.override(fmt.Sprintf("ingress: [{port: %d, allow: [client, other]}, {port: %d, mode: tls}]", silentPort, plainPort))
+	p.start()
+	const conns = 20 // of each kind and family
+	type pair struct{ client, workload net.Conn }
+	pairs := map[string][]pair{}
+	const listed, unlisted = "a client of a list", "all of a port"
+	for kind, port := range map[string]uint16{listed: silentPort, unlisted: plainPort} {
+		listener, err := p.Listen("tcp", fmt.Sprintf(":%d", port))
+		p.must(err)
+		t.Cleanup(func() { _ = listener.Close() })
+		for i := range 2 * conns {
+			client, err := p.handshake(netip.AddrPortFrom(p.Addrs()[i%2], port), p.client.ClientConfig("pod"))
+			p.must(err)
+			workload, err := listener.Accept()
+			p.must(err)
+			t.Cleanup(func() { _ = workload.Close() })
+			pairs[kind] = append(pairs[kind], pair{client, workload})
+		}
+	}
+	narrower := filepath.Join(t.TempDir(), "narrower.yaml")
+	p.must(os.WriteFile(narrower, []byte(fmt.Sprintf("ingress: [{port: %d, allow: [client]}, {port: %d, mode: tls}]", silentPort, plainPort)), 0o600))
+	p.await("it is known who is connected", func() bool {
+		_, said, _ := p.diff("--against", narrower)
+		return said != "" && !strings.Contains(said, "ends")
+	})
+	m.write(fmt.Sprintf("ingress: [{port: %d, allow: [somebody]}]", silentPort))
+	for kind, all := range pairs {
+		resets := 0
+		for _, one := range all {
+			if how, err := howItEnds(one.client, time.Now().Add(limit)); err != nil || errors.Is(how, io.EOF) {
+				t.Errorf("%s: a client's connection ends by %v, %v; want a reset", kind, how, err)
+			}
+			how, err := howItEnds(one.workload, time.Now().Add(limit))
+			p.must(err)
+			if errors.Is(how, syscall.ECONNRESET) {
+				resets++
+			}
+		}
+		t.Logf("%s: %d of %d workloads are told by a reset", kind, resets, len(all))
+		if kind == listed && resets < len(all)/2 {
+			t.Errorf("%s: only %d of %d workloads are told by a reset", kind, resets, len(all))
+		}
+	}
 }

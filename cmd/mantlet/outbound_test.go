@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -231,7 +233,13 @@ func TestOutboundTightens(t *testing.T) {
 	inbound, err := p.handshake(netip.AddrPortFrom(p.IPv4, mtlsPort), p.client.ClientConfig("pod"))
 	p.must(err)
 	p.must(echo(inbound))
-	m.write(fmt.Sprintf("outbound: {mode: drop, allow: ['0.0.0.0/0:%d', '[::]/0:%d']}", plainPort, plainPort))
+	next := fmt.Sprintf("outbound: {mode: drop, allow: ['0.0.0.0/0:%d', '[::]/0:%d']}", plainPort, plainPort)
+	against := filepath.Join(t.TempDir(), "next.yaml")
+	p.must(os.WriteFile(against, []byte(next), 0o600))
+	if _, said, _ := p.diff("--against", against); !strings.Contains(said, "outbound.mode: accept -> drop; no restart; ends 2 open connections\n") {
+		t.Errorf("mantlet diff --against says\n%s", said)
+	}
+	m.write(next)
 	for i, conn := range open {
 		if err := cut(conn); err != nil {
 			t.Errorf("end %d of a forbidden connection: %v", i, err)

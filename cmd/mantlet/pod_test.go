@@ -274,18 +274,24 @@ func talk(conn net.Conn, deadline time.Time) error {
 func cut(conn net.Conn) error { return cutUntil(conn, time.Now().Add(limit)) }
 
 func cutUntil(conn net.Conn, deadline time.Time) error {
+	_, err := howItEnds(conn, deadline)
+	return err
+}
+
+// howItEnds waits until a connection is over. It returns io.EOF for one that ends in good order, or what the kernel says of it instead.
+func howItEnds(conn net.Conn, deadline time.Time) (how, err error) {
 	if err := conn.SetReadDeadline(deadline); err != nil {
-		return err
+		return nil, err
 	}
-	n, err := conn.Read(make([]byte, 64))
+	n, how := conn.Read(make([]byte, 64))
 	var late net.Error
 	switch {
 	case n > 0:
-		return fmt.Errorf("%d bytes came", n)
-	case errors.As(err, &late) && late.Timeout():
-		return errors.New("the connection lives on")
+		return nil, fmt.Errorf("%d bytes came", n)
+	case errors.As(how, &late) && late.Timeout():
+		return nil, errors.New("the connection lives on")
 	default:
-		return nil
+		return how, nil
 	}
 }
 

@@ -645,7 +645,10 @@ func TestFlips(t *testing.T) {
 	t.Parallel()
 	const port = 9091
 	p := newPod(t, web)
-	m := p.override("")
+	billing := p.host("billing")
+	p.serve(billing, lab.Service{Address: ":8443", TLS: p.issue("billing").ServerConfig()})
+	entry := fmt.Sprintf("egress: [{listen: '%s', upstream: '%s'}]", replicated, netip.AddrPortFrom(billing.IPv4, 8443))
+	m := p.override(entry)
 	p.must(p.identity.Write(p.sidecar.TLSDirectory))
 	p.run()
 	p.protect(port)
@@ -653,11 +656,16 @@ func TestFlips(t *testing.T) {
 	to := netip.AddrPortFrom(p.IPv4, port)
 	other := p.issue("other")
 	for i := range 30 {
-		m.write(fmt.Sprintf("ingress: [{port: %d, allow: [%s]}]", port, []string{"client", "other"}[i%2]))
+		m.write(entry + fmt.Sprintf("\ningress: [{port: %d, allow: [%s]}]", port, []string{"client", "other"}[i%2]))
 		p.await("it is read", func() bool { return p.log.count("configuration changed") > i })
 	}
 	const closed = "ports are closed until"
 	p.await("the port is closed", func() bool { return p.log.count(closed) > 0 })
+	out, epochs := p.reach(replicated), p.log.count("Envoy is live")
+	m.write(fmt.Sprintf("ingress: [{port: %d, allow: [other]}]", port)) // without the egress entry
+	if err := cut(out); err != nil || p.log.count("Envoy is live") > epochs {
+		t.Errorf("the connection to an egress entry that is removed does not end while the change waits: %v", err)
+	}
 	if p.exchange(to, p.client.ClientConfig("pod")) == nil { // its SYN is dropped until the port is served again
 		t.Error("whom the last change forbids is let in")
 	}

@@ -16,6 +16,7 @@ import (
 type Connection struct {
 	Peer       *Peer
 	TLSVersion schema.TLSVersion
+	Upstream   sockdiag.Socket // Envoy's own, towards the workload or an upstream
 }
 
 // Table has the connections that Envoy told of when it made them. The zero value is ready. Its methods may be called concurrently.
@@ -104,7 +105,7 @@ func (t *Table) Note(fields []string) error {
 	if t.open == nil {
 		t.open = map[sockdiag.Cookie]entry{}
 	}
-	t.open[client] = entry{Connection{peer, version}, upstream}
+	t.open[client] = entry{Connection{peer, version, sockdiag.Socket{Local: at[2], Remote: at[3]}}, upstream}
 	return nil
 }
 
@@ -141,13 +142,13 @@ func (t *Table) known() (map[sockdiag.Socket]Connection, error) {
 		return nil, err
 	}
 	live := make(map[sockdiag.Cookie]bool, len(sockets))
-	for _, cookie := range sockets {
-		live[cookie] = true
+	for _, s := range sockets {
+		live[s.Cookie] = true
 	}
 	known := map[sockdiag.Socket]Connection{}
 	used := map[*Peer]bool{}
-	for socket, cookie := range sockets {
-		if e, ok := t.open[cookie]; ok && live[e.upstream] {
+	for socket, details := range sockets {
+		if e, ok := t.open[details.Cookie]; ok && live[e.upstream] {
 			known[socket], used[e.Peer] = e.Connection, true
 		}
 	}

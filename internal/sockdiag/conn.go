@@ -80,7 +80,7 @@ func (c *conn) receive(each func(message) error) error {
 var errCut = errors.New("a message of sock_diag is cut off")
 
 // dump calls each for the sockets that have a peer.
-func (c *conn) dump(each func(s Socket, family uint8, id []byte)) error {
+func (c *conn) dump(each func(answer)) error {
 	var errs []error
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		errs = append(errs, c.dumpFamily(family, each))
@@ -88,15 +88,15 @@ func (c *conn) dump(each func(s Socket, family uint8, id []byte)) error {
 	return errors.Join(errs...)
 }
 
-func (c *conn) dumpFamily(family uint8, each func(s Socket, family uint8, id []byte)) error {
-	if err := c.send(request(unix.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP, 0, family, connected, nil)); err != nil {
+func (c *conn) dumpFamily(family uint8, each func(answer)) error {
+	if err := c.send(request(unix.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP, 0, family, withPriority, connected, nil)); err != nil {
 		return err
 	}
 	for done := false; !done; {
 		err := c.receive(func(m message) error {
 			done = m.kind == unix.NLMSG_DONE || m.kind == unix.NLMSG_ERROR
-			if s, id, ok := parse(m.data); ok && !done {
-				each(s, family, id)
+			if a, ok := parse(m.data); ok && !done {
+				each(a)
 			}
 			return m.err()
 		})

@@ -19,45 +19,53 @@ type Socket struct {
 // the same addresses. 0 is no socket's.
 type Cookie uint64
 
+// Details are what is known of a socket besides its addresses.
+type Details struct {
+	Cookie Cookie
+	// Priority is what SO_PRIORITY set. In a net_cls control group it is the group's class instead (inet_diag_msg_attrs_fill,
+	// net/ipv4/inet_diag.c).
+	Priority uint32
+}
+
 // List returns the sockets that have a peer.
-func List() (all map[Socket]Cookie, err error) {
+func List() (all map[Socket]Details, err error) {
 	c, err := connect()
 	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = c.close() }()
-	all = map[Socket]Cookie{}
-	err = c.dump(func(s Socket, _ uint8, id []byte) { all[s] = cookie(id) })
+	all = map[Socket]Details{}
+	err = c.dump(func(a answer) { all[a.socket] = a.details() })
 	return all, err
 }
 
-// Destroy ends the sockets that match, as tcp_abort does: the peer gets a reset, and the owner's next call fails with ECONNABORTED. It
-// returns those that it ended. A socket that ends by itself meanwhile is no error. The error wraps EOPNOTSUPP or ENOENT where the kernel
-// can't do it, see Supported.
-func Destroy(match func(Socket) bool) (ended []Socket, err error) {
+// Destroy ends sockets, as tcp_abort does: the peer gets a reset, and the owner's next call fails with ECONNABORTED. choose gets those that
+// have a peer, and returns which of them to end, in which order. Destroy returns those that it ended. A socket that ends by itself meanwhile
+// is no error. The error wraps EOPNOTSUPP or ENOENT where the kernel can't do it, see Supported.
+func Destroy(choose func(open map[Socket]Details) []Socket) (ended []Socket, err error) {
 	c, err := connect()
 	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = c.close() }()
-	var sockets []Socket
-	var requests [][]byte
-	err = c.dump(func(s Socket, family uint8, id []byte) {
-		if match(s) {
-			place := uint32(len(sockets) % atOnce)
-			sockets, requests = append(sockets, s), append(requests, request(unix.SOCK_DESTROY, unix.NLM_F_ACK, place, family, ^uint32(0), id))
-		}
+	open, ids := map[Socket]Details{}, map[Socket]kernelID{}
+	err = c.dump(func(a answer) {
+		open[a.socket], ids[a.socket] = a.details(), kernelID{a.family, [idSize]byte(a.id)}
 	})
 	errs := []error{err}
-	for len(sockets) > 0 {
-		n := min(len(sockets), atOnce)
-		if err := c.send(slices.Concat(requests[:n]...)); err != nil {
+	for some := range slices.Chunk(choose(open), atOnce) {
+		var requests []byte
+		for i, s := range some {
+			id := ids[s]
+			requests = append(requests, request(unix.SOCK_DESTROY, unix.NLM_F_ACK, uint32(i), id.family, 0, ^uint32(0), id.id[:])...)
+		}
+		if err := c.send(requests); err != nil {
 			return ended, errors.Join(append(errs, err)...)
 		}
-		for answered := 0; answered < n; {
+		for answered := 0; answered < len(some); {
 			err := c.receive(func(m message) error {
 				answered++
-				s := sockets[min(m.sequence, uint32(n-1))]
+				s := some[min(m.sequence, uint32(len(some)-1))]
 				switch err := m.err(); {
 				case err == nil:
 					ended = append(ended, s)
@@ -70,13 +78,12 @@ func Destroy(match func(Socket) bool) (ended []Socket, err error) {
 				return ended, errors.Join(append(errs, err)...)
 			}
 		}
-		sockets, requests = sockets[n:], requests[n:]
 	}
 	return ended, errors.Join(errs...)
 }
 
-// atOnce is how many requests are sent together. Their answers fit into the socket's buffer.
-const atOnce = 64
+// atOnce is how many requests are sent together. Their answers, of some 800 bytes in the kernel, fit into the socket's buffer.
+const atOnce = 128
 
 // Supported returns nil if the kernel can end sockets, and otherwise an error that names the option that it lacks.
 func Supported() error {
@@ -85,11 +92,11 @@ func Supported() error {
 		return err
 	}
 	defer func() { _ = c.close() }()
-	if err := c.dumpFamily(unix.AF_INET, func(Socket, uint8, []byte) {}); err != nil {
+	if err := c.dumpFamily(unix.AF_INET, func(answer) {}); err != nil {
 		return fmt.Errorf("the kernel does not list sockets (CONFIG_INET_DIAG): %w", err)
 	}
 	// There is no such socket, so ENOENT is the answer of a kernel that can do it.
-	if err := c.send(request(unix.SOCK_DESTROY, unix.NLM_F_ACK, 0, unix.AF_INET, ^uint32(0), make([]byte, idSize))); err != nil {
+	if err := c.send(request(unix.SOCK_DESTROY, unix.NLM_F_ACK, 0, unix.AF_INET, 0, ^uint32(0), make([]byte, idSize))); err != nil {
 		return err
 	}
 	if err := c.receive(message.err); !errors.Is(err, unix.ENOENT) {
@@ -113,7 +120,7 @@ func (f *Finder) Close() error { return f.conn.close() }
 // Find returns the cookie of a socket, and 0 where there is none that is connected.
 func (f *Finder) Find(s Socket) (found Cookie, err error) {
 	id := s.id()
-	if err := f.conn.send(request(unix.SOCK_DIAG_BY_FAMILY, 0, 0, s.family(), ^uint32(0), id[:])); err != nil {
+	if err := f.conn.send(request(unix.SOCK_DIAG_BY_FAMILY, 0, 0, s.family(), 0, ^uint32(0), id[:])); err != nil {
 		return 0, err
 	}
 	err = f.conn.receive(func(m message) error {
@@ -121,8 +128,8 @@ func (f *Finder) Find(s Socket) (found Cookie, err error) {
 			return err
 		}
 		// Where there is no such connection the kernel answers with who listens for it, or with what one left in TIME_WAIT.
-		if is, id, ok := parse(m.data); ok && is == s && connected&(1<<m.data[answerState]) != 0 {
-			found = cookie(id)
+		if a, ok := parse(m.data); ok && a.socket == s && connected&(1<<a.state) != 0 {
+			found = a.cookie()
 		}
 		return nil
 	})
@@ -139,12 +146,16 @@ const (
 	requestSize = 8  // struct inet_diag_req_v2, up to its id
 	idSize      = 48 // struct inet_diag_sockid
 	idCookie    = 40 // where the cookie is in it
-	answerID    = 4  // where the id is in struct inet_diag_msg
-	answerState = 1  // and the state
+	answerSize  = 72 // struct inet_diag_msg
+	answerID    = 4  // where the id is in it
+
+	// classID is INET_DIAG_CLASS_ID. A request has no bit for it, and asks by that of INET_DIAG_TCLASS.
+	classID      = 17
+	withPriority = 1 << (6 - 1)
 )
 
-// request is a message with struct inet_diag_req_v2.
-func request(kind, flags uint16, sequence uint32, family uint8, states uint32, id []byte) []byte {
+// request is a message with struct inet_diag_req_v2. with says which attributes the answer is to have.
+func request(kind, flags uint16, sequence uint32, family, with uint8, states uint32, id []byte) []byte {
 	const size = unix.NLMSG_HDRLEN + requestSize + idSize
 	data := make([]byte, size)
 	binary.NativeEndian.PutUint32(data[0:], size)
@@ -152,7 +163,7 @@ func request(kind, flags uint16, sequence uint32, family uint8, states uint32, i
 	binary.NativeEndian.PutUint16(data[6:], unix.NLM_F_REQUEST|flags)
 	binary.NativeEndian.PutUint32(data[8:], sequence)
 	body := data[unix.NLMSG_HDRLEN:]
-	body[0], body[1] = family, unix.IPPROTO_TCP
+	body[0], body[1], body[2] = family, unix.IPPROTO_TCP, with
 	binary.NativeEndian.PutUint32(body[4:], states)
 	copy(body[requestSize:], id)
 	return data
@@ -175,21 +186,49 @@ func (s Socket) id() (id [idSize]byte) {
 	return id
 }
 
-func cookie(id []byte) Cookie { return Cookie(binary.NativeEndian.Uint64(id[idCookie:])) }
+// answer is struct inet_diag_msg and its attributes. It is overwritten by the next ones.
+type answer struct {
+	socket        Socket
+	family, state uint8
+	id            []byte // struct inet_diag_sockid
+	attributes    []byte
+}
 
-// parse reads struct inet_diag_msg.
-func parse(data []byte) (s Socket, id []byte, ok bool) {
-	if len(data) < answerID+idSize {
-		return s, nil, false
+func parse(data []byte) (a answer, ok bool) {
+	if len(data) < answerSize {
+		return a, false
 	}
-	id = data[answerID : answerID+idSize]
+	a = answer{family: data[0], state: data[1], id: data[answerID : answerID+idSize], attributes: data[answerSize:]}
 	address := func(at int) netip.Addr {
-		if data[0] == unix.AF_INET {
-			return netip.AddrFrom4([4]byte(id[at:]))
+		if a.family == unix.AF_INET {
+			return netip.AddrFrom4([4]byte(a.id[at:]))
 		}
-		return netip.AddrFrom16([16]byte(id[at:])).Unmap()
+		return netip.AddrFrom16([16]byte(a.id[at:])).Unmap()
 	}
-	s.Local = netip.AddrPortFrom(address(4), binary.BigEndian.Uint16(id[0:]))
-	s.Remote = netip.AddrPortFrom(address(20), binary.BigEndian.Uint16(id[2:]))
-	return s, id, true
+	a.socket.Local = netip.AddrPortFrom(address(4), binary.BigEndian.Uint16(a.id[0:]))
+	a.socket.Remote = netip.AddrPortFrom(address(20), binary.BigEndian.Uint16(a.id[2:]))
+	return a, true
+}
+
+func (a answer) cookie() Cookie { return Cookie(binary.NativeEndian.Uint64(a.id[idCookie:])) }
+
+func (a answer) details() Details {
+	d := Details{Cookie: a.cookie()}
+	for rest := a.attributes; len(rest) >= unix.SizeofNlAttr; {
+		size := int(binary.NativeEndian.Uint16(rest))
+		if size < unix.SizeofNlAttr || size > len(rest) {
+			break
+		}
+		if kind := binary.NativeEndian.Uint16(rest[2:]); kind == classID && size >= unix.SizeofNlAttr+4 {
+			d.Priority = binary.NativeEndian.Uint32(rest[unix.SizeofNlAttr:])
+		}
+		rest = rest[min((size+unix.NLA_ALIGNTO-1)&^(unix.NLA_ALIGNTO-1), len(rest)):]
+	}
+	return d
+}
+
+// kernelID is what the kernel finds a socket by: its addresses, interface and cookie.
+type kernelID struct {
+	family uint8
+	id     [idSize]byte
 }

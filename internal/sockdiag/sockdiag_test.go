@@ -6,7 +6,11 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
+	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"mantlet/internal/lab"
 )
@@ -46,8 +50,8 @@ func TestCookies(t *testing.T) {
 			must(err)
 			all, err := List()
 			must(err)
-			if found == 0 || all[socket] != found || found == before {
-				t.Errorf("%v: cookie %d, in the list %d, that of the socket before %d", socket, found, all[socket], before)
+			if found == 0 || all[socket].Cookie != found || found == before {
+				t.Errorf("%v: cookie %d, in the list %d, that of the socket before %d", socket, found, all[socket].Cookie, before)
 			}
 			if again, err := finder.Find(socket); err != nil || again != found {
 				t.Errorf("%v: cookie %d, then %d: %v", socket, found, again, err)
@@ -99,8 +103,16 @@ func TestDestroy(t *testing.T) {
 			matches[Socket{Local: client.RemoteAddr().(*net.TCPAddr).AddrPort(), Remote: client.LocalAddr().(*net.TCPAddr).AddrPort()}] = true
 		}
 	}
-	ended, err := Destroy(func(s Socket) bool { return matches[s] })
-	if err != nil || len(ended) != len(matches) {
+	var order []Socket
+	ended, err := Destroy(func(open map[Socket]Details) []Socket {
+		for s := range open {
+			if matches[s] {
+				order = append(order, s)
+			}
+		}
+		return order
+	})
+	if err != nil || len(ended) != len(matches) || !slices.Equal(ended, order) {
 		t.Errorf("ended %d of %d: %v", len(ended), len(matches), err)
 	}
 	for i, p := range all {
@@ -115,6 +127,33 @@ func TestDestroy(t *testing.T) {
 			if _, err := conn.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
 				t.Errorf("connection %d ends by %v", i, err)
 			}
+		}
+	}
+}
+
+// TestPriority: a socket's priority is told, and that of its peer is another.
+func TestPriority(t *testing.T) {
+	for _, listen := range []string{"127.0.0.1:0", "[::1]:0"} {
+		listener, err := net.Listen("tcp", listen)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = listener.Close() }()
+		dialer := net.Dialer{Control: func(_, _ string, c syscall.RawConn) (err error) {
+			return errors.Join(c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PRIORITY, 5) }), err)
+		}}
+		client, err := dialer.DialContext(t.Context(), "tcp", listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = client.Close() }()
+		all, err := List()
+		if err != nil {
+			t.Fatal(err)
+		}
+		own := Socket{Local: client.LocalAddr().(*net.TCPAddr).AddrPort(), Remote: client.RemoteAddr().(*net.TCPAddr).AddrPort()}
+		if got, its := all[own].Priority, all[Socket{Local: own.Remote, Remote: own.Local}].Priority; got != 5 || its != 0 {
+			t.Errorf("%s: the priority is %d, want 5; its peer's %d, want 0", listen, got, its)
 		}
 	}
 }

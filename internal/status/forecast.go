@@ -13,6 +13,8 @@ const ForecastPath = "/forecast"
 type Forecast struct {
 	Ingress map[uint16]map[EndReason]int `json:"ingress"` // by port
 	Egress  map[string]map[EndReason]int `json:"egress"`  // by the listen address of the entry
+
+	Outbound int `json:"outbound"` // those that the workload made past the egress entries
 }
 
 // maxForecastMesh bounds a mesh that is asked about: more than the largest configuration takes.

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -209,30 +210,57 @@ func spoken(a render.Account, data []byte, now time.Time) (s status.Spoken, err 
 	return s, nil
 }
 
-// EndOutbound ends open connections that the pod made past the egress entries to what may not leave. Those by TCP are ended at both ends;
-// of the others conntrack forgets, so that nothing that comes passes for an answer. It must be called on a thread in the table's network
-// namespace.
-func (t *Table) EndOutbound(leaves func(to netip.AddrPort) bool) (ended map[netip.AddrPort]int, err error) {
-	forbidden := map[sockdiag.Socket]bool{}
-	var forget []entry
+// Outbound returns how many connections are open that the pod made past the egress entries, by TCP or not, to what may not leave. It must be
+// called on a thread in the table's network namespace.
+func (t *Table) Outbound(leaves func(to netip.AddrPort) bool) (forbidden int, err error) {
+	sockets, others, err := forbiddenOutbound(leaves)
+	if err != nil {
+		return 0, err
+	}
+	open, err := sockdiag.List()
+	for s := range open {
+		if sockets[s] {
+			forbidden++
+		}
+	}
+	return forbidden + len(others), err
+}
+
+// forbiddenOutbound returns the connections that the pod made past the egress entries to what may not leave: those by TCP, of which
+// conntrack keeps closed ones for a while, and others.
+func forbiddenOutbound(leaves func(to netip.AddrPort) bool) (sockets map[sockdiag.Socket]bool, others []entry, err error) {
+	sockets = map[sockdiag.Socket]bool{}
 	err = ask(conntrackGet, netlink.Request|netlink.Dump, func(d *netlink.AttributeDecoder) error {
 		e, err := readEntry(d)
 		switch {
 		case err != nil || e.mark&render.MarkMask != render.MarkOutbound || e.protocol == render.ICMP || e.protocol == render.ICMPv6 || leaves(e.to):
 		case e.protocol == render.TCP:
-			forbidden[sockdiag.Socket{Local: e.from, Remote: e.to}] = true
+			sockets[sockdiag.Socket{Local: e.from, Remote: e.to}] = true
 		default:
-			forget = append(forget, e)
+			others = append(others, e)
 		}
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("asking conntrack: %w", err)
+		return nil, nil, fmt.Errorf("asking conntrack: %w", err)
+	}
+	return sockets, others, nil
+}
+
+// EndOutbound ends open connections that the pod made past the egress entries to what may not leave. Those by TCP are ended at both ends;
+// of the others conntrack forgets, so that nothing that comes passes for an answer. It must be called on a thread in the table's network
+// namespace.
+func (t *Table) EndOutbound(leaves func(to netip.AddrPort) bool) (ended map[netip.AddrPort]int, err error) {
+	forbidden, forget, err := forbiddenOutbound(leaves)
+	if err != nil {
+		return nil, err
 	}
 	ended = map[netip.AddrPort]int{}
 	if len(forbidden) > 0 {
 		var sockets []sockdiag.Socket
-		sockets, err = sockdiag.Destroy(func(s sockdiag.Socket) bool { return forbidden[s] })
+		sockets, err = sockdiag.Destroy(func(open map[sockdiag.Socket]sockdiag.Details) []sockdiag.Socket {
+			return slices.DeleteFunc(slices.Collect(maps.Keys(open)), func(s sockdiag.Socket) bool { return !forbidden[s] })
+		})
 		for _, s := range sockets {
 			ended[s.Remote]++
 		}

@@ -80,25 +80,73 @@ type entry struct {
 	established bool
 }
 
+// Open returns the marks of the open connections from outside, by the socket that the client dialled, and Envoy's own connections to the
+// workload. It must be called on a thread in the table's network namespace.
+func (t *Table) Open() (clients map[sockdiag.Socket]render.Mark, legs map[sockdiag.Socket]sockdiag.Cookie, err error) {
+	marks, err := t.marks()
+	if err != nil {
+		return nil, nil, err
+	}
+	sockets, err := sockdiag.List()
+	if err != nil {
+		return nil, nil, err
+	}
+	clients, legs = map[sockdiag.Socket]render.Mark{}, map[sockdiag.Socket]sockdiag.Cookie{}
+	for s, details := range sockets {
+		if mark, isClient := marks[s]; isClient {
+			clients[s] = mark
+		} else if details.Priority == render.WorkloadPriority {
+			legs[s] = details.Cookie
+		}
+	}
+	return clients, legs, nil
+}
+
+// marks returns the marks of the connections from outside that conntrack knows, by the socket that the client dialled. It keeps those that
+// are closed for a while.
+func (t *Table) marks() (map[sockdiag.Socket]render.Mark, error) {
+	all := map[sockdiag.Socket]render.Mark{}
+	err := ask(conntrackGet, netlink.Request|netlink.Dump, func(d *netlink.AttributeDecoder) error {
+		e, err := readEntry(d)
+		if _, isInbound := render.ModeOf(e.mark); isInbound && err == nil {
+			all[sockdiag.Socket{Local: e.to, Remote: e.from}] = e.mark & render.MarkMask
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("asking conntrack: %w", err)
+	}
+	return all, nil
+}
+
 // End ends open connections at once: of those from outside, and of those of the workload to egress listeners, the ones that judge has
-// a reason to end. It must be called on a thread in the table's network namespace.
-func (t *Table) End(judge func(sockdiag.Socket, render.Mark) status.EndReason) (ended map[sockdiag.Socket]status.EndReason, err error) {
-	clients, err := t.Clients()
+// a reason to end. order gets these, and all open sockets, and returns which ones to end, in which order: those and others of the same
+// connections. It must be called on a thread in the table's network namespace.
+func (t *Table) End(judge func(sockdiag.Socket, render.Mark) status.EndReason,
+	order func(ending map[sockdiag.Socket]status.EndReason, open map[sockdiag.Socket]sockdiag.Details) []sockdiag.Socket,
+) (ended map[sockdiag.Socket]status.EndReason, err error) {
+	marks, err := t.marks()
 	if err != nil {
 		return nil, err
 	}
-	reasons := map[sockdiag.Socket]status.EndReason{}
-	done, err := sockdiag.Destroy(func(s sockdiag.Socket) bool {
-		mark, inbound := clients[s]
-		if !inbound && !s.Local.Addr().IsLoopback() {
-			return false
+	ending := map[sockdiag.Socket]status.EndReason{}
+	done, err := sockdiag.Destroy(func(open map[sockdiag.Socket]sockdiag.Details) []sockdiag.Socket {
+		for s := range open {
+			mark, inbound := marks[s]
+			if !inbound && !s.Local.Addr().IsLoopback() {
+				continue
+			}
+			if reason := judge(s, mark); reason != "" {
+				ending[s] = reason
+			}
 		}
-		reasons[s] = judge(s, mark)
-		return reasons[s] != ""
+		return order(ending, open)
 	})
 	ended = map[sockdiag.Socket]status.EndReason{}
 	for _, s := range done {
-		ended[s] = reasons[s]
+		if reason := ending[s]; reason != "" {
+			ended[s] = reason
+		}
 	}
 	return ended, err
 }

@@ -14,23 +14,6 @@ import (
 	"mantlet/render"
 )
 
-// Clients returns the connections from outside that conntrack has, with their marks, by the socket that the client dialled. Some may have ended
-// a while ago. It must be called on a thread in the table's network namespace.
-func (t *Table) Clients() (map[sockdiag.Socket]render.Mark, error) {
-	all := map[sockdiag.Socket]render.Mark{}
-	err := ask(conntrackGet, netlink.Request|netlink.Dump, func(d *netlink.AttributeDecoder) error {
-		e, err := readEntry(d)
-		if _, isInbound := render.ModeOf(e.mark); isInbound && err == nil {
-			all[sockdiag.Socket{Local: e.to, Remote: e.from}] = e.mark & render.MarkMask
-		}
-		return err
-	})
-	if err != nil {
-		return nil, fmt.Errorf("asking conntrack: %w", err)
-	}
-	return all, nil
-}
-
 // Move gives connections from outside other marks, and returns those that have theirs now: the others ended meanwhile. It must be called on a
 // thread in the table's network namespace.
 func (t *Table) Move(marks map[sockdiag.Socket]render.Mark) (moved []sockdiag.Socket, err error) {

@@ -40,7 +40,7 @@ func TestMovedConnectionsLiveOn(t *testing.T) {
 				}
 			}
 			must(x.pod.Do(func() error {
-				clients, err := x.table.Clients()
+				clients, _, err := x.table.Open()
 				if mark := clients[socket]; err != nil || mark != render.MarkOf(schema.ModeMTLS, 0) || len(clients) != 2 {
 					x.t.Errorf("%v: mark %#x of %d, %v", socket, mark, len(clients), err)
 				}
