@@ -44,7 +44,7 @@ func (r *Runner) execute(state render.State, settings schema.Envoy, parent *Proc
 	if err := render.AddMesh(b, state.Mesh); err != nil {
 		return nil, err
 	}
-	p.Digest, p.listeners, p.workers = state.Digest, listenersOf(b), settings.Concurrency
+	p.Digest, p.listeners, p.workers, p.parts = state.Digest, listenersOf(b), settings.Concurrency, partsOf(state.Bootstrap)
 	config := r.directory().Bootstrap(p.Epoch)
 	if err := r.write(config, b); err != nil {
 		return nil, err

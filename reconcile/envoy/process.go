@@ -22,6 +22,7 @@ type Process struct {
 	Digest    string     // of the state that it was started with
 	listeners []listener // that it was started with
 	workers   int        // threads, each of which has a socket for each listener
+	parts     parts      // of the state that it was started with
 
 	base    *base
 	since   time.Time         // that it serves or, once another one was live after it, drains

@@ -84,7 +84,7 @@ func (r *Runner) startNext(ctx context.Context, state render.State, settings sch
 	// A parent that drains has lost the Envoy that took over from it. Nobody listens then, and a failure can't make that worse.
 	if parent != nil && !parent.drains {
 		r.progress("having Envoy validate the bootstrap", r.limit(state))
-		if err := r.preflight(ctx, state); err != nil {
+		if err := r.preflight(ctx, state, parent.parts); err != nil {
 			return nil, err
 		}
 		r.progress("counting connections", askLimit)
