@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"iter"
 	"maps"
 	"reflect"
 	"slices"
@@ -20,7 +21,7 @@ import (
 // Diff returns what have has otherwise than want, a line each; none where both are the same. The order of chains, and of
 // maps, means nothing.
 func Diff(want, have Ruleset) []string {
-	if len(have.Timeouts)+len(have.Maps)+len(have.Allows)+len(have.Accounts)+len(have.Chains)+len(have.Others) == 0 && len(want.Chains) > 0 {
+	if len(have.Timeouts)+len(have.Maps)+len(have.Lists)+len(have.Accounts)+len(have.Chains)+len(have.Others) == 0 && len(want.Chains) > 0 {
 		return []string{"the table inet " + Table + " is not there, or empty"}
 	}
 	var lines []string
@@ -33,8 +34,8 @@ func Diff(want, have Ruleset) []string {
 	lines = append(lines, diffNamed("ct timeout", want.Timeouts, have.Timeouts, timeoutsName, timeoutsName, diffTimeouts)...)
 	mapName := func(m Map) string { return m.Name }
 	lines = append(lines, diffNamed("map", want.Maps, have.Maps, mapName, mapName, diffMap)...)
-	allowName := func(a Allow) string { return a.Name }
-	lines = append(lines, diffNamed("set", want.Allows, have.Allows, allowName, allowName, diffAllow)...)
+	listName := func(a List) string { return a.Name }
+	lines = append(lines, diffNamed("set", want.Lists, have.Lists, listName, listName, diffList)...)
 	accountName := func(a Account) string { return a.Name }
 	lines = append(lines, diffNamed("set", want.Accounts, have.Accounts, accountName, accountName, diffAccount)...)
 	chainName := func(c Chain) string { return c.Name }
@@ -74,21 +75,32 @@ func diffNamed[T any](kind string, want, have []T, name, describe func(T) string
 	return lines
 }
 
-func diffAllow(title string, want, have Allow) (lines []string) {
+func diffList(title string, want, have List) (lines []string) {
 	if want.IPv6 != have.IPv6 {
 		return []string{title + ": of another version of IP"}
 	}
-	for _, d := range want.Destinations {
-		if !slices.Contains(have.Destinations, d) {
-			lines = append(lines, fmt.Sprintf("%s: `%s` missing", title, d))
-		}
+	for d := range minus(want.Destinations, have.Destinations) {
+		lines = append(lines, fmt.Sprintf("%s: `%s` missing", title, d))
 	}
-	for _, d := range have.Destinations {
-		if !slices.Contains(want.Destinations, d) {
-			lines = append(lines, fmt.Sprintf("%s: `%s` not wanted", title, d))
-		}
+	for d := range minus(have.Destinations, want.Destinations) {
+		lines = append(lines, fmt.Sprintf("%s: `%s` not wanted", title, d))
 	}
 	return lines
+}
+
+// minus yields the destinations that are not among others, in their order.
+func minus(all, others []schema.Destination) iter.Seq[schema.Destination] {
+	are := map[schema.Destination]bool{}
+	for _, d := range others {
+		are[d] = true
+	}
+	return func(yield func(schema.Destination) bool) {
+		for _, d := range all {
+			if !are[d] && !yield(d) {
+				return
+			}
+		}
+	}
 }
 
 // diffAccount compares what an account can hold. What it holds is the rules' affair.

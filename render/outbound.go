@@ -35,12 +35,15 @@ const (
 	accountTimeout = 10 * time.Minute
 )
 
-// Allow is a set of destinations that may be spoken to in the clear: type ipv4_addr . inet_service, or of IPv6, with intervals.
-type Allow struct {
+// List is a set of destinations: type ipv4_addr . inet_service, or of IPv6, with intervals.
+type List struct {
 	Name         string
 	IPv6         bool
 	Destinations []schema.Destination // sorted; none is a part of another
 }
+
+// isAllowed reports whether the list is one of what may leave.
+func (l List) isAllowed() bool { return l.Name == family(allowSet, l.IPv6) }
 
 // Account is a set that rules add destinations to: address, protocol and port, each with a counter of connections. Its content is no part
 // of the desired state.
@@ -107,9 +110,9 @@ func (r Ruleset) WithOutbound(o schema.Outbound) Ruleset {
 		r.Chains[i].Rules = r.Chains[i].withOutbound(o.Mode)
 		r.Chains = append(r.Chains, outboundObserve()...)
 	}
-	r.Allows, r.Accounts = nil, nil
+	r.Lists, r.Accounts = slices.DeleteFunc(slices.Clone(r.Lists), List.isAllowed), nil
 	for _, ipv6 := range []bool{false, true} {
-		r.Allows = append(r.Allows, Allow{Name: family(allowSet, ipv6), IPv6: ipv6, Destinations: minimal(o.Allow, ipv6)})
+		r.Lists = append(r.Lists, List{Name: family(allowSet, ipv6), IPv6: ipv6, Destinations: minimal(o.Allow, ipv6)})
 	}
 	second := leftAccount
 	if o.Mode == schema.OutboundDrop {
@@ -134,15 +137,18 @@ func RulesIn(place Place, mesh schema.Mesh, generations Generations) Ruleset {
 
 // WithResolvers returns the rules with port 53 of name servers among what may leave, where they have such a list.
 func (r Ruleset) WithResolvers(servers []netip.Addr) Ruleset {
-	r.Allows = slices.Clone(r.Allows)
-	for i, set := range r.Allows {
+	r.Lists = slices.Clone(r.Lists)
+	for i, set := range r.Lists {
+		if !set.isAllowed() {
+			continue
+		}
 		all := slices.Clone(set.Destinations)
 		for _, addr := range servers {
 			if addr = addr.Unmap().WithZone(""); addr.IsValid() && !addr.IsLoopback() && !addr.IsUnspecified() {
 				all = append(all, schema.Destination{Prefix: netip.PrefixFrom(addr, addr.BitLen()), Port: 53})
 			}
 		}
-		r.Allows[i].Destinations = minimal(all, set.IPv6)
+		r.Lists[i].Destinations = minimal(all, set.IPv6)
 	}
 	return r
 }
@@ -161,8 +167,10 @@ func OutboundOf(r Ruleset) schema.Outbound {
 	if o.Mode == schema.OutboundAccept {
 		return o
 	}
-	for _, set := range r.Allows {
-		o.Allow = append(o.Allow, set.Destinations...)
+	for _, set := range r.Lists {
+		if set.isAllowed() {
+			o.Allow = append(o.Allow, set.Destinations...)
+		}
 	}
 	return o
 }
@@ -174,7 +182,8 @@ func (r Ruleset) Allowing(o schema.Outbound, place Place) Ruleset {
 		return r // it was in force until now
 	}
 	like := RulesIn(place, schema.Mesh{Outbound: o}, Generations{})
-	r.Allows, r.Accounts = like.Allows, like.Accounts
+	r.Lists = append(slices.DeleteFunc(slices.Clone(r.Lists), List.isAllowed), like.Lists...)
+	r.Accounts = like.Accounts
 	return r
 }
 
@@ -185,8 +194,8 @@ func (r Ruleset) Leaves(to netip.AddrPort) bool {
 	}
 	addr := to.Addr().Unmap()
 	single := schema.Destination{Prefix: netip.PrefixFrom(addr, addr.BitLen()), Port: to.Port()}
-	return slices.ContainsFunc(r.Allows, func(set Allow) bool {
-		return slices.ContainsFunc(set.Destinations, func(d schema.Destination) bool { return d.Contains(single) })
+	return slices.ContainsFunc(r.Lists, func(set List) bool {
+		return set.isAllowed() && slices.ContainsFunc(set.Destinations, func(d schema.Destination) bool { return d.Contains(single) })
 	})
 }
 
@@ -245,7 +254,7 @@ func outboundObserve() []Chain {
 	return []Chain{
 		{Name: outboundChain, Rules: slices.Concat(
 			[]Rule{{isICMP, accept}, {Protocol{NotEqual, withPorts}, goTo(portlessChain)}},
-			onList(goTo(listedChain)), tally(leftAccount, false), []Rule{{accept}},
+			onAllowed(goTo(listedChain)), tally(leftAccount, false), []Rule{{accept}},
 		)},
 		{Name: portlessChain, Rules: append(tally(leftAccount, true), Rule{accept})},
 		{Name: listedChain, Rules: append(tally(allowedAccount, false), Rule{accept})},
@@ -258,7 +267,7 @@ func outboundDrop() []Chain {
 	return []Chain{
 		{Name: outboundChain, Rules: slices.Concat(
 			[]Rule{{isICMP, accept}, {Protocol{NotEqual, withPorts}, goTo(portlessChain)}},
-			onList(goTo(listedChain)),
+			onAllowed(goTo(listedChain)),
 			[]Rule{{Marked{Mark: MarkOutbound}, resets, accept}},
 			tally(refusedAccount, false),
 			[]Rule{{onlyTCP, Count{}, Reset{}}, {Count{}, Prohibit{}}},
@@ -272,9 +281,9 @@ func outboundDrop() []Chain {
 	}
 }
 
-// onList are the rules for packets to what may leave.
-func onList(verdict Verdict) []Rule {
-	return []Rule{{OnList{family(allowSet, false), false}, verdict}, {OnList{family(allowSet, true), true}, verdict}}
+// onAllowed are the rules for packets to what may leave.
+func onAllowed(verdict Verdict) []Rule {
+	return []Rule{{OnList{Set: family(allowSet, false)}, verdict}, {OnList{Set: family(allowSet, true), IPv6: true}, verdict}}
 }
 
 // tally are the rules that account a destination. A set that is full ends its rule, and the next one goes on.
@@ -313,14 +322,21 @@ func minimal(all []schema.Destination, ipv6 bool) (rest []schema.Destination) {
 	return rest
 }
 
-// OnList matches packets of one IP family whose destination and port a set of Allow has. It is for protocols that have ports.
+// OnList matches packets of one IP family whose destination and port a List has: those of TCP, or of any protocol, which must have ports.
 type OnList struct {
 	Set  string
 	IPv6 bool
+	TCP  bool
 }
 
 // Text implements Statement.
-func (o OnList) Text() string { return daddr(o.IPv6) + " . th dport @" + o.Set }
+func (o OnList) Text() string {
+	header := "th"
+	if o.TCP {
+		header = "tcp"
+	}
+	return fmt.Sprintf("%s . %s dport @%s", daddr(o.IPv6), header, o.Set)
+}
 
 // Tally adds the destination of packets of one IP family to a set of Account, or counts it there. Where the set is full, the rule ends.
 type Tally struct {
@@ -358,7 +374,7 @@ type Prohibit struct{}
 // Text implements Statement.
 func (Prohibit) Text() string { return "reject with icmpx admin-prohibited" }
 
-func (a Allow) text(b *strings.Builder) {
+func (a List) text(b *strings.Builder) {
 	kind := "ipv4_addr"
 	if a.IPv6 {
 		kind = "ipv6_addr"

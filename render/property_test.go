@@ -137,7 +137,7 @@ func TestAllowed(t *testing.T) {
 			return n
 		}
 		var all []schema.Destination
-		for _, set := range r.Allows {
+		for _, set := range r.Lists {
 			for _, d := range set.Destinations {
 				if d.Prefix.Addr().Is6() != set.IPv6 || inside(set.Destinations, d) != 1 {
 					t.Fatalf("%s in %s, of %v", d, set.Name, set.Destinations)

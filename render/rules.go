@@ -184,14 +184,28 @@ func begins(mesh schema.Mesh) []Chain {
 		Rule{SocketPriority{EndpointPriority}, goTo(loopsChain)},
 		beginsInside,
 	)
-	for _, e := range mesh.Egress {
-		loops.Rules = append(loops.Rules, refuse(e.Listen))
+	for _, list := range listeners(mesh) {
+		loops.Rules = append(loops.Rules, Rule{OnList{Set: list.Name, IPv6: list.IPv6, TCP: true}, Count{}, Reset{}})
 	}
 	if mesh.StatusPort != 0 {
 		loops.Rules = append(loops.Rules, Rule{DestinationPort{mesh.StatusPort}, Count{}, Reset{}})
 	}
 	loops.Rules = append(loops.Rules, beginsInside) // upstreams may be in the pod
 	return []Chain{begin, loops, clients()}
+}
+
+// listeners returns the listeners that loops refuses connections to.
+func listeners(mesh schema.Mesh) (lists []List) {
+	var all []schema.Destination
+	for _, e := range mesh.Egress {
+		all = append(all, schema.Destination{Prefix: netip.PrefixFrom(e.Listen.Addr(), e.Listen.Addr().BitLen()), Port: e.Listen.Port()})
+	}
+	for _, ipv6 := range []bool{false, true} {
+		if of := minimal(all, ipv6); len(of) > 0 {
+			lists = append(lists, List{Name: family(loopsList, ipv6), IPv6: ipv6, Destinations: of})
+		}
+	}
+	return lists
 }
 
 // clients marks Envoy's connections to the workload from a client's address. The kernel chose a port that no other connection of Envoy's
@@ -281,6 +295,7 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 	r := Ruleset{
 		Timeouts: []Timeouts{tcpTimeouts},
 		Maps:     []Map{modes, answers},
+		Lists:    listeners(mesh),
 		Chains: []Chain{
 			ingress(mesh.OtherProtocols),
 			{Name: forwardedChain, Rules: []Rule{
@@ -314,7 +329,7 @@ func Rules(mesh schema.Mesh, generations Generations) Ruleset {
 // there, and whoever reached one would speak in the workload's name. Connections are marked as in other rulesets, so that those that
 // the pod makes outlive a restart of mantlet.
 func onlyEgress(mesh schema.Mesh) Ruleset {
-	r := Ruleset{Timeouts: []Timeouts{tcpTimeouts}, Chains: []Chain{
+	r := Ruleset{Timeouts: []Timeouts{tcpTimeouts}, Lists: listeners(mesh), Chains: []Chain{
 		{Name: ingressChain, Hook: filter("prerouting", Accept), Rules: append([]Rule{{Loopback{}, accept}}, notForThePod()...)},
 		{Name: egressChain, Hook: filter("output", Accept), Rules: outgoing()},
 		inside(goTo(beginsChain)),

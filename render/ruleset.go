@@ -20,6 +20,7 @@ const (
 	insideChain    = "inside"
 	beginsChain    = "begins_inside"
 	loopsChain     = "loops"
+	loopsList      = "loops" // the listeners that nothing which goes out may lead to
 	clientsChain   = "clients"
 	leavingChain   = "leaving"
 	icmpChain      = "icmp_in"
@@ -32,7 +33,7 @@ const (
 type Ruleset struct {
 	Timeouts []Timeouts
 	Maps     []Map
-	Allows   []Allow
+	Lists    []List
 	Accounts []Account
 	Chains   []Chain
 	Others   []string // what no rendered ruleset has and a live one may: flags of the table, other sets, counters
@@ -109,7 +110,7 @@ func (r Ruleset) Text() string {
 		b.WriteString("\t}\n")
 		separator = "\n"
 	}
-	for _, set := range r.Allows {
+	for _, set := range r.Lists {
 		b.WriteString(separator)
 		set.text(&b)
 		separator = "\n"

@@ -40,7 +40,7 @@ func addressType(ipv6 bool) nftables.SetDatatype {
 	return nftables.TypeIPAddr
 }
 
-func allowKey(ipv6 bool) nftables.SetDatatype {
+func listKey(ipv6 bool) nftables.SetDatatype {
 	return nftables.MustConcatSetType(addressType(ipv6), nftables.TypeInetService)
 }
 
@@ -48,10 +48,10 @@ func accountKey(ipv6 bool) nftables.SetDatatype {
 	return nftables.MustConcatSetType(addressType(ipv6), nftables.TypeInetProto, nftables.TypeInetService)
 }
 
-func (b *batch) addAllow(a render.Allow) error {
+func (b *batch) addList(a render.List) error {
 	b.lastSetID++
 	set := &nftables.Set{
-		ID: b.lastSetID, Table: b.table, Name: a.Name, Interval: true, Concatenation: true, KeyType: allowKey(a.IPv6), KeyByteOrder: binaryutil.BigEndian,
+		ID: b.lastSetID, Table: b.table, Name: a.Name, Interval: true, Concatenation: true, KeyType: listKey(a.IPv6), KeyByteOrder: binaryutil.BigEndian,
 	}
 	b.maps[a.Name] = set
 	if err := b.conn.AddSet(set, nil); err != nil {
@@ -96,10 +96,10 @@ func (b *batch) addAccount(a render.Account) error {
 	return nil
 }
 
-// asAllow returns what the set is as a set of destinations, if it is one. What is no destination becomes a line of odd.
-func (s *set) asAllow() (a render.Allow, odd []string, ok bool) {
-	a = render.Allow{Name: s.name}
-	a.IPv6, ok = s.hasKey(allowKey)
+// asList returns what the set is as a set of destinations, if it is one. What is no destination becomes a line of odd.
+func (s *set) asList() (a render.List, odd []string, ok bool) {
+	a = render.List{Name: s.name}
+	a.IPv6, ok = s.hasKey(listKey)
 	if !ok || s.flags&^setConcat != unix.NFT_SET_INTERVAL {
 		return a, nil, false
 	}

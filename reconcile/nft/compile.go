@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -199,6 +200,9 @@ func (b *batch) onList(o render.OnList) ([]expr.Any, error) {
 		return nil, err
 	}
 	all, next, _ := daddr(o.IPv6)
+	if o.TCP {
+		all = slices.Insert(all, len(onlyFamily(0)), onlyTCP()...)
+	}
 	return append(all,
 		&expr.Payload{DestRegister: next, Base: expr.PayloadBaseTransportHeader, Offset: destinationPort, Len: 2},
 		&expr.Lookup{SourceRegister: reg1, SetName: set.Name, SetID: set.ID},

@@ -110,6 +110,10 @@ func (r *reader) guesses(all []expression) (s []render.Statement) {
 		set := all[4].data.text("1")
 		s = append(s, render.OnList{Set: set}, render.OnList{Set: set, IPv6: true})
 	}
+	if is("meta", "cmp", "meta", "cmp", "payload", "payload", "lookup") {
+		set := all[6].data.text("1")
+		s = append(s, render.OnList{Set: set, TCP: true}, render.OnList{Set: set, IPv6: true, TCP: true})
+	}
 	portless := is("meta", "cmp", "payload", "meta", "immediate", "dynset")
 	if portless || is("meta", "cmp", "payload", "meta", "payload", "dynset") {
 		set := all[5].data.text("1")

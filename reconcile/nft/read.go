@@ -318,8 +318,8 @@ func (r *reader) ruleset() render.Ruleset {
 			rules.Accounts = append(rules.Accounts, account)
 			continue
 		}
-		if allow, odd, ok := s.asAllow(); ok {
-			rules.Allows = append(rules.Allows, allow)
+		if allow, odd, ok := s.asList(); ok {
+			rules.Lists = append(rules.Lists, allow)
 			for _, key := range odd {
 				rules.Others = append(rules.Others, fmt.Sprintf("set %s, element %s: no destination", s.name, key))
 			}

@@ -385,8 +385,8 @@ func (t *Table) replace(b *batch, r render.Ruleset, whole bool) error {
 			return err
 		}
 	}
-	for _, a := range r.Allows {
-		if err := b.addAllow(a); err != nil {
+	for _, a := range r.Lists {
+		if err := b.addList(a); err != nil {
 			return err
 		}
 	}

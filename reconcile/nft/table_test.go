@@ -137,7 +137,7 @@ func load(t testing.TB, host *lab.Host, text string) {
 func loadRules(t testing.TB, host *lab.Host, r render.Ruleset) {
 	t.Helper()
 	const most = 400
-	head := render.Ruleset{Timeouts: r.Timeouts, Allows: r.Allows, Accounts: r.Accounts, Chains: r.Chains}
+	head := render.Ruleset{Timeouts: r.Timeouts, Lists: r.Lists, Accounts: r.Accounts, Chains: r.Chains}
 	var rest []string
 	for _, m := range r.Maps {
 		n := min(len(m.Elements), most)
