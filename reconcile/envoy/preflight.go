@@ -22,12 +22,34 @@ import (
 
 // preflight has Envoy validate a bootstrap before a new epoch starts: a failure after that costs the old epoch its admin interface. What the
 // epoch that serves has in its own bootstrap is left out, since it was live with it: of 1,000 entries validation takes two seconds. Where
-// that does not succeed, all of it is validated, which gives the error.
+// that does not succeed, or parts may contradict each other, all of it is validated, which gives the error.
 func (r *Runner) preflight(ctx context.Context, state render.State, proven parts) error {
-	if err := r.validate(ctx, state, without(state.Bootstrap, proven)); err == nil {
+	if isDistinct(state.Bootstrap) && r.validate(ctx, state, without(state.Bootstrap, proven)) == nil {
 		return nil
 	}
 	return r.validate(ctx, state, state.Bootstrap)
+}
+
+// isDistinct reports whether clusters and listeners have names of their own, and listeners addresses.
+func isDistinct(b *bootstrapv3.Bootstrap) bool {
+	seen := map[string]bool{}
+	var all []string
+	for _, c := range b.GetStaticResources().GetClusters() {
+		all = append(all, "cluster "+c.GetName())
+	}
+	for _, l := range listenersOf(b) {
+		all = append(all, "listener "+l.name)
+		for _, at := range l.addresses {
+			all = append(all, "address "+at.String())
+		}
+	}
+	for _, one := range all {
+		if seen[one] {
+			return false
+		}
+		seen[one] = true
+	}
+	return true
 }
 
 // parts are the listeners and clusters of a bootstrap, by digest.
