@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"mantlet/internal/status"
+	"mantlet/render"
 )
 
 // fallBack makes the last good state serve if a failed attempt at another one left no Envoy that serves it and answers.
@@ -66,7 +67,10 @@ func (d *Daemon) startAndRevoke(ctx context.Context, want *desired) (process Pro
 		defer close(done)
 		defer d.watchdog.idle(starter)
 		d.watchdog.begin(starter, "starting Envoy", startLimit)
-		process, err = d.Proxy.Start(ctx, want.state, want.mesh.Envoy)
+		var state render.State
+		if state, err = want.rendered(); err == nil {
+			process, err = d.Proxy.Start(ctx, state, want.mesh.Envoy)
+		}
 	}()
 	changed := false
 	for {

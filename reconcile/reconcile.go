@@ -167,6 +167,14 @@ func (s *desired) same(other *desired) bool {
 	return s.state.Digest == other.state.Digest && s.state.Ruleset.Text() == other.state.Ruleset.Text() && slices.Equal(s.mesh.Probes, other.mesh.Probes)
 }
 
+// rendered returns the state with its bootstrap, which is not kept once an Envoy has it.
+func (s *desired) rendered() (render.State, error) {
+	if s.state.Bootstrap != nil {
+		return s.state, nil
+	}
+	return render.Render(s.mesh, s.place)
+}
+
 // retryInputs is how soon a failed attempt at certificates, or at storing a file, is repeated. A full disk gives no event when it has
 // room again.
 const retryInputs = time.Second
@@ -261,7 +269,13 @@ func (d *Daemon) converge(ctx context.Context) time.Duration {
 		return immediately
 	}
 	if err == nil {
-		d.locked(func() { d.unapplied = nil })
+		d.locked(func() {
+			d.unapplied = nil
+			d.want.state.Bootstrap = nil // of 10 MB with 1,000 entries; see rendered
+			if d.have != nil {
+				d.have.state.Bootstrap = nil
+			}
+		})
 		return 0
 	}
 	if ctx.Err() != nil {

@@ -295,14 +295,18 @@ func prepare(process schema.Process) error {
 	return nil
 }
 
+// gcPercent is GOGC unless the environment sets it. mantlet allocates much at a change and little in between: memory is worth more than
+// the time of collections.
+const gcPercent = 50
+
 // collectLater lets the heap grow to 16 MiB before garbage is collected, for a second: starting takes some 6 MiB, and the
-// collections in it would take a part of the time in which Envoy is not running yet. Then all goes that starting took.
+// collections in it would take a part of the time in which Envoy is not running yet.
 func collectLater() {
 	usual := debug.SetGCPercent(400)
-	time.AfterFunc(time.Second, func() {
-		debug.SetGCPercent(usual)
-		releaseMemory()
-	})
+	if os.Getenv("GOGC") == "" {
+		usual = gcPercent
+	}
+	time.AfterFunc(time.Second, func() { debug.SetGCPercent(usual) })
 }
 
 // releaseMemory gives back to the kernel what a start or a change took and nobody needs any more: rendering 1,000 entries takes several
