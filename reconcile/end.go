@@ -1,6 +1,7 @@
 package reconcile
 
 import (
+	"maps"
 	"net/netip"
 	"reflect"
 	"slices"
@@ -22,9 +23,11 @@ type change struct {
 	routes   map[netip.AddrPort]route // by listen address: egress entries that forbid something
 	known    map[sockdiag.Socket]peers.Connection
 
-	// What was open before the state's rules: its clients, without those that were moved, and Envoy's connections to the workload.
-	clients map[sockdiag.Socket]render.Mark
-	legs    map[sockdiag.Socket]sockdiag.Cookie
+	// What is open before the state's rules: the clients' connections that get a new generation's mark, why the others have to end, and Envoy's
+	// connections to the workload.
+	moves map[sockdiag.Socket]render.Mark
+	ends  map[sockdiag.Socket]status.EndReason
+	legs  map[sockdiag.Socket]sockdiag.Cookie
 }
 
 // route is what became of an egress entry.
@@ -36,7 +39,7 @@ type route struct {
 
 // tighten returns what a state forbids; nil for nothing.
 func (d *Daemon) tighten(next *desired, revoked bool) *change {
-	c := &change{from: d.have, to: next, revoked: revoked, leads: map[*peers.Peer]bool{}}
+	c := &change{from: d.have, to: next, revoked: revoked, leads: map[*peers.Peer]bool{}, ends: map[sockdiag.Socket]status.EndReason{}}
 	if d.have == nil {
 		return c
 	}
@@ -48,11 +51,51 @@ func (d *Daemon) tighten(next *desired, revoked bool) *change {
 	}
 	c.trust = d.Secrets.Trust()
 	d.readPeers(c)
-	var err error
-	if c.clients, c.legs, err = d.Kernel.Open(); err != nil {
+	d.endKnown(c)
+	clients, legs, err := d.Kernel.Open()
+	if err != nil {
 		d.Log.Warn("it can't be told what is open: a change that forbids one client ends the connections of all at its port", "error", err)
 	}
+	c.moves, c.legs = c.candidates(clients), legs
+	for s, mark := range clients {
+		if _, moves := c.moves[s]; moves {
+			continue
+		}
+		if reason := c.reasonToEnd(s, mark); reason != "" {
+			c.ends[s] = reason
+		}
+	}
 	return c
+}
+
+// endKnown ends the connections of which it is known that a state forbids them, before its rules are put in force: with 10,000 of them that
+// takes a while. An Envoy with the state accepts connections already, as a rule. Where it does not, the forbidden ones that are made
+// meanwhile are ended after the rules, as are those that are not known.
+func (d *Daemon) endKnown(c *change) {
+	var order []sockdiag.Exact
+	reasons := map[sockdiag.Socket]status.EndReason{}
+	for s, conn := range c.known {
+		if reason := c.forbids(s); reason != "" {
+			reasons[s] = reason
+			order = append(order, conn.Client, conn.Upstream)
+		}
+	}
+	if len(order) == 0 {
+		return
+	}
+	d.watchdog.begin(loop, "ending connections", kernelLimit)
+	sockets, err := d.Kernel.EndKnown(order)
+	d.watchdog.begin(loop, "its turn", turnLimit)
+	if err != nil {
+		d.Log.Debug("connections that are forbidden now are ended later", "error", err)
+	}
+	ended := map[sockdiag.Socket]status.EndReason{}
+	for _, s := range sockets {
+		if reasons[s] != "" {
+			ended[s] = reasons[s]
+		}
+	}
+	d.logEnded(c.sum(ended))
 }
 
 // readPeers reads who is connected. If that fails, nobody is known.
@@ -108,6 +151,18 @@ func (c *change) reasonToEnd(s sockdiag.Socket, mark render.Mark) status.EndReas
 	return status.EndOlder // a change before this one forbade it, or it was made while this one was put in force
 }
 
+// forbids returns why a connection may not go on of which it is known whose it is.
+func (c *change) forbids(s sockdiag.Socket) status.EndReason {
+	if s.Local.Addr().IsLoopback() {
+		return c.endpoint(s)
+	}
+	port := s.Local.Port()
+	if c.from.generations.At(port) == c.to.generations.At(port) || schema.PolicyOf(c.to.enforced().Ingress, port).Mode != schema.ModeMTLS {
+		return ""
+	}
+	return c.client(s)
+}
+
 // client returns why a client at a port of ModeMTLS may not go on. A client that is not known may not.
 func (c *change) client(s sockdiag.Socket) status.EndReason {
 	port := s.Local.Port()
@@ -159,11 +214,10 @@ func (d *Daemon) moveAllowed(c *change) (spared int) {
 	}
 	d.watchdog.begin(loop, "looking whom a change forbids", kernelLimit)
 	defer d.watchdog.begin(loop, "its turn", turnLimit)
-	to := c.candidates()
-	if len(to) == 0 {
+	if len(c.moves) == 0 {
 		return 0
 	}
-	spared, err := d.moveAll(c, to)
+	spared, err := d.moveAll(c, c.moves)
 	if err != nil {
 		d.Log.Warn("a change ends all connections at the ports that it is about", "error", err)
 	}
@@ -171,9 +225,9 @@ func (d *Daemon) moveAllowed(c *change) (spared int) {
 }
 
 // candidates returns the connections to move, with their new marks.
-func (c *change) candidates() map[sockdiag.Socket]render.Mark {
+func (c *change) candidates(clients map[sockdiag.Socket]render.Mark) map[sockdiag.Socket]render.Mark {
 	to := map[sockdiag.Socket]render.Mark{}
-	for s, mark := range c.clients {
+	for s, mark := range clients {
 		port := s.Local.Port()
 		was, is := c.from.generations.At(port), c.to.generations.At(port)
 		if _, known := c.known[s]; known && was != is && mark == render.MarkOf(schema.ModeMTLS, was) && c.client(s) == "" {
@@ -204,8 +258,6 @@ func (d *Daemon) moveAll(c *change, to map[sockdiag.Socket]render.Mark) (spared 
 	for _, s := range moved {
 		if _, known := c.known[s]; !known || c.client(s) != "" {
 			back[s] = render.MarkOf(schema.ModeMTLS, c.from.generations.At(s.Local.Port()))
-		} else {
-			delete(c.clients, s)
 		}
 	}
 	if _, failed := d.Kernel.Move(back); failed != nil {
@@ -222,12 +274,12 @@ func (c *change) order(ending map[sockdiag.Socket]status.EndReason, open map[soc
 	for s := range ending {
 		order = append(order, s)
 		if conn, known := c.known[s]; known {
-			order = append(order, conn.Upstream)
+			order = append(order, conn.Upstream.Socket)
 		}
 	}
 	paired := map[sockdiag.Socket]bool{}
 	for _, conn := range c.known {
-		paired[conn.Upstream] = true
+		paired[conn.Upstream.Socket] = true
 	}
 	for leg, cookie := range c.legs {
 		port := leg.Remote.Port()
@@ -252,11 +304,7 @@ func (d *Daemon) end(c *change) {
 		d.Log.Warn("connections that are forbidden now end at their next packet, and those to egress entries with the Envoy that has them", "error", err)
 	}
 	if err == nil {
-		for s, mark := range c.clients {
-			if reason := c.reasonToEnd(s, mark); reason != "" {
-				ended[s] = reason // by the rules, perhaps, if it had a packet in between
-			}
-		}
+		maps.Copy(ended, c.ends) // those that had a packet in between were ended by the rules
 	}
 	d.logEnded(c.sum(ended))
 }

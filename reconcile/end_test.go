@@ -32,7 +32,7 @@ func TestOrderOfEnding(t *testing.T) {
 	c := &change{
 		from:  &desired{},
 		to:    &desired{generations: render.Generations{Ports: []render.PortsGeneration{{Ports: schema.Ports{First: 8080, Last: 8080}, Generation: 1}}}},
-		known: map[sockdiag.Socket]peers.Connection{forbidden: {Upstream: its}, stays: {Upstream: staying}},
+		known: map[sockdiag.Socket]peers.Connection{forbidden: {Upstream: sockdiag.Exact{Socket: its}}, stays: {Upstream: sockdiag.Exact{Socket: staying}}},
 		legs:  map[sockdiag.Socket]sockdiag.Cookie{its: 1, others: 2, staying: 3, again: 5, elsewhere: 6},
 	}
 	open := map[sockdiag.Socket]sockdiag.Details{}

@@ -253,8 +253,10 @@ func (w *world) Trust() peers.Trust { return peers.Trust{} }
 func (w *world) End(func(sockdiag.Socket, render.Mark) status.EndReason,
 	func(map[sockdiag.Socket]status.EndReason, map[sockdiag.Socket]sockdiag.Details) []sockdiag.Socket,
 ) (map[sockdiag.Socket]status.EndReason, error) {
-	return nil, nil
+	return map[sockdiag.Socket]status.EndReason{}, nil
 }
+
+func (w *world) EndKnown([]sockdiag.Exact) ([]sockdiag.Socket, error) { return nil, nil }
 
 func (w *world) Inbound() ([]status.Inbound, int, int, error) { return nil, 0, 0, nil }
 

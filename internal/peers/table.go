@@ -16,7 +16,9 @@ import (
 type Connection struct {
 	Peer       *Peer
 	TLSVersion schema.TLSVersion
-	Upstream   sockdiag.Socket // Envoy's own, towards the workload or an upstream
+
+	Client   sockdiag.Exact // the socket that the client dialled, as Envoy has it
+	Upstream sockdiag.Exact // Envoy's own, towards the workload or an upstream
 }
 
 // Table has the connections that Envoy told of when it made them. The zero value is ready. Its methods may be called concurrently.
@@ -27,18 +29,13 @@ type Connection struct {
 type Table struct {
 	mu     sync.Mutex
 	finder *sockdiag.Finder
-	open   map[sockdiag.Cookie]entry // by the cookie of the client's socket
-	peers  map[string]*Peer          // by their certificates, as Envoy writes them
-	sweep  int                       // how many entries there are when those of connections that ended are looked for
-	swept  time.Time                 // when that was done last
+	open   map[sockdiag.Cookie]Connection // by the cookie of the client's socket
+	peers  map[string]*Peer               // by their certificates, as Envoy writes them
+	sweep  int                            // how many entries there are when those of connections that ended are looked for
+	swept  time.Time                      // when that was done last
 }
 
-type entry struct {
-	Connection
-	upstream sockdiag.Cookie
-}
-
-// Bounds of what a table takes: some 10 MiB.
+// Bounds of what a table takes: some 15 MiB.
 const (
 	maxOpen  = 1 << 16
 	maxPeers = 1 << 12
@@ -84,28 +81,31 @@ func (t *Table) Note(fields []string) error {
 	if t.finder == nil {
 		return errors.New("sockets can't be looked for")
 	}
-	upstream, err := t.finder.Find(sockdiag.Socket{Local: at[2], Remote: at[3]})
-	if err != nil || upstream == 0 {
-		return err
+	conn := Connection{
+		TLSVersion: version,
+		Client:     sockdiag.Exact{Socket: sockdiag.Socket{Local: at[1], Remote: at[0]}},
+		Upstream:   sockdiag.Exact{Socket: sockdiag.Socket{Local: at[2], Remote: at[3]}},
 	}
-	client, err := t.finder.Find(sockdiag.Socket{Local: at[1], Remote: at[0]})
-	if err != nil || client == 0 {
-		return err
+	for _, s := range []*sockdiag.Exact{&conn.Upstream, &conn.Client} {
+		var err error
+		if s.Cookie, err = t.finder.Find(s.Socket); err != nil || s.Cookie == 0 {
+			return err
+		}
 	}
-	delete(t.open, client)
+	delete(t.open, conn.Client.Cookie)
 	if full := len(t.open) >= max(minSweep, t.sweep) || len(t.peers) >= maxPeers; full && time.Since(t.swept) > sweepEvery {
 		if _, err := t.known(); err != nil {
 			return err
 		}
 	}
-	peer, err := t.peer(fields[5])
-	if err != nil || peer == nil || len(t.open) >= maxOpen {
+	var err error
+	if conn.Peer, err = t.peer(fields[5]); err != nil || conn.Peer == nil || len(t.open) >= maxOpen {
 		return err
 	}
 	if t.open == nil {
-		t.open = map[sockdiag.Cookie]entry{}
+		t.open = map[sockdiag.Cookie]Connection{}
 	}
-	t.open[client] = entry{Connection{peer, version, sockdiag.Socket{Local: at[2], Remote: at[3]}}, upstream}
+	t.open[conn.Client.Cookie] = conn
 	return nil
 }
 
@@ -147,13 +147,10 @@ func (t *Table) known() (map[sockdiag.Socket]Connection, error) {
 	}
 	known := map[sockdiag.Socket]Connection{}
 	used := map[*Peer]bool{}
-	for socket, details := range sockets {
-		if e, ok := t.open[details.Cookie]; ok && live[e.upstream] {
-			known[socket], used[e.Peer] = e.Connection, true
-		}
-	}
-	for cookie, e := range t.open {
-		if !live[cookie] || !live[e.upstream] {
+	for cookie, conn := range t.open {
+		if live[cookie] && live[conn.Upstream.Cookie] {
+			known[conn.Client.Socket], used[conn.Peer] = conn, true
+		} else {
 			delete(t.open, cookie)
 		}
 	}

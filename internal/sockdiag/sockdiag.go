@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -39,6 +40,28 @@ func List() (all map[Socket]Details, err error) {
 	return all, err
 }
 
+// Exact is one socket, and none that has its addresses later.
+type Exact struct {
+	Socket
+	Cookie Cookie
+}
+
+// DestroyExactly is Destroy for sockets that are known, without a list of all. It does not find those that are bound to an interface.
+func DestroyExactly(order []Exact) (ended []Socket, err error) {
+	c, err := connect()
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = c.close() }()
+	sockets, ids := make([]Socket, 0, len(order)), map[Socket]kernelID{}
+	for _, s := range order {
+		id := s.id()
+		binary.NativeEndian.PutUint64(id[idCookie:], uint64(s.Cookie))
+		sockets, ids[s.Socket] = append(sockets, s.Socket), kernelID{s.family(), id}
+	}
+	return c.destroy(sockets, ids)
+}
+
 // Destroy ends sockets, as tcp_abort does: the peer gets a reset, and the owner's next call fails with ECONNABORTED. choose gets those that
 // have a peer, and returns which of them to end, in which order. Destroy returns those that it ended. A socket that ends by itself meanwhile
 // is no error. The error wraps EOPNOTSUPP or ENOENT where the kernel can't do it, see Supported.
@@ -52,8 +75,14 @@ func Destroy(choose func(open map[Socket]Details) []Socket) (ended []Socket, err
 	err = c.dump(func(a answer) {
 		open[a.socket], ids[a.socket] = a.details(), kernelID{a.family, [idSize]byte(a.id)}
 	})
-	errs := []error{err}
-	for some := range slices.Chunk(choose(open), atOnce) {
+	ended, failed := c.destroy(choose(open), ids)
+	return ended, errors.Join(err, failed)
+}
+
+func (c *conn) destroy(order []Socket, ids map[Socket]kernelID) (ended []Socket, err error) {
+	var errs []error
+	for some := range slices.Chunk(order, atOnce) {
+		began := time.Now()
 		var requests []byte
 		for i, s := range some {
 			id := ids[s]
@@ -78,12 +107,15 @@ func Destroy(choose func(open map[Socket]Details) []Socket) (ended []Socket, err
 				return ended, errors.Join(append(errs, err)...)
 			}
 		}
+		if len(some) == atOnce { // the owner has work with each, and with other sockets meanwhile
+			time.Sleep(time.Since(began))
+		}
 	}
 	return ended, errors.Join(errs...)
 }
 
 // atOnce is how many requests are sent together. Their answers, of some 800 bytes in the kernel, fit into the socket's buffer.
-const atOnce = 128
+const atOnce = 32
 
 // Supported returns nil if the kernel can end sockets, and otherwise an error that names the option that it lacks.
 func Supported() error {

@@ -151,6 +151,12 @@ func (t *Table) End(judge func(sockdiag.Socket, render.Mark) status.EndReason,
 	return ended, err
 }
 
+// EndKnown ends Envoy's sockets, in this order, and returns those that it ended. It must be called on a thread in the table's network
+// namespace.
+func (t *Table) EndKnown(order []sockdiag.Exact) (ended []sockdiag.Socket, err error) {
+	return sockdiag.DestroyExactly(order)
+}
+
 // readEntry reads an entry of conntrack.
 func readEntry(d *netlink.AttributeDecoder) (e entry, err error) {
 	var addrs [2]netip.Addr
