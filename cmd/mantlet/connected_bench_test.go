@@ -26,7 +26,7 @@ n=$#
 while [ $n -gt 0 ]; do
 	argument=$1
 	shift
-	if [ "$argument" = --config-path ]; then
+	if [ "$argument" = --config-path ] && [ "${1%.json}" != "$1" ]; then # what is validated is not JSON
 		set -- "$@" --config-yaml "$(sed -E 's/("flush_access_log_on_connected": *)true/\1false/' "$1")"
 		shift
 		n=$((n-1))
