@@ -11,6 +11,8 @@ import (
 	"os"
 	"strconv"
 	"strings"
+
+	"mantlet/internal/sockdiag"
 )
 
 // Listener is a TCP socket that listens.
@@ -20,9 +22,20 @@ type Listener struct {
 	Inode   string         // of the socket, as a link of /proc/PID/fd names it
 }
 
-// Listeners returns the TCP sockets that listen in the calling thread's network namespace. They come from /proc/net/tcp
-// (proc_net_tcp(5)).
+// Listeners returns the TCP sockets that listen in the calling thread's network namespace.
 func Listeners() (all []Listener, err error) {
+	sockets, err := sockdiag.Listeners()
+	if err != nil { // a kernel without CONFIG_INET_DIAG
+		return listenersOfProc()
+	}
+	for _, s := range sockets {
+		all = append(all, Listener{Address: s.Address, User: fmt.Sprint(s.User), Inode: fmt.Sprint(s.Inode)})
+	}
+	return all, nil
+}
+
+// listenersOfProc reads /proc/net/tcp (proc_net_tcp(5)).
+func listenersOfProc() (all []Listener, err error) {
 	for _, table := range []string{"tcp", "tcp6"} {
 		file, err := os.Open("/proc/thread-self/net/" + table)
 		if table == "tcp6" && errors.Is(err, fs.ErrNotExist) { // a kernel without IPv6

@@ -79,17 +79,17 @@ func (c *conn) receive(each func(message) error) error {
 
 var errCut = errors.New("a message of sock_diag is cut off")
 
-// dump calls each for the sockets that have a peer.
-func (c *conn) dump(each func(answer)) error {
+// dump calls each for the sockets in some states.
+func (c *conn) dump(states uint32, each func(answer)) error {
 	var errs []error
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		errs = append(errs, c.dumpFamily(family, each))
+		errs = append(errs, c.dumpFamily(family, states, each))
 	}
 	return errors.Join(errs...)
 }
 
-func (c *conn) dumpFamily(family uint8, each func(answer)) error {
-	if err := c.send(request(unix.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP, 0, family, withPriority, connected, nil)); err != nil {
+func (c *conn) dumpFamily(family uint8, states uint32, each func(answer)) error {
+	if err := c.send(request(unix.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP, 0, family, withPriority, states, nil)); err != nil {
 		return err
 	}
 	for done := false; !done; {

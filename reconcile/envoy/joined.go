@@ -34,8 +34,8 @@ func (r *Runner) Joined() error {
 	for _, l := range listeners {
 		sockets[l.Address]++
 	}
-	var errs []error
-	for _, at := range slices.SortedFunc(maps.Keys(names), netip.AddrPort.Compare) {
+	joined := map[netip.AddrPort]int{}
+	for at := range names {
 		more := max(0, sockets[at]-most)
 		for _, any := range []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} {
 			if all := netip.AddrPortFrom(any, at.Port()); names[all] == "" {
@@ -43,9 +43,13 @@ func (r *Runner) Joined() error {
 			}
 		}
 		if more > 0 {
-			errs = append(errs, fmt.Errorf("listener %s at %s has %d sockets that are not Envoy's: a process of user %d gets a part of its connections",
-				names[at], at, more, r.UID))
+			joined[at] = more
 		}
+	}
+	var errs []error
+	for _, at := range slices.SortedFunc(maps.Keys(joined), netip.AddrPort.Compare) {
+		errs = append(errs, fmt.Errorf("listener %s at %s has %d sockets that are not Envoy's: a process of user %d gets a part of its connections",
+			names[at], at, joined[at], r.UID))
 	}
 	return errors.Join(errs...)
 }
