@@ -209,14 +209,11 @@ func (c *change) isTrusted(p *peers.Peer) bool {
 // A connection is identified by its addresses, which another connection can have the next moment. So the peers of moved connections are
 // read again afterwards. A connection that begins later has the old generation again.
 func (d *Daemon) moveAllowed(c *change) (spared int) {
-	if c == nil || c.from == nil || len(c.known) == 0 {
+	if c == nil || len(c.moves) == 0 {
 		return 0
 	}
 	d.watchdog.begin(loop, "looking whom a change forbids", kernelLimit)
 	defer d.watchdog.begin(loop, "its turn", turnLimit)
-	if len(c.moves) == 0 {
-		return 0
-	}
 	spared, err := d.moveAll(c, c.moves)
 	if err != nil {
 		d.Log.Warn("a change ends all connections at the ports that it is about", "error", err)
@@ -302,8 +299,7 @@ func (d *Daemon) end(c *change) {
 	d.watchdog.begin(loop, "its turn", turnLimit)
 	if err != nil {
 		d.Log.Warn("connections that are forbidden now end at their next packet, and those to egress entries with the Envoy that has them", "error", err)
-	}
-	if err == nil {
+	} else {
 		maps.Copy(ended, c.ends) // those that had a packet in between were ended by the rules
 	}
 	d.logEnded(c.sum(ended))
