@@ -42,9 +42,9 @@ type Kernel interface {
 	) (ended map[sockdiag.Socket]status.EndReason, err error)
 	// EndKnown is End for sockets that are known. It is faster.
 	EndKnown(order []sockdiag.Exact) (ended []sockdiag.Socket, err error)
-	// EndOutbound ends open connections that the pod made past the egress entries to what may not leave any more, and tells both ends of
-	// those by TCP. It returns how many it ended, by destination.
-	EndOutbound(leaves func(to netip.AddrPort) bool) (ended map[netip.AddrPort]int, err error)
+	// EndOutbound ends open connections that the pod made past the egress entries to what may not leave any more: those by TCP, of which it
+	// tells both ends, and unless onlyTCP the others. It returns how many it ended, by destination.
+	EndOutbound(leaves func(to netip.AddrPort) bool, onlyTCP bool) (ended map[netip.AddrPort]int, err error)
 	// Outbound returns how many EndOutbound would end.
 	Outbound(leaves func(to netip.AddrPort) bool) (int, error)
 	// Spoken returns what the accounts of the rules hold now: destinations that the pod spoke to past the egress entries, or tried to.

@@ -65,7 +65,31 @@ func (d *Daemon) tighten(next *desired, revoked bool) *change {
 			c.ends[s] = reason
 		}
 	}
+	d.endOpen(c)
 	return c
+}
+
+// endOpen ends the other connections that are open and that a state forbids, before its rules are put in force. The rules refuse what the pod
+// sends on such a connection: its own socket would be gone by that, and a client that waits for an answer would never be told.
+func (d *Daemon) endOpen(c *change) {
+	if len(c.ends) == 0 && len(c.routes) == 0 {
+		return
+	}
+	d.watchdog.begin(loop, "ending connections", kernelLimit)
+	ended, err := d.Kernel.End(func(s sockdiag.Socket, mark render.Mark) status.EndReason {
+		if mark == render.MarkNone {
+			return c.endpoint(s)
+		}
+		return c.ends[s]
+	}, c.order)
+	d.watchdog.begin(loop, "its turn", turnLimit)
+	if err != nil {
+		d.Log.Debug("connections that are forbidden now are ended later", "error", err)
+	}
+	for s := range ended {
+		delete(c.ends, s)
+	}
+	d.logEnded(c.sum(ended))
 }
 
 // endKnown ends the connections of which it is known that a state forbids them, before its rules are put in force: with 10,000 of them that

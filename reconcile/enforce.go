@@ -22,6 +22,7 @@ func (d *Daemon) enforce(want *desired) (err error) {
 	}
 	next.moving = false
 	change := d.tighten(&next, revoked)
+	d.endOutbound(&next, true)
 	if rules := next.rules(); d.have == nil || rules.Text() != d.have.rules().Text() {
 		spared, put := d.moveAllowed(change), d.Kernel.Replace
 		if d.have != nil {
@@ -34,7 +35,7 @@ func (d *Daemon) enforce(want *desired) (err error) {
 		d.Log.Info("rules are in force", "ingress_entries", len(want.mesh.Ingress), "egress_entries", len(want.mesh.Egress))
 	}
 	d.end(change)
-	d.endOutbound(&next)
+	d.endOutbound(&next, false)
 	d.loop.exhausted = d.loop.exhausted || d.have != nil && d.loop.advances.add(time.Now(), d.have.generations, next.generations)
 	d.locked(func() { d.have = &next })
 	d.follow()

@@ -119,7 +119,7 @@ func outboundIn(place render.Place, want schema.Outbound, rules render.Ruleset) 
 	return is
 }
 
-// withModes returns entries, sorted, with the lists of clients of others.
+// withModes returns entries, sorted, with the lists of clients and of protocols of others.
 func withModes(modes, lists []schema.Ingress) (all []schema.Ingress) {
 	rest := modes
 	for _, ports := range schema.Parts(modes, lists) {
@@ -129,9 +129,12 @@ func withModes(modes, lists []schema.Ingress) (all []schema.Ingress) {
 		if len(rest) == 0 || !rest[0].Ports.Contains(ports.First) {
 			continue
 		}
-		in := schema.Ingress{Ports: ports, Mode: rest[0].Mode}
+		in, policy := schema.Ingress{Ports: ports, Mode: rest[0].Mode}, schema.PolicyOf(lists, ports.First)
 		if in.Mode == schema.ModeMTLS {
-			in.Allow = schema.PolicyOf(lists, ports.First).Allow
+			in.Allow = policy.Allow
+		}
+		if in.Mode != schema.ModePassthrough {
+			in.ALPN = policy.ALPN
 		}
 		all = append(all, in)
 	}

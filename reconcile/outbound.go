@@ -264,15 +264,15 @@ func endsOutbound(have *desired, rules render.Ruleset) bool {
 	return is.Mode == schema.OutboundDrop && (have == nil || !reflect.DeepEqual(is, render.OutboundOf(have.rules())))
 }
 
-// endOutbound ends the connections that were let out before and that a state, whose rules are in force, forbids. The rules refuse what they
-// send by themselves.
-func (d *Daemon) endOutbound(next *desired) {
+// endOutbound ends the connections that were let out before and that a state forbids. Its rules refuse what they send by themselves, so those
+// by TCP are ended before they are put in force, as by endOpen. The others would begin again.
+func (d *Daemon) endOutbound(next *desired, onlyTCP bool) {
 	rules := next.rules()
 	if !endsOutbound(d.have, rules) {
 		return
 	}
 	d.watchdog.begin(loop, "ending connections", kernelLimit)
-	ended, err := d.Kernel.EndOutbound(rules.Leaves)
+	ended, err := d.Kernel.EndOutbound(rules.Leaves, onlyTCP)
 	d.watchdog.begin(loop, "its turn", turnLimit)
 	if err != nil {
 		d.Log.Warn("connections in the clear that are forbidden now end when the workload sends something", "error", err)

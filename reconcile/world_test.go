@@ -146,7 +146,7 @@ func (w *world) Repair() ([]string, error) {
 
 func (w *world) Outbound(func(netip.AddrPort) bool) (int, error) { return 0, nil }
 
-func (w *world) EndOutbound(func(netip.AddrPort) bool) (map[netip.AddrPort]int, error) {
+func (w *world) EndOutbound(func(netip.AddrPort) bool, bool) (map[netip.AddrPort]int, error) {
 	w.note("end outbound")
 	return nil, nil
 }

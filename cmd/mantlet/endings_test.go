@@ -1,6 +1,7 @@
 package main
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -127,4 +129,80 @@ func TestBothSidesAreReset(t *testing.T) {
 			t.Errorf("%s: only %d of %d workloads are told by a reset", kind, resets, len(all))
 		}
 	}
+}
+
+// TestReadersAreTold: a client that only reads, of a connection on which the pod's side sends all the time, is told too. The rules refuse what
+// the pod sends on a connection that they forbid, by which its own socket would be gone.
+func TestReadersAreTold(t *testing.T) {
+	t.Parallel()
+	p := newPod(t, web)
+	m := p.override(fmt.Sprintf("ingress: [{port: %d, mode: tls}]\noutbound: {mode: accept}", silentPort))
+	p.start()
+	listeners := map[string]net.Listener{}
+	for name, at := range map[string]func() (net.Listener, error){
+		"a TLS port":         func() (net.Listener, error) { return p.Listen("tcp", fmt.Sprintf(":%d", silentPort)) },
+		"a passthrough port": func() (net.Listener, error) { return p.Listen("tcp", fmt.Sprintf(":%d", passthroughPort)) },
+		"outside":            func() (net.Listener, error) { return p.outside.Listen("tcp", fmt.Sprintf(":%d", plainPort)) },
+	} {
+		listener, err := at()
+		p.must(err)
+		t.Cleanup(func() { _ = listener.Close() })
+		listeners[name] = listener
+	}
+	var writing sync.WaitGroup
+	readers := map[string]net.Conn{}
+	for i, addr := range p.Addrs() {
+		tlsClient, err := p.handshake(netip.AddrPortFrom(addr, silentPort), p.anonymous())
+		p.must(err)
+		uploads := p.dial(p.Host, netip.AddrPortFrom(p.outside.Addrs()[i], plainPort))
+		reads, err := listeners["outside"].Accept()
+		p.must(err)
+		t.Cleanup(func() { _ = reads.Close() })
+		senders := []net.Conn{uploads}
+		dials := map[string]net.Conn{"a TLS port": tlsClient, "a passthrough port": p.dial(p.outside, netip.AddrPortFrom(addr, passthroughPort))}
+		for name, client := range dials {
+			workload, err := listeners[name].Accept()
+			p.must(err)
+			senders = append(senders, workload)
+			readers[fmt.Sprintf("%s, %s", name, addr)] = client
+		}
+		readers[fmt.Sprintf("outside, from %s", addr)] = reads
+		for _, sender := range senders {
+			t.Cleanup(func() { _ = sender.Close() })
+			writing.Go(func() {
+				for err := error(nil); err == nil; {
+					_, err = sender.Write(make([]byte, 4096))
+				}
+			})
+		}
+	}
+	told := make(chan error, len(readers))
+	for name, reader := range readers {
+		raw := reader
+		if wrapped, ok := raw.(*tls.Conn); ok {
+			raw = wrapped.NetConn()
+		}
+		p.must(raw.(*net.TCPConn).SetKeepAlive(false)) // by which it would find out in the end
+		go func() {
+			_, err := io.Copy(io.Discard, reader)
+			told <- fmt.Errorf("%s: %w", name, err)
+		}()
+	}
+	m.write(fmt.Sprintf("ingress: [{port: %d, mode: mtls}, {port: %d, mode: mtls}]\noutbound: {mode: drop}", silentPort, passthroughPort))
+	deadline := time.AfterFunc(limit, func() {
+		for _, reader := range readers {
+			_ = reader.SetReadDeadline(time.Now())
+		}
+	})
+	defer deadline.Stop()
+	for range readers {
+		if err := <-told; !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("%v, want a reset", err)
+		}
+	}
+	writing.Wait()
+	p.await("status tells of them", func() bool {
+		ended := p.status().Ended
+		return len(ended) == 3 && ended[0].Count == 4 && ended[2].Count == 2
+	})
 }

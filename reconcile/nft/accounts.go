@@ -248,12 +248,15 @@ func forbiddenOutbound(leaves func(to netip.AddrPort) bool) (sockets map[sockdia
 }
 
 // EndOutbound ends open connections that the pod made past the egress entries to what may not leave. Those by TCP are ended at both ends;
-// of the others conntrack forgets, so that nothing that comes passes for an answer. It must be called on a thread in the table's network
-// namespace.
-func (t *Table) EndOutbound(leaves func(to netip.AddrPort) bool) (ended map[netip.AddrPort]int, err error) {
+// of the others conntrack forgets, so that nothing that comes passes for an answer: with onlyTCP it does not. It must be called on a thread in
+// the table's network namespace.
+func (t *Table) EndOutbound(leaves func(to netip.AddrPort) bool, onlyTCP bool) (ended map[netip.AddrPort]int, err error) {
 	forbidden, forget, err := forbiddenOutbound(leaves)
 	if err != nil {
 		return nil, err
+	}
+	if onlyTCP {
+		forget = nil
 	}
 	ended = map[netip.AddrPort]int{}
 	if len(forbidden) > 0 {

@@ -297,7 +297,7 @@ func TestAnswersOfForgottenConnections(t *testing.T) {
 			x.apply()
 			if ends {
 				var ended map[netip.AddrPort]int
-				if err := x.pod.Do(func() (err error) { ended, err = x.table.EndOutbound(x.rules.Leaves); return err }); err != nil || ended[s.at(x.family)] != 1 {
+				if err := x.pod.Do(func() (err error) { ended, err = x.table.EndOutbound(x.rules.Leaves, false); return err }); err != nil || ended[s.at(x.family)] != 1 {
 					x.t.Fatalf("ended %v, %v", ended, err)
 				}
 			}
