@@ -408,6 +408,37 @@ func (r Ruleset) ForUsers(mantlet, envoy uint32) Ruleset {
 	})
 }
 
+// Renamed returns the ruleset with other names for some maps and lists.
+func (r Ruleset) Renamed(names map[string]string) Ruleset {
+	name := func(of string) string { return cmp.Or(names[of], of) }
+	r.Maps, r.Lists = slices.Clone(r.Maps), slices.Clone(r.Lists)
+	for i := range r.Maps {
+		r.Maps[i].Name = name(r.Maps[i].Name)
+	}
+	for i := range r.Lists {
+		r.Lists[i].Name = name(r.Lists[i].Name)
+	}
+	r.Chains = slices.Clone(r.Chains)
+	for i, c := range r.Chains {
+		r.Chains[i].Rules = slices.Clone(c.Rules)
+		for j, rule := range c.Rules {
+			rule = slices.Clone(rule)
+			for k, s := range rule {
+				switch s := s.(type) {
+				case LookUp:
+					s.Map = name(s.Map)
+					rule[k] = s
+				case OnList:
+					s.Set = name(s.Set)
+					rule[k] = s
+				}
+			}
+			r.Chains[i].Rules[j] = rule
+		}
+	}
+	return r
+}
+
 // edit returns the ruleset with other rules in its chains: with gets a copy of each, and returns nil to leave it out.
 func (r Ruleset) edit(with func(Rule) Rule) Ruleset {
 	r.Chains = slices.Clone(r.Chains)

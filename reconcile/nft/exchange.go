@@ -1,82 +1,141 @@
 package nft
 
 import (
-	"fmt"
+	"maps"
 	"slices"
+	"strings"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/binaryutil"
 
 	"mantlet/render"
 )
 
 // kept is what stays in the table while other rules take the place of those that are there. The zero value is nothing.
 //
-// A packet that the old rules are looking at when a transaction is committed looks maps up as they are after it (nft_genmask_cur,
-// include/net/netfilter/nf_tables.h). Were a map made anew, it would find nothing in the old one, and go where ports without an entry go:
-// a healthy connection would be reset. So maps stay, and with them the chains that they lead to. An element that is new must lead to a
-// chain that has been there before: in one that is new the old rules find no rules.
+// Open connections must not notice, so no map or list changes that a packet may be looked up in. A packet that the old rules are looking at
+// when a transaction is committed sees maps as they are after it (nft_genmask_cur, include/net/netfilter/nf_tables.h): in one that is made
+// anew it finds nothing. While elements of an interval map are exchanged, the kernel may find those of the ports beside
+// (__nft_rbtree_lookup, net/netfilter/nft_set_rbtree.c). So a map with other content gets another name, and is there, with the chains that it
+// leads to, before the rules that use it; and the old one goes after the old rules.
 type kept struct {
-	chains     map[string]bool
-	maps, next map[string]render.Map // as they are in the kernel, and as they come to be
+	chains map[string]bool
+	sets   map[string]bool // maps and lists
 }
 
-// keep returns what can stay when r takes the place of what is there: nothing where that is not known.
-func (t *Table) keep(r render.Ruleset) kept {
-	if t.unsure {
-		return kept{}
+// alternate ends the other one of the two names that a map or list can have.
+const alternate = ".2"
+
+// otherName returns the name that a map or list has after the next exchange.
+func otherName(name string) string {
+	if first, is := strings.CutSuffix(name, alternate); is {
+		return first
+	}
+	return name + alternate
+}
+
+// firstName returns the name by which it is rendered.
+func firstName(name string) string { return strings.TrimSuffix(name, alternate) }
+
+// keep returns what can stay when r takes the place of what is there, nothing where that is not known, and r with the names that its maps and
+// lists get: those that are there with the same content keep theirs.
+func (t *Table) keep(r render.Ruleset) (kept, render.Ruleset) {
+	if t.unsure || len(t.want.Maps) == 0 {
+		return kept{}, r
 	}
 	if now, err := t.revision(); err != nil || !t.owned && now != t.checkedAt {
-		return kept{}
+		return kept{}, r
 	}
-	k := kept{map[string]bool{}, map[string]render.Map{}, map[string]render.Map{}}
-	for _, c := range r.Chains {
-		k.chains[c.Name] = slices.ContainsFunc(t.want.Chains, func(old render.Chain) bool { return old.Name == c.Name && old.Hook == c.Hook })
+	k, names := kept{map[string]bool{}, map[string]bool{}}, map[string]string{}
+	for _, c := range t.want.Chains {
+		k.chains[c.Name] = !slices.ContainsFunc(r.Chains, func(next render.Chain) bool { return next.Name == c.Name && next.Hook != c.Hook })
 	}
-	for _, next := range r.Maps {
-		for _, m := range t.want.Maps {
-			if m.Name == next.Name {
-				k.maps[m.Name], k.next[m.Name] = m, next
+	for _, old := range t.want.Maps {
+		k.sets[old.Name] = true
+		for _, next := range r.Maps {
+			if next.Name == firstName(old.Name) {
+				names[next.Name] = nameOf(old.Name, slices.Equal(old.Elements, next.Elements))
 			}
 		}
 	}
-	if len(k.maps) == 0 {
-		return kept{}
+	for _, old := range t.want.Lists {
+		k.sets[old.Name] = true
+		for _, next := range r.Lists {
+			if next.Name == firstName(old.Name) {
+				names[next.Name] = nameOf(old.Name, slices.Equal(old.Destinations, next.Destinations))
+			}
+		}
 	}
-	return k
+	return k, r.Renamed(names)
 }
 
-// prepare makes the chains that r's maps come to lead to, in a transaction of its own. Nothing leads there yet. Where it fails the maps
-// are made anew.
+func nameOf(old string, same bool) string {
+	if same {
+		return old
+	}
+	return otherName(old)
+}
+
+// prepare makes the maps and lists of r that are not there, and the chains that they lead to, in a transaction of its own. Nothing leads there
+// yet. Where it fails nothing is kept.
 func (t *Table) prepare(k *kept, r render.Ruleset) {
-	var chains []render.Chain
+	if len(k.sets) == 0 {
+		return
+	}
+	var part render.Ruleset
 	for _, c := range r.Chains {
 		leads := slices.ContainsFunc(r.Maps, func(m render.Map) bool {
 			return slices.ContainsFunc(m.Elements, func(e render.Element) bool { return e.Verdict.Goto == c.Name })
 		})
 		if leads && !k.chains[c.Name] && c.Hook.Name == "" {
-			chains = append(chains, c)
+			part.Chains = append(part.Chains, c)
 		}
 	}
-	if len(chains) == 0 || len(k.maps) == 0 {
+	part.Maps = slices.DeleteFunc(slices.Clone(r.Maps), func(m render.Map) bool { return k.sets[m.Name] })
+	part.Lists = slices.DeleteFunc(slices.Clone(r.Lists), func(l render.List) bool { return k.sets[l.Name] })
+	if len(part.Chains)+len(part.Maps)+len(part.Lists) == 0 {
 		return
 	}
-	err := t.transaction(func(b *batch) error {
-		for name := range k.maps {
-			b.maps[name] = mapOf(b.table, name)
-		}
-		for _, c := range chains {
-			t.conn.AddChain(b.chain(c))
-		}
-		return t.addRules(b, chains, nil)
-	})
+	t.keeps = *k
+	err := t.transaction(func(b *batch) error { return t.add(b, part, nil) })
 	if err != nil {
 		*k = kept{}
 		return
 	}
-	for _, c := range chains {
+	for _, c := range part.Chains {
 		k.chains[c.Name] = true
 	}
+	for _, m := range part.Maps {
+		k.sets[m.Name] = true
+	}
+	for _, l := range part.Lists {
+		k.sets[l.Name] = true
+	}
+}
+
+// sweep deletes what was kept and is not r's. Nothing leads there any more.
+func (t *Table) sweep(r render.Ruleset) error {
+	for _, c := range r.Chains {
+		delete(t.keeps.chains, c.Name)
+	}
+	for _, m := range r.Maps {
+		delete(t.keeps.sets, m.Name)
+	}
+	for _, l := range r.Lists {
+		delete(t.keeps.sets, l.Name)
+	}
+	maps.DeleteFunc(t.keeps.chains, func(_ string, stayed bool) bool { return !stayed })
+	if len(t.keeps.chains)+len(t.keeps.sets) == 0 {
+		return nil
+	}
+	return t.transaction(func(*batch) error {
+		for name := range t.keeps.sets {
+			t.conn.DelSet(&nftables.Set{Table: t.table, Name: name})
+		}
+		for name := range t.keeps.chains {
+			t.conn.DelChain(&nftables.Chain{Table: t.table, Name: name})
+		}
+		return nil
+	})
 }
 
 // addRules adds the rules of chains. The first one says who holds the table.
@@ -91,53 +150,6 @@ func (t *Table) addRules(b *batch, chains []render.Chain, holder []byte) error {
 				Table: t.table, Chain: &nftables.Chain{Name: c.Name, Table: t.table}, Exprs: exprs, UserData: holder,
 			})
 			holder = nil
-		}
-	}
-	return nil
-}
-
-func mapOf(table *nftables.Table, name string) *nftables.Set {
-	return &nftables.Set{
-		Table: table, Name: name, IsMap: true, Interval: true,
-		KeyType: nftables.TypeInetService, DataType: nftables.TypeVerdict, KeyByteOrder: binaryutil.BigEndian,
-	}
-}
-
-// forget takes elements out of a map that stays, which it is not to have any more.
-func (t *Table) forget(old, next render.Map) error {
-	return t.elements(mapOf(t.table, old.Name), lacking(old.Elements, next.Elements), t.conn.SetDeleteElements)
-}
-
-// extend puts elements into a map that stays, which it does not have yet.
-func (b *batch) extend(t *Table, old, next render.Map) error {
-	set := mapOf(b.table, next.Name)
-	b.maps[next.Name] = set
-	return t.elements(set, lacking(next.Elements, old.Elements), b.conn.SetAddElements)
-}
-
-// lacking returns the elements that others are not among. Both are sorted.
-func lacking(all, others []render.Element) (rest []render.Element) {
-	has := map[render.Element]bool{}
-	for _, e := range others {
-		has[e] = true
-	}
-	for _, e := range all {
-		if !has[e] {
-			rest = append(rest, e)
-		}
-	}
-	return rest
-}
-
-// elements changes some elements of a map at a time.
-func (t *Table) elements(set *nftables.Set, all []render.Element, change func(*nftables.Set, []nftables.SetElement) error) error {
-	for some := range slices.Chunk(all, maxElements) {
-		var elements []nftables.SetElement
-		for _, e := range some {
-			elements = append(elements, span(e)...)
-		}
-		if err := change(set, elements); err != nil {
-			return fmt.Errorf("changing elements of map %s: %w", set.Name, err)
 		}
 	}
 	return nil

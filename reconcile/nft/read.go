@@ -28,7 +28,19 @@ func (t *Table) Read() (render.Ruleset, error) {
 		return render.Ruleset{}, fmt.Errorf("reading the table inet %s: %w", render.Table, t.explain(err))
 	}
 	t.hasTimeouts = t.hasTimeouts || len(r.Timeouts) > 0
-	return r, nil
+	return rendered(r), nil
+}
+
+// rendered returns a live ruleset with the names by which maps and lists are rendered, see otherName.
+func rendered(r render.Ruleset) render.Ruleset {
+	names := map[string]string{}
+	for _, m := range r.Maps {
+		names[m.Name] = firstName(m.Name)
+	}
+	for _, l := range r.Lists {
+		names[l.Name] = firstName(l.Name)
+	}
+	return r.Renamed(names)
 }
 
 // Check returns nil if the table holds what Replace put there last, and otherwise an error that says what differs.

@@ -256,12 +256,18 @@ func (t *Table) put(r render.Ruleset, gently bool) error {
 		_ = t.refused.look(t) // if it fails, only counts are lost
 		whole := n > 0 && !t.owned
 		if t.keeps = (kept{}); gently && n == 0 {
-			t.keeps = t.keep(r)
-			t.prepare(&t.keeps, r)
+			var keeps kept
+			keeps, r = t.keep(r)
+			t.prepare(&keeps, r)
+			t.keeps = keeps
 		}
 		failed := t.transaction(func(b *batch) error { return t.replace(b, r, whole) })
+		gentle := len(t.keeps.sets) > 0
+		if failed == nil && gentle {
+			failed = t.sweep(r)
+		}
 		t.unsure = failed != nil
-		if failed != nil && n == 0 && (!t.owned || len(t.keeps.maps) > 0) {
+		if failed != nil && n == 0 && (!t.owned || gentle) {
 			continue // another process may have deleted what clear deletes
 		}
 		// If acknowledgements did not fit into the socket's buffer, the commit may have succeeded all the same.
@@ -367,6 +373,11 @@ func (t *Table) replace(b *batch, r render.Ruleset, whole bool) error {
 	if err := t.clear(r, whole); err != nil {
 		return err
 	}
+	return t.add(b, r, t.holder.userData())
+}
+
+// add adds what r has and the table does not keep, and the rules of r's chains. The first one says who holds the table.
+func (t *Table) add(b *batch, r render.Ruleset, holder []byte) error {
 	for _, timeouts := range r.Timeouts {
 		b.addTimeouts(timeouts)
 	}
@@ -376,17 +387,22 @@ func (t *Table) replace(b *batch, r render.Ruleset, whole bool) error {
 			t.conn.AddChain(b.chain(c))
 		}
 	}
+	for name := range t.keeps.sets {
+		b.maps[name] = &nftables.Set{Table: b.table, Name: name}
+	}
 	for _, m := range r.Maps {
-		if old, stays := t.keeps.maps[m.Name]; stays {
-			if err := b.extend(t, old, m); err != nil {
-				return err
-			}
-		} else if err := b.addMap(m); err != nil {
+		if t.keeps.sets[m.Name] {
+			continue
+		}
+		if err := b.addMap(m); err != nil {
 			return err
 		}
 	}
-	for _, a := range r.Lists {
-		if err := b.addList(a); err != nil {
+	for _, l := range r.Lists {
+		if t.keeps.sets[l.Name] {
+			continue
+		}
+		if err := b.addList(l); err != nil {
 			return err
 		}
 	}
@@ -395,7 +411,7 @@ func (t *Table) replace(b *batch, r render.Ruleset, whole bool) error {
 			return err
 		}
 	}
-	return t.addRules(b, r.Chains, t.holder.userData())
+	return t.addRules(b, r.Chains, holder)
 }
 
 // clear adds to the transaction what empties the table, except for timeouts and accounts that are kept: open connections lose their
@@ -411,11 +427,6 @@ func (t *Table) clear(keep render.Ruleset, whole bool) error {
 		return nil
 	}
 	t.conn.FlushTable(t.table)
-	for name, m := range t.keeps.maps {
-		if err := t.forget(m, t.keeps.next[name]); err != nil {
-			return err
-		}
-	}
 	// Raw attributes are used since the library fails on types and user data that it does not know. What refers to others is deleted before them.
 	for _, part := range []struct {
 		of, table uint16
@@ -426,7 +437,7 @@ func (t *Table) clear(keep render.Ruleset, whole bool) error {
 				return
 			}
 			name := a.text(unix.NFTA_SET_NAME)
-			if _, stays := t.keeps.maps[name]; !stays && a.u32(unix.NFTA_SET_FLAGS)&unix.NFT_SET_ANONYMOUS == 0 {
+			if !t.keeps.sets[name] && a.u32(unix.NFTA_SET_FLAGS)&unix.NFT_SET_ANONYMOUS == 0 {
 				t.conn.DelSet(&nftables.Set{Table: t.table, Name: name})
 			}
 		}},
