@@ -166,10 +166,14 @@ func (p *pod) details(want ...string) {
 	}
 }
 
-// same checks that `mantlet diff` finds nothing.
+// same waits until `mantlet diff` finds nothing: the table holds more for a moment after a change.
 func (p *pod) same() {
 	p.t.Helper()
-	if code, said, errs := p.diff(); code != 0 || said+errs != "" {
+	ctx, cancel := p.context()
+	defer cancel()
+	var code int
+	var said, errs string
+	if lab.Until(ctx, func() bool { code, said, errs = p.diff(); return code == 0 && said+errs == "" }) != nil {
 		p.t.Errorf("mantlet diff: exit code %d, said\n%s%s", code, said, errs)
 	}
 }
