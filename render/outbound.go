@@ -172,6 +172,7 @@ func OutboundOf(r Ruleset) schema.Outbound {
 			o.Allow = append(o.Allow, set.Destinations...)
 		}
 	}
+	slices.SortFunc(o.Allow, schema.Destination.Compare) // the kernel tells the sets in the order in which they were made
 	return o
 }
 
