@@ -77,7 +77,8 @@ func nameOf(old string, same bool) string {
 
 // prepare makes the maps and lists of r that are not there, and the chains that they lead to, in a transaction of its own. Nothing leads there
 // yet. Where it fails nothing is kept.
-func (t *Table) prepare(k *kept, r render.Ruleset) {
+func (t *Table) prepare(r render.Ruleset) {
+	k := t.keeps
 	if len(k.sets) == 0 {
 		return
 	}
@@ -95,10 +96,8 @@ func (t *Table) prepare(k *kept, r render.Ruleset) {
 	if len(part.Chains)+len(part.Maps)+len(part.Lists) == 0 {
 		return
 	}
-	t.keeps = *k
-	err := t.transaction(func(b *batch) error { return t.add(b, part, nil) })
-	if err != nil {
-		*k = kept{}
+	if t.transaction(func(b *batch) error { return t.add(b, part, nil) }) != nil {
+		t.keeps = kept{}
 		return
 	}
 	for _, c := range part.Chains {

@@ -256,10 +256,8 @@ func (t *Table) put(r render.Ruleset, gently bool) error {
 		_ = t.refused.look(t) // if it fails, only counts are lost
 		whole := n > 0 && !t.owned
 		if t.keeps = (kept{}); gently && n == 0 {
-			var keeps kept
-			keeps, r = t.keep(r)
-			t.prepare(&keeps, r)
-			t.keeps = keeps
+			t.keeps, r = t.keep(r)
+			t.prepare(r)
 		}
 		failed := t.transaction(func(b *batch) error { return t.replace(b, r, whole) })
 		gentle := len(t.keeps.sets) > 0
