@@ -56,9 +56,7 @@ ingress:
 		p.serveGRPC(fmt.Sprintf(":%d", port), health.NewServer())
 	}
 	p.ready()
-	if code, said, _ := p.diff(); code != 0 {
-		t.Errorf("mantlet diff ends with %d and says %s", code, said)
-	}
+	p.same()
 
 	stranger, member, other := p.anonymous(), p.client.ClientConfig("pod"), p.issue("other").ClientConfig("pod")
 	for _, addr := range p.Addrs() {

@@ -137,6 +137,15 @@ func (p *pod) diff(args ...string) (code int, said, errors string) {
 	return cmd.ProcessState.ExitCode(), out.String(), errs.String()
 }
 
+// against returns what `mantlet diff --against` says of an override file.
+func (p *pod) against(text string) (said string) {
+	p.t.Helper()
+	file := filepath.Join(p.t.TempDir(), "next.yaml")
+	p.must(os.WriteFile(file, []byte(text), 0o600))
+	_, said, _ = p.diff("--against", file)
+	return said
+}
+
 // differs checks what `mantlet diff` says, line by line; a * at the end of a line stands for any text.
 func (p *pod) differs(want ...string) {
 	p.t.Helper()

@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -73,10 +71,8 @@ func TestNeighboursLiveOn(t *testing.T) {
 			done <- err
 		}()
 	}
-	file := filepath.Join(t.TempDir(), "next.yaml")
-	p.must(os.WriteFile(file, []byte(text(ports-1)), 0o600))
 	p.await("it is known who is connected", func() bool {
-		_, said, _ := p.diff("--against", file)
+		said := p.against(text(ports - 1))
 		return said != "" && !strings.Contains(said, "ends")
 	})
 	change(ports - 1)

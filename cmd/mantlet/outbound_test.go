@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -234,9 +232,7 @@ func TestOutboundTightens(t *testing.T) {
 	p.must(err)
 	p.must(echo(inbound))
 	next := fmt.Sprintf("outbound: {mode: drop, allow: ['0.0.0.0/0:%d', '[::]/0:%d']}", plainPort, plainPort)
-	against := filepath.Join(t.TempDir(), "next.yaml")
-	p.must(os.WriteFile(against, []byte(next), 0o600))
-	if _, said, _ := p.diff("--against", against); !strings.Contains(said, "outbound.mode: accept -> drop; no restart; ends 2 open connections\n") {
+	if said := p.against(next); !strings.Contains(said, "outbound.mode: accept -> drop; no restart; ends 2 open connections\n") {
 		t.Errorf("mantlet diff --against says\n%s", said)
 	}
 	m.write(next)
